@@ -1,0 +1,36 @@
+"""The embedding bag for JAX: pooled embeddings of ragged bags of ids."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jbag._bag import embedding_bag as embedding_bag
+from jbag._bags import Bags as Bags
+from jbag._norm import renorm as renorm
+from jbag._packing import bucket as bucket
+from jbag._segments import offsets_to_segment_ids as offsets_to_segment_ids
+from jbag._segments import segment_ids_to_offsets as segment_ids_to_offsets
+
+if TYPE_CHECKING:
+    from jbag import linen as linen
+    from jbag import nnx as nnx
+    from jbag.linen import EmbeddingBag as EmbeddingBag
+    from jbag.linen import from_torch as from_torch
+    from jbag.linen import to_torch as to_torch
+
+# Flax takes longer to import than the function needs: its modules are loaded on use.
+_MODULES = ("linen", "nnx")
+_FROM_LINEN = ("EmbeddingBag", "from_torch", "to_torch")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"jbag.{name}")
+    if name in _FROM_LINEN:
+        return getattr(importlib.import_module("jbag.linen"), name)
+    raise AttributeError(f"module 'jbag' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, *_FROM_LINEN})

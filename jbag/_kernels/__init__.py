@@ -1,0 +1,58 @@
+"""The implementations by name, and which one a platform gets.
+
+A kernel is a module with the four operations of `xla`: `product`,
+`transposed_product`, `sampled_dots` and `extremum`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import ModuleType
+
+from jbag._kernels import xla
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One implementation: its operations, and the platforms it runs on (None: all)."""
+
+    operations: ModuleType
+    platforms: tuple[str, ...] | None = None
+
+    def runs_on(self, platform: str | None) -> bool:
+        return self.platforms is None or platform in self.platforms
+
+
+# The best first: a platform gets the first that runs on it.
+KERNELS: dict[str, Kernel] = {"xla": Kernel(xla)}
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raise ValueError unless `implementation` is None or names a kernel."""
+    if implementation is not None and implementation not in KERNELS:
+        raise ValueError(
+            f"`implementation` must be None or one of {', '.join(map(repr, KERNELS))}; "
+            f"got {implementation!r}."
+        )
+
+
+def choose(implementation: str | None, platform: str | None) -> Kernel:
+    """Return the named kernel, or the best one; `platform` None is any other platform.
+
+    Raises:
+      ValueError: the named kernel doesn't run on `platform`.
+    """
+    if implementation is None:
+        return next(kernel for kernel in KERNELS.values() if kernel.runs_on(platform))
+    kernel = KERNELS[implementation]
+    if not kernel.runs_on(platform):
+        raise ValueError(
+            f"`implementation` {implementation!r} runs on {kernel.platforms}, "
+            f"not on {platform or 'this platform'}."
+        )
+    return kernel
+
+
+def special_platforms() -> set[str]:
+    """Return the platforms that some kernel is made for."""
+    return {p for kernel in KERNELS.values() for p in kernel.platforms or ()}

@@ -1,0 +1,189 @@
+"""The portable kernel: gather, then `jax.ops.segment_sum`. The meaning of record.
+
+Every operation reads the bags in one of two layouts:
+
+- ragged: `ids` [N] with `offsets` [B + 1]; bag b is `ids[offsets[b]:offsets[b + 1]]`;
+- rectangular: `ids` [B, L] with `offsets` None; bag b is `ids[b]`.
+
+An id in [0, V) is a row. A negative id is an empty slot: it adds nothing. An id >= V
+names no row: it reads as NaN and receives nothing. Slots outside every bag are empty.
+A bag whose offsets are malformed (see `bag_bounds`) is NaN and receives nothing.
+
+`coefficients` has the shape of `ids` and the accumulation dtype; None means ones.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+# `slots` is N or B L, and `ends` is B + 1.
+Ids = Int[Array, "*slots"]
+Offsets = Int[Array, " ends"] | None
+Slots = Float[Array, "*slots"]
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """float32 for 16-bit tables, else the table's own dtype."""
+    return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
+
+
+def bag_bounds(
+    offsets: Int[Array, " ends"], capacity: int
+) -> tuple[Int[Array, " ends"], Bool[Array, " B"]]:
+    """Return offsets that partition the slots, and which bags were malformed.
+
+    A bag is malformed where its own bounds start below an earlier offset, start above 0
+    in the first bag, or pass the end of the slots.
+    """
+    bounds = jax.lax.cummax(jnp.clip(offsets.at[0].set(0), 0, capacity))
+    moved = bounds != offsets
+    return bounds, moved[:-1] | moved[1:]
+
+
+def segment_ids(
+    bounds: Int[Array, " ends"], capacity: int
+) -> Int[Array, " {capacity}"]:
+    """Return the bag of each slot, B where the slot lies past the last bag."""
+    ends = jnp.zeros(capacity + 1, jnp.int32).at[bounds[1:]].add(1)
+    return jnp.cumsum(ends[:capacity])
+
+
+def product(
+    table: Float[Array, "V D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+) -> Float[Array, "B D"]:
+    """Return out[b] = sum of c[i] * table[ids[i]] over the slots i of bag b."""
+    rows = _rows(table, ids)
+    if coefficients is not None:
+        rows = jnp.where((ids < 0)[..., None], 0, coefficients[..., None] * rows)
+    if offsets is None:
+        return rows.sum(1)
+    bounds, malformed = bag_bounds(offsets, ids.size)
+    out = jax.ops.segment_sum(
+        rows, segment_ids(bounds, ids.size), offsets.size - 1, indices_are_sorted=True
+    )
+    return jnp.where(malformed[:, None], jnp.nan, out)
+
+
+def transposed_product(
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    num_embeddings: int,
+    dtype: jnp.dtype,
+) -> Float[Array, "{num_embeddings} D"]:
+    """Return out[v] = sum of c[i] * cotangent[bag of i] over the slots i that hold v.
+
+    Accumulates in the dtype of `cotangent`; rounds to `dtype` once.
+    """
+    rows, kept = _bag_rows(cotangent, ids, offsets)
+    if coefficients is not None:
+        rows = coefficients[..., None] * rows
+    # A 64-bit id must not wrap round to a row: see `take`.
+    named = jnp.minimum(ids, num_embeddings)
+    kept_ids = jnp.where(kept & (ids >= 0), named, num_embeddings)
+    rows = rows.reshape(ids.size, cotangent.shape[1])
+    out = jax.ops.segment_sum(rows, kept_ids.reshape(-1), num_embeddings)
+    return out.astype(dtype)
+
+
+def sampled_dots(
+    table: Float[Array, "V D"],
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+) -> Slots:
+    """Return out[i] = <table[ids[i]], cotangent[bag of i]>, zero at empty slots."""
+    rows, kept = _bag_rows(cotangent, ids, offsets)
+    dots = (_rows(table, ids) * rows).sum(-1)
+    return jnp.where(kept & (ids >= 0), dots, 0)
+
+
+def extremum(
+    table: Float[Array, "V D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    largest: bool,
+) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
+    """Return the largest (or smallest) c[i] * table[ids[i]] of each bag and feature.
+
+    With it comes the first slot that holds it: a flat index into `ids`, or N where the
+    bag is empty, whose value is zero. A NaN wins wherever it stands.
+    """
+    rows = _rows(table, ids)
+    if coefficients is not None:
+        rows = coefficients[..., None] * rows
+    worst = jnp.array(-jnp.inf if largest else jnp.inf, rows.dtype)
+    filled = jnp.broadcast_to((ids >= 0)[..., None], rows.shape)
+    rows = jnp.where(filled, rows, worst)
+    none = ids.size
+    slots = jnp.arange(none, dtype=jnp.int32).reshape((*ids.shape, 1))
+
+    if offsets is None:
+        values = (rows.max if largest else rows.min)(axis=1, initial=worst)
+        best = values[:, None, :]
+    else:
+        bounds, malformed = bag_bounds(offsets, none)
+        bags = segment_ids(bounds, none)
+        num_bags = offsets.size - 1
+        pool = jax.ops.segment_max if largest else jax.ops.segment_min
+        values = pool(rows, bags, num_bags, indices_are_sorted=True)
+        # An atomic maximum may lose a NaN, so NaNs are counted on their own.
+        nans = jax.ops.segment_max(
+            jnp.isnan(rows).astype(jnp.int32), bags, num_bags, indices_are_sorted=True
+        )
+        values = jnp.where(nans > 0, jnp.nan, values)
+        best = take(values, bags, 0)
+
+    wins = filled & ((rows == best) | (jnp.isnan(rows) & jnp.isnan(best)))
+    winners = jnp.where(wins, slots, none)
+    if offsets is None:
+        winners = winners.min(axis=1, initial=none)
+        values = jnp.where(winners == none, 0, values)
+    else:
+        winners = jax.ops.segment_min(
+            winners, bags, num_bags, indices_are_sorted=True
+        ).clip(max=none)
+        values = jnp.where(winners == none, 0, values)
+        values = jnp.where(malformed[:, None], jnp.nan, values)
+        winners = jnp.where(malformed[:, None], none, winners)
+    return values, winners
+
+
+def take(
+    x: Shaped[Array, "rows ..."], index: Int[Array, "..."], fill: float | int | bool
+) -> Shaped[Array, "..."]:
+    """Return the rows of x at indices >= 0, `fill` past the last."""
+    num_rows = x.shape[0]
+    if num_rows == 0:
+        return jnp.full((*index.shape, *x.shape[1:]), fill, x.dtype)
+    # JAX narrows a 64-bit index to 32 bits where the rows fit in them; it must not wrap.
+    index = jnp.minimum(index, num_rows)
+    return x.at[index].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
+
+
+def _rows(table: Float[Array, "V D"], ids: Ids) -> Float[Array, "*slots D"]:
+    """Gather the row of each slot, in the accumulation dtype."""
+    outside = jnp.where(ids < 0, table.shape[0], ids)
+    rows = take(table, outside, jnp.nan).astype(accumulation_dtype(table.dtype))
+    return jnp.where((ids < 0)[..., None], 0, rows)
+
+
+def _bag_rows(
+    cotangent: Float[Array, "B D"], ids: Ids, offsets: Offsets
+) -> tuple[Float[Array, "*slots D"], Bool[Array, "*slots"]]:
+    """Return the bag's row of each slot, and which slots lie in a well-formed bag."""
+    if offsets is None:
+        rows = jnp.broadcast_to(cotangent[:, None], (*ids.shape, cotangent.shape[1]))
+        return rows, jnp.ones(ids.shape, bool)
+    bounds, malformed = bag_bounds(offsets, ids.size)
+    bags = segment_ids(bounds, ids.size)
+    return take(cotangent, bags, 0), ~take(malformed, bags, True)

@@ -1,0 +1,95 @@
+"""Lists of ids, packed end to end on the host, and the capacities to pack them in."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any
+
+import numpy as np
+
+from jbag._validation import check_integer
+
+
+def pack(name: str, lists: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenate lists of numbers; return them [N] and their lengths [B].
+
+    Raises:
+      TypeError: something is not a list of numbers.
+      ValueError: the lists are nested deeper.
+    """
+    if isinstance(lists, str | bytes | Mapping) or not isinstance(lists, Iterable):
+        raise TypeError(f"`{name}` must be a list of lists; got {lists!r}.")
+    lists = list(lists)
+    for bag, row in enumerate(lists):
+        if isinstance(row, str | bytes | Mapping) or not isinstance(row, Sized):
+            raise TypeError(f"`{name}[{bag}]` must be a list; got {row!r}.")
+    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+    if lengths.sum() == 0:
+        return np.zeros(0, np.int32), lengths
+    deeper = f"`{name}` must be lists of numbers; got deeper lists."
+    try:
+        flat = _concatenate(lists)
+    except ValueError as error:
+        raise ValueError(deeper) from error
+    if flat.ndim != 1:
+        raise ValueError(deeper)
+    if flat.dtype.kind not in "iuf":
+        raise TypeError(f"`{name}` must hold numbers; got {_stranger(name, lists)}.")
+    return flat, lengths
+
+
+def describe_mismatch(lengths: np.ndarray, own: np.ndarray) -> str:
+    """Say where `weights`, of lengths `own`, and `ids` differ."""
+    if len(lengths) != len(own):
+        return f"`weights` must hold {len(lengths)} lists, as `ids`; got {len(own)}."
+    bag = int(np.argmax(lengths != own))
+    return (
+        f"`weights[{bag}]` must have the length of `ids[{bag}]`, {lengths[bag]}; "
+        f"got {own[bag]}."
+    )
+
+
+def bucket(n: int, minimum: int = 64) -> int:
+    """Round a capacity up to one of few: 4, 5, 6 or 7 times a power of two.
+
+    At most a quarter is added, and a stream of batches of sizes up to N meets about
+    4 * log2(N / minimum) shapes, each of which is compiled once.
+
+    Args:
+      n: the number of slots needed, at least 0.
+      minimum: the smallest capacity, a power of two, at least 4.
+
+    Raises:
+      TypeError, ValueError: `n` or `minimum` is no such number.
+
+    Example:
+      >>> [jbag.bucket(n) for n in (3, 65, 1000, 1025)]
+      [64, 80, 1024, 1280]
+    """
+    n = check_integer("n", n, low=0)
+    minimum = check_integer("minimum", minimum, low=4)
+    if minimum & (minimum - 1):
+        raise ValueError(f"`minimum` must be a power of two; got {minimum}.")
+    if n <= minimum:
+        return minimum
+    step = 1 << ((n - 1).bit_length() - 3)
+    return -(-n // step) * step
+
+
+def _concatenate(lists: list) -> np.ndarray:
+    if all(isinstance(row, list | tuple) for row in lists):
+        return np.array(list(itertools.chain.from_iterable(lists)))
+    # An empty array is of some floating dtype by default: it has no say.
+    rows = [np.asarray(row if hasattr(row, "dtype") else list(row)) for row in lists]
+    return np.concatenate([row for row in rows if row.size])
+
+
+def _stranger(name: str, lists: list) -> str:
+    for bag, row in enumerate(lists):
+        for at, value in enumerate(row):
+            if isinstance(value, bool | np.bool_) or not isinstance(
+                value, int | float | np.number
+            ):
+                return f"{value!r} at `{name}[{bag}][{at}]`"
+    return "numbers of more than 64 bits"

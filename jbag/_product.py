@@ -1,0 +1,332 @@
+"""The operations of the bag as JAX primitives, and their derivative rules.
+
+With A the sparse [B, V] matrix of the bags (ids, offsets, coefficients c):
+
+    product               A @ table              [B, D]
+    transposed_product    A.T @ cotangent        [V, D]
+    sampled_dots          <table[id], cotangent[bag]>, one per slot
+
+Each is linear in its arrays, and each one's derivatives are the other two, so that they
+are closed under differentiation. `extremum` is the product over (max, *) or (min, *);
+its derivative follows the winning slot.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.interpreters import ad
+from jaxtyping import Array, Float, Int
+
+from jbag._kernels import xla
+from jbag._primitive import bind, define, equally_varying, layout
+
+Ids = xla.Ids
+Offsets = xla.Offsets
+Slots = xla.Slots
+
+
+def product(
+    table: Float[Array, "V D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    implementation: str | None,
+) -> Float[Array, "B D"]:
+    """Sum c[i] * table[ids[i]] over each bag, in the accumulation dtype."""
+    return bind(
+        _product, (table,), ids, offsets, coefficients, implementation=implementation
+    )
+
+
+def transposed_product(
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    num_embeddings: int,
+    dtype: jnp.dtype,
+    implementation: str | None,
+) -> Float[Array, "{num_embeddings} D"]:
+    """Sum c[i] * cotangent[bag of i] over each row of the table, rounded once."""
+    return bind(
+        _transposed_product,
+        (cotangent,),
+        ids,
+        offsets,
+        coefficients,
+        num_embeddings=num_embeddings,
+        dtype=jnp.dtype(dtype),
+        implementation=implementation,
+    )
+
+
+def sampled_dots(
+    table: Float[Array, "V D"],
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    *,
+    implementation: str | None,
+) -> Slots:
+    """Return <table[ids[i]], cotangent[bag of i]> for each slot."""
+    return bind(
+        _sampled_dots,
+        (table, cotangent),
+        ids,
+        offsets,
+        None,
+        implementation=implementation,
+    )
+
+
+def product_scaled(
+    table: Float[Array, "V D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    value_scale: Slots | None,
+    gradient_scale: Slots | None,
+    *,
+    implementation: str | None,
+) -> Float[Array, "B D"]:
+    """Like `product`, with each slot's row scaled.
+
+    `value_scale` is seen by the value and by the gradient to the coefficients,
+    `gradient_scale` by the gradient to the table; both are constants to autodiff.
+    """
+    if value_scale is None and gradient_scale is None:
+        return product(table, ids, offsets, coefficients, implementation=implementation)
+    return _product_scaled(
+        implementation, table, ids, offsets, coefficients, value_scale, gradient_scale
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product_scaled(
+    implementation, table, ids, offsets, coefficients, value_scale, gradient_scale
+):
+    del gradient_scale
+    scaled = _times(coefficients, value_scale)
+    return product(table, ids, offsets, scaled, implementation=implementation)
+
+
+@functools.partial(_product_scaled.defjvp, symbolic_zeros=True)
+def _product_scaled_jvp(implementation, primals, tangents):
+    table, ids, offsets, coefficients, value_scale, gradient_scale = primals
+    pool = functools.partial(product, implementation=implementation)
+    value = _product_scaled(implementation, *primals)
+    tangent = jnp.zeros_like(value)
+    if _varies(tangents[0]):
+        scaled = _times(coefficients, gradient_scale)
+        tangent += pool(tangents[0], ids, offsets, scaled)
+    if coefficients is not None and _varies(tangents[3]):
+        tangent += pool(table, ids, offsets, _times(tangents[3], value_scale))
+    return value, tangent
+
+
+def extremum(
+    table: Float[Array, "V D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    value_scale: Slots | None,
+    gradient_scale: Slots | None,
+    *,
+    largest: bool,
+    implementation: str | None,
+) -> Float[Array, "B D"]:
+    """Return the largest (smallest) c[i] * table[ids[i]] of each bag and feature.
+
+    The scales are those of `product_scaled`.
+    """
+    values, _ = _extremum_scaled(
+        (largest, implementation),
+        table,
+        ids,
+        offsets,
+        coefficients,
+        value_scale,
+        gradient_scale,
+    )
+    return values
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _extremum_scaled(
+    options, table, ids, offsets, coefficients, value_scale, gradient_scale
+):
+    del gradient_scale
+    largest, implementation = options
+    values, slots = bind(
+        _extremum,
+        (table,),
+        ids,
+        offsets,
+        _times(coefficients, value_scale),
+        largest=largest,
+        implementation=implementation,
+    )
+    return values, slots
+
+
+@functools.partial(_extremum_scaled.defjvp, symbolic_zeros=True)
+def _extremum_scaled_jvp(options, primals, tangents):
+    table, ids, _, coefficients, value_scale, gradient_scale = primals
+    values, slots = _extremum_scaled(options, *primals)
+    won = _at_slots(ids, slots, empty=-1)
+    tangent = jnp.zeros_like(values)
+    if _varies(tangents[0]):
+        scale = _times(coefficients, gradient_scale)
+        rows = _pick(tangents[0], won)
+        tangent += rows if scale is None else _at_slots(scale, slots) * rows
+    if coefficients is not None and _varies(tangents[3]):
+        moved = tangents[3] if value_scale is None else tangents[3] * value_scale
+        tangent += _at_slots(moved, slots) * _pick(table, won)
+    return (values, slots), (tangent, np.zeros(slots.shape, jax.dtypes.float0))
+
+
+def _pick(table: Float[Array, "V D"], rows: Int[Array, "B D"]) -> Float[Array, "B D"]:
+    """Return table[rows[b, d], d]: zero at a negative row, NaN past the last."""
+    # Cast first: the transpose then accumulates in float32 and rounds once.
+    wide = table.astype(xla.accumulation_dtype(table.dtype))
+    outside = jnp.where(rows < 0, table.shape[0], rows)
+    pick = functools.partial(xla.take, fill=jnp.nan)
+    picked = jax.vmap(pick, in_axes=1, out_axes=1)(wide, outside)
+    return jnp.where(rows < 0, 0, picked)
+
+
+def _at_slots(x: Array, slots: Int[Array, "B D"], empty: int = 0) -> Array:
+    """Return x at each flat slot, `empty` where the slot lies past the last."""
+    return xla.take(x.reshape(-1), slots, empty)
+
+
+def _times(a: Array | None, b: Array | None) -> Array | None:
+    """Multiply where None stands for ones."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a * b
+
+
+def _varies(tangent: Any) -> bool:
+    return not isinstance(tangent, SymbolicZero)
+
+
+_product = define("product", dense=["rows"], coefficients=True, outputs=["bags"])
+_transposed_product = define(
+    "transposed_product", dense=["bags"], coefficients=True, outputs=["rows"]
+)
+_sampled_dots = define(
+    "sampled_dots", dense=["rows", "bags"], coefficients=False, outputs=["slots"]
+)
+_extremum = define(
+    "extremum", dense=["rows"], coefficients=True, outputs=["bags", "winners"]
+)
+
+
+# Derivatives.
+
+
+def _jvp(primitive, primals, tangents, **params):
+    """Differentiate an operation that is linear in each floating operand."""
+    value = primitive.bind(*equally_varying(*primals), **params)
+    tangent = None
+    for position, moved in enumerate(tangents):
+        if isinstance(moved, ad.Zero) or moved.dtype == jax.dtypes.float0:
+            continue
+        operands = [*primals[:position], moved, *primals[position + 1 :]]
+        term = primitive.bind(*equally_varying(*operands), **params)
+        tangent = term if tangent is None else ad.add_tangents(tangent, term)
+    if tangent is None:
+        tangent = ad.Zero(jax.typeof(value).to_tangent_aval())
+    return value, tangent
+
+
+def _transpose(num_dense, rules, cotangent, *operands, **params):
+    """Transpose in the one operand that is unknown; `rules` has one for each place.
+
+    The places are the dense operands and, last, the coefficients.
+    """
+    unknown = [ad.is_undefined_primal(x) for x in operands]
+    place = unknown.index(True)
+    result: list[Any] = [None] * len(operands)
+    if isinstance(cotangent, ad.Zero):
+        result[place] = ad.Zero(operands[place].aval)
+        return result
+    rule = rules[min(place, num_dense)]
+    dense, ids, offsets, coefficients = layout(num_dense, operands)
+    result[place] = rule(cotangent, dense, ids, offsets, coefficients, **params)
+    return result
+
+
+def _product_to_table(cotangent, dense, ids, offsets, coefficients, *, implementation):
+    table = dense[0].aval
+    return transposed_product(
+        cotangent,
+        ids,
+        offsets,
+        coefficients,
+        num_embeddings=table.shape[0],
+        dtype=table.dtype,
+        implementation=implementation,
+    )
+
+
+def _product_to_coefficients(
+    cotangent, dense, ids, offsets, coefficients, *, implementation
+):
+    del coefficients
+    return sampled_dots(
+        dense[0], cotangent, ids, offsets, implementation=implementation
+    )
+
+
+def _transposed_to_cotangent(
+    table, dense, ids, offsets, coefficients, *, implementation, **_
+):
+    del dense
+    return product(table, ids, offsets, coefficients, implementation=implementation)
+
+
+def _transposed_to_coefficients(
+    table, dense, ids, offsets, coefficients, *, implementation, **_
+):
+    del coefficients
+    return sampled_dots(table, dense[0], ids, offsets, implementation=implementation)
+
+
+def _dots_to_table(slots, dense, ids, offsets, coefficients, *, implementation):
+    del coefficients
+    table, cotangent = dense
+    return transposed_product(
+        cotangent,
+        ids,
+        offsets,
+        slots,
+        num_embeddings=table.aval.shape[0],
+        dtype=table.aval.dtype,
+        implementation=implementation,
+    )
+
+
+def _dots_to_cotangent(slots, dense, ids, offsets, coefficients, *, implementation):
+    del coefficients
+    return product(dense[0], ids, offsets, slots, implementation=implementation)
+
+
+for _primitive, _num_dense, _rules in (
+    (_product, 1, (_product_to_table, _product_to_coefficients)),
+    (_transposed_product, 1, (_transposed_to_cotangent, _transposed_to_coefficients)),
+    (_sampled_dots, 2, (_dots_to_table, _dots_to_cotangent)),
+):
+    ad.primitive_jvps[_primitive] = functools.partial(_jvp, _primitive)
+    ad.primitive_transposes[_primitive] = functools.partial(
+        _transpose, _num_dense, _rules
+    )

@@ -1,0 +1,68 @@
+"""The state of a `torch.nn.EmbeddingBag`, read and written.
+
+PyTorch is imported where a module of it is at hand or asked for, not before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+if TYPE_CHECKING:
+    import torch
+
+_SHARED_OPTIONS = (
+    "mode",
+    "padding_idx",
+    "include_last_offset",
+    "max_norm",
+    "norm_type",
+    "scale_grad_by_freq",
+    "sparse",
+)
+
+
+def read(module: torch.nn.EmbeddingBag) -> tuple[Float[Array, "V D"], dict[str, Any]]:
+    """Return a copy of the module's table, and the options of ours that match it."""
+    import torch
+
+    if not isinstance(module, torch.nn.EmbeddingBag):
+        raise TypeError(
+            f"`module` must be a torch.nn.EmbeddingBag; got {type(module).__name__}."
+        )
+    weight = module.weight.detach().cpu()
+    if weight.dtype == torch.bfloat16:  # which NumPy lacks
+        table = weight.view(torch.int16).numpy().view(jnp.bfloat16)
+    else:
+        table = weight.numpy()
+    options = {name: getattr(module, name) for name in _SHARED_OPTIONS}
+    options |= {
+        "num_embeddings": module.num_embeddings,
+        "features": module.embedding_dim,
+        "freeze": not module.weight.requires_grad,
+    }
+    return jnp.array(table), options
+
+
+def write(table: Float[Array, "V D"], module: Any) -> torch.nn.EmbeddingBag:
+    """Return a PyTorch module with a copy of the table and our module's options."""
+    import torch
+
+    if module.mode not in ("sum", "mean", "max"):
+        raise ValueError(
+            f"`mode` must be 'sum', 'mean' or 'max' in PyTorch; got {module.mode!r}."
+        )
+    host = np.array(jax.device_get(table))
+    if host.dtype == jnp.bfloat16:
+        weight = torch.from_numpy(host.view(np.int16)).view(torch.bfloat16)
+    else:
+        weight = torch.from_numpy(host)
+    options = {name: getattr(module, name) for name in _SHARED_OPTIONS}
+    rows, features = weight.shape
+    result = torch.nn.EmbeddingBag(rows, features, _weight=weight, **options)
+    result.weight.requires_grad_(not module.freeze)
+    return result

@@ -1,0 +1,173 @@
+"""The embedding bag as a Flax Linen module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from jbag import _torch
+from jbag._bags import Bags
+from jbag._shell import (
+    Initializer,
+    check_options,
+    default_embedding_init,
+    initialize,
+    pool,
+    pretrained_options,
+)
+from jbag._validation import Floats, Integers
+
+if TYPE_CHECKING:
+    import torch
+
+
+class EmbeddingBag(nn.Module):
+    """A table of embeddings, pooled over bags of ids by `jbag.embedding_bag`.
+
+    The table is the parameter "embedding", [V, D]. Frozen, it is in the collection
+    "frozen" instead, out of reach of `jax.grad` over the parameters, of optimizers and
+    of their weight decay.
+
+    Attributes:
+      num_embeddings: V.
+      features: D.
+      mode: "mean", "sum", "sqrtn", "max" or "min".
+      padding_idx: the row that stands for nothing; it starts as zeros.
+      include_last_offset: whether offsets end with the number of slots in use.
+      max_norm: rows are used scaled down to this norm.
+      norm_type: p of that norm.
+      scale_grad_by_freq: divide each row's gradient by its count in the batch.
+      sparse: ask for a row-sparse gradient where the caller can take one.
+      dtype: of the result; None for the table's own. Pooling runs in float32 at least,
+        and only the result is cast: a large table is never copied to another dtype.
+      param_dtype: of the table.
+      embedding_init: the table's initializer, called with (key, shape, dtype). The
+        default draws from N(0, 1 / D), as `flax.linen.Embed` does; PyTorch's draws from
+        N(0, 1), which is `jax.nn.initializers.normal(1.0)`. Partitioning metadata comes
+        with `nn.with_partitioning` around it.
+      implementation: the kernel by name, or None for the platform's best one.
+      freeze: whether the table is kept from training.
+
+    Example:
+      >>> bag = jbag.EmbeddingBag(num_embeddings=10, features=2, mode="sum")
+      >>> bags = jbag.Bags.from_lists([[0, 1, 2, 3], [4, 5], [6, 0, 7, 8]])
+      >>> variables = bag.init(jax.random.key(0), bags)
+      >>> bag.apply(variables, bags).shape
+      (3, 2)
+    """
+
+    num_embeddings: int
+    features: int
+    mode: str = "mean"
+    padding_idx: int | None = None
+    include_last_offset: bool = False
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    scale_grad_by_freq: bool = False
+    sparse: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    embedding_init: Initializer = default_embedding_init
+    implementation: str | None = None
+    freeze: bool = False
+
+    def setup(self) -> None:
+        """Check the options and make the table."""
+        check_options(self)
+        if self.freeze:
+            self.frozen = self.variable(
+                "frozen", "embedding", lambda: self._first(self.make_rng("params"))
+            )
+        else:
+            self.embedding = self.param("embedding", self._first)
+
+    def _first(self, key: Array) -> Any:
+        return initialize(self, self.embedding_init, key, jax.tree.map)
+
+    def __call__(
+        self,
+        indices: Integers | Bags,
+        offsets: Integers | None = None,
+        weights: Floats | None = None,
+    ) -> Float[Array, "B D"]:
+        """Pool the bags; see `jbag.embedding_bag` for the arguments and errors.
+
+        Args:
+          indices: [N] with `offsets`, [B, L], or a `Bags`.
+          offsets: [B] or [B + 1], or None.
+          weights: of the shape of `indices`, or None.
+
+        Returns:
+          [B, D], of `dtype`.
+        """
+        table = self.frozen.value if self.freeze else self.embedding
+        return pool(self, table, indices, offsets, weights)
+
+    @classmethod
+    def from_pretrained(
+        cls, table: ArrayLike, freeze: bool = True, **options: Any
+    ) -> EmbeddingBag:
+        """Return a module that starts from `table`, frozen unless told otherwise.
+
+        Args:
+          table: [V, D], floating.
+          freeze: whether the table is kept from training.
+          **options: of the module.
+
+        Raises:
+          TypeError, ValueError: `table` is not a floating matrix.
+
+        Example:
+          >>> table = jax.numpy.ones((10, 2))
+          >>> bag = jbag.EmbeddingBag.from_pretrained(table, mode="sum")
+          >>> variables = bag.init(jax.random.key(0), [[1, 2]])
+          >>> bag.apply(variables, [[1, 2], [3, 4]])
+          Array([[2., 2.],
+                 [2., 2.]], dtype=float32)
+        """
+        return cls(freeze=freeze, **pretrained_options(table, options))
+
+
+def from_torch(module: torch.nn.EmbeddingBag) -> tuple[EmbeddingBag, dict[str, Any]]:
+    """Return the Linen module and the variables that equal a PyTorch module.
+
+    Args:
+      module: its state is copied; a weight that requires no gradient comes frozen.
+
+    Returns:
+      (module, variables): `module.apply(variables, indices, offsets)` gives what the
+      PyTorch module gives.
+
+    Raises:
+      TypeError: `module` is not a `torch.nn.EmbeddingBag`.
+
+    Example:
+      >>> module = torch.nn.EmbeddingBag(10, 3)  # doctest: +SKIP
+      >>> bag, variables = jbag.from_torch(module)  # doctest: +SKIP
+    """
+    table, options = _torch.read(module)
+    bag = EmbeddingBag(param_dtype=table.dtype, **options)
+    return bag, {"frozen" if bag.freeze else "params": {"embedding": table}}
+
+
+def to_torch(module: EmbeddingBag, variables: Any) -> torch.nn.EmbeddingBag:
+    """Return the PyTorch module that equals a Linen module with its variables.
+
+    Args:
+      module: `dtype`, `implementation` and initializers have no counterpart there.
+      variables: what `module.init` returned, or training made of it.
+
+    Raises:
+      ValueError: PyTorch lacks the module's mode.
+
+    Example:
+      >>> module = jbag.to_torch(bag, variables)  # doctest: +SKIP
+    """
+    variables = nn.meta.unbox(variables)
+    table = variables["frozen" if module.freeze else "params"]["embedding"]
+    return _torch.write(table, module)
