@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jbag._bag import embedding_bag as embedding_bag
 from jbag._bags import Bags as Bags
@@ -24,7 +24,7 @@ _MODULES = ("linen", "nnx")
 _FROM_LINEN = ("EmbeddingBag", "from_torch", "to_torch")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _MODULES:
         return importlib.import_module(f"jbag.{name}")
     if name in _FROM_LINEN:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jbag import _product
 from jbag._bags import Bags
 from jbag._kernels import check_implementation
-from jbag._kernels.xla import accumulation_dtype, take
+from jbag._kernels.xla import Size, accumulation_dtype, take
 from jbag._norm import check_norm, row_scale
 from jbag._validation import (
     Floats,
@@ -232,7 +232,8 @@ def _pool(
     if padding_idx is not None:
         ids = jnp.where(indices == padding_idx, -1, ids)
     if offsets is not None:
-        ids = jnp.where(jnp.arange(ids.size) < offsets[-1], ids, -1)
+        slots = jnp.arange(ids.size, dtype=offsets.dtype)
+        ids = jnp.where(slots < offsets[-1], ids, -1)
     if weights is not None:
         # What stands beside an empty slot, a NaN say, must not reach the gradient.
         weights = jnp.where(ids < 0, 0, weights.astype(dtype))
@@ -243,13 +244,13 @@ def _pool(
         counts = _occurrences(ids, offsets, num_embeddings, dtype, implementation)
         gradient_scale = 1 / counts
 
-    slots = (ids, offsets, weights, value_scale, gradient_scale)
+    bags = (ids, offsets, weights, value_scale, gradient_scale)
     if mode in ("max", "min"):
         out = _product.extremum(
-            table, *slots, largest=mode == "max", implementation=implementation
+            table, *bags, largest=mode == "max", implementation=implementation
         )
     else:
-        out = _product.product_scaled(table, *slots, implementation=implementation)
+        out = _product.product_scaled(table, *bags, implementation=implementation)
         if mode != "sum":
             out = _divide(
                 out,
@@ -272,7 +273,7 @@ def _divide(
     *,
     mode: str,
     padded: bool,
-    num_embeddings: int,
+    num_embeddings: Size,
     implementation: str | None,
 ) -> Float[Array, "B D"]:
     """Divide the sums by what makes them means ("mean") or of unit scale ("sqrtn")."""

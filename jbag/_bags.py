@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -74,8 +74,8 @@ class Bags:
     @classmethod
     def from_lists(
         cls,
-        ids: Sequence[Sequence[int]],
-        weights: Sequence[Sequence[float]] | None = None,
+        ids: Iterable[Integers],
+        weights: Iterable[Floats] | None = None,
         *,
         capacity: int | None = None,
         num_bags: int | None = None,

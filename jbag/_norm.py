@@ -54,9 +54,8 @@ def renorm(
 
     Example:
       >>> table = jax.numpy.array([[3.0, 4.0], [30.0, 40.0]])
-      >>> jbag.renorm(table, [0], max_norm=1.0).round(3)
-      Array([[ 0.6,  0.8],
-             [30. , 40. ]], dtype=float32)
+      >>> jbag.renorm(table, [0], max_norm=1.0)[0].round(3)
+      Array([0.6, 0.8], dtype=float32)
     """
     table = check_table(table)
     max_norm, norm_type = check_norm(max_norm, norm_type)

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
 from jaxtyping import Array, Float, Int
@@ -51,10 +50,10 @@ def transposed_product(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    num_embeddings: int,
+    num_embeddings: xla.Size,
     dtype: jnp.dtype,
     implementation: str | None,
-) -> Float[Array, "{num_embeddings} D"]:
+) -> Float[Array, "V D"]:
     """Sum c[i] * cotangent[bag of i] over each row of the table, rounded once."""
     return bind(
         _transposed_product,
@@ -147,50 +146,40 @@ def extremum(
 
     The scales are those of `product_scaled`.
     """
-    values, _ = _extremum_scaled(
-        (largest, implementation),
-        table,
-        ids,
-        offsets,
-        coefficients,
-        value_scale,
-        gradient_scale,
-    )
-    return values
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _extremum_scaled(
-    options, table, ids, offsets, coefficients, value_scale, gradient_scale
-):
-    del gradient_scale
-    largest, implementation = options
+    scaled = _times(coefficients, value_scale)
     values, slots = bind(
         _extremum,
-        (table,),
+        (jax.lax.stop_gradient(table),),
         ids,
         offsets,
-        _times(coefficients, value_scale),
+        jax.lax.stop_gradient(scaled),
         largest=largest,
         implementation=implementation,
     )
-    return values, slots
+    return _follow(values, slots, table, ids, coefficients, value_scale, gradient_scale)
 
 
-@functools.partial(_extremum_scaled.defjvp, symbolic_zeros=True)
-def _extremum_scaled_jvp(options, primals, tangents):
-    table, ids, _, coefficients, value_scale, gradient_scale = primals
-    values, slots = _extremum_scaled(options, *primals)
+@jax.custom_jvp
+def _follow(values, slots, table, ids, coefficients, value_scale, gradient_scale):
+    """Return the values; derivatives follow the winning slots."""
+    del slots, table, ids, coefficients, value_scale, gradient_scale
+    return values
+
+
+@functools.partial(_follow.defjvp, symbolic_zeros=True)
+def _follow_jvp(primals, tangents):
+    _, slots, table, ids, coefficients, value_scale, gradient_scale = primals
+    values = _follow(*primals)
     won = _at_slots(ids, slots, empty=-1)
     tangent = jnp.zeros_like(values)
-    if _varies(tangents[0]):
+    if _varies(tangents[2]):
         scale = _times(coefficients, gradient_scale)
-        rows = _pick(tangents[0], won)
+        rows = _pick(tangents[2], won)
         tangent += rows if scale is None else _at_slots(scale, slots) * rows
-    if coefficients is not None and _varies(tangents[3]):
-        moved = tangents[3] if value_scale is None else tangents[3] * value_scale
+    if coefficients is not None and _varies(tangents[4]):
+        moved = tangents[4] if value_scale is None else tangents[4] * value_scale
         tangent += _at_slots(moved, slots) * _pick(table, won)
-    return (values, slots), (tangent, np.zeros(slots.shape, jax.dtypes.float0))
+    return values, tangent
 
 
 def _pick(table: Float[Array, "V D"], rows: Int[Array, "B D"]) -> Float[Array, "B D"]:

@@ -18,9 +18,7 @@ from jbag._validation import (
 AnyArray = Array | np.ndarray
 
 
-def offsets_to_segment_ids(
-    offsets: Integers, capacity: int
-) -> Int[AnyArray, " {capacity}"]:
+def offsets_to_segment_ids(offsets: Integers, capacity: int) -> Int[AnyArray, " N"]:
     """Return the bag of each slot: how many bags end at or before it.
 
     Args:

@@ -90,9 +90,12 @@ def check_weights(
 
 
 def check_offsets(
-    offsets: Any, capacity: int, *, include_last_offset: bool
+    offsets: Any, capacity: Any, *, include_last_offset: bool
 ) -> jax.Array | np.ndarray:
-    """Return offsets [B + 1] over `capacity` slots, on the host if they were there."""
+    """Return offsets [B + 1] over `capacity` slots, on the host if they were there.
+
+    The capacity is an int, or a symbolic size under `jax.export`.
+    """
     offsets = check_integers("offsets", offsets)
     if offsets.ndim != 1:
         raise ValueError(f"`offsets` must be 1-D; got shape {offsets.shape}.")
@@ -100,7 +103,7 @@ def check_offsets(
         raise ValueError(
             "`offsets` must hold B + 1 entries with include_last_offset; got none."
         )
-    if not include_last_offset and offsets.size == 0 and capacity > 0:
+    if not include_last_offset and offsets.size == 0 and capacity != 0:
         raise ValueError(
             f"`offsets` must start at 0; got none, for {capacity} `indices`."
         )

@@ -14,11 +14,15 @@ A bag whose offsets are malformed (see `bag_bounds`) is NaN and receives nothing
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 # `slots` is N or B L, and `ends` is B + 1.
+# A size is an int, or symbolic under `jax.export`.
+Size = Any
 Ids = Int[Array, "*slots"]
 Offsets = Int[Array, " ends"] | None
 Slots = Float[Array, "*slots"]
@@ -30,7 +34,7 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def bag_bounds(
-    offsets: Int[Array, " ends"], capacity: int
+    offsets: Int[Array, " ends"], capacity: Size
 ) -> tuple[Int[Array, " ends"], Bool[Array, " B"]]:
     """Return offsets that partition the slots, and which bags were malformed.
 
@@ -42,9 +46,7 @@ def bag_bounds(
     return bounds, moved[:-1] | moved[1:]
 
 
-def segment_ids(
-    bounds: Int[Array, " ends"], capacity: int
-) -> Int[Array, " {capacity}"]:
+def segment_ids(bounds: Int[Array, " ends"], capacity: Size) -> Int[Array, " N"]:
     """Return the bag of each slot, B where the slot lies past the last bag."""
     ends = jnp.zeros(capacity + 1, jnp.int32).at[bounds[1:]].add(1)
     return jnp.cumsum(ends[:capacity])
@@ -75,9 +77,9 @@ def transposed_product(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    num_embeddings: int,
+    num_embeddings: Size,
     dtype: jnp.dtype,
-) -> Float[Array, "{num_embeddings} D"]:
+) -> Float[Array, "V D"]:
     """Return out[v] = sum of c[i] * cotangent[bag of i] over the slots i that hold v.
 
     Accumulates in the dtype of `cotangent`; rounds to `dtype` once.
@@ -165,7 +167,7 @@ def take(
     num_rows = x.shape[0]
     if num_rows == 0:
         return jnp.full((*index.shape, *x.shape[1:]), fill, x.dtype)
-    # JAX narrows a 64-bit index to 32 bits where the rows fit in them; it must not wrap.
+    # JAX narrows a 64-bit index to 32 bits where the rows fit: it must not wrap.
     index = jnp.minimum(index, num_rows)
     return x.at[index].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
 

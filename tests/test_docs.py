@@ -1,0 +1,84 @@
+"""Every example in a docstring, and every block of code in the README, runs."""
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy
+import pytest
+
+import jbag
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+FLAGS = (
+    doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+)
+
+MODULES = ["jbag"] + [
+    module.name for module in pkgutil.walk_packages(jbag.__path__, "jbag.")
+]
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    """Examples run under JAX's defaults."""
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    module = importlib.import_module(name)
+    names = {"jbag": jbag, "jax": jax, "jnp": jnp, "numpy": numpy, "flax": flax}
+    results = doctest.testmod(module, extraglobs=names, optionflags=FLAGS)
+    assert results.failed == 0
+
+
+PUBLIC = [
+    name
+    for name in dir(jbag)
+    if not name.startswith("_") and callable(getattr(jbag, name))
+]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_have_an_example(name):
+    assert ">>>" in getattr(jbag, name).__doc__
+
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = README.read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) >= 4
+    names: dict = {}
+    for number, block in enumerate(blocks):
+        parser = doctest.DocTestParser()
+        if ">>>" in block:
+            test = parser.get_doctest(block, names, f"README block {number}", None, 0)
+            runner = doctest.DocTestRunner(optionflags=FLAGS)
+            runner.run(test, clear_globs=False)
+            names.update(test.globs)
+            assert runner.summarize().failed == 0
+        else:
+            exec(compile(block, f"README block {number}", "exec"), names)
+
+
+def test_readme_names_every_public_name():
+    text = README.read_text()
+    for name in PUBLIC:
+        assert name in text
+
+
+def test_the_core_imports_neither_flax_nor_optax():
+    import subprocess
+    import sys
+
+    check = (
+        "import sys, jbag; jbag.embedding_bag; "
+        "assert not {'flax', 'optax', 'torch'} & set(sys.modules), 'imported'"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)

@@ -1,0 +1,605 @@
+"""The fourteen meanings, each over every implementation, against the oracle."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from oracle import MODES, assert_close
+
+import jbag
+
+WORKED_IDS = [0, 1, 2, 3, 4, 5, 6, 0, 7, 8]
+WORKED_OFFSETS = [0, 4, 6, 10]
+
+# Flat ids with offsets [B + 1]: what every mode must get right.
+CASES = {
+    "worked example": (WORKED_IDS, WORKED_OFFSETS),
+    "empty bags at both ends and within": ([3, 1, 2], [0, 0, 2, 2, 3, 3]),
+    "all bags empty": ([], [0, 0, 0]),
+    "no bags": ([], [0]),
+    "duplicates": ([4, 4, 4, 1, 4, 1, 1], [0, 3, 7]),
+    "one huge bag": ([7] + [0, 5, 9] * 300 + [2], [0, 1, 901, 902]),
+    "tail slots": ([1, 2, 3, 4, 5], [0, 1, 3]),
+    "nothing but tail": ([1, 2, 3], [0, 0]),
+    "no bags and tail": ([1, 2, 3], [0]),
+}
+
+
+def make_table(dtype="float32", rows=10, features=3, seed=0):
+    table = np.random.default_rng(seed).normal(size=(rows, features))
+    return jnp.asarray(table, dtype)
+
+
+def make_weights(size, dtype="float32", seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=size) + 0.3, dtype)
+
+
+def check(table, ids, offsets, mode, weights=None, **options):
+    """Compare value and gradients with the oracle."""
+    padding_idx = options.get("padding_idx")
+    if padding_idx is not None:
+        padding_idx %= len(table)
+    meant = {
+        k: options[k] for k in ("max_norm", "norm_type") if options.get(k) is not None
+    }
+    bags = oracle.slices(ids, offsets, weights)
+    ids = jnp.asarray(ids, jnp.int32)
+
+    def pool(table, weights):
+        return jbag.embedding_bag(
+            table,
+            ids,
+            jnp.asarray(offsets),
+            mode=mode,
+            weights=weights,
+            include_last_offset=True,
+            **options,
+        )
+
+    expected = oracle.forward(table, bags, mode, padding_idx, **meant)
+    actual, pullback = jax.vjp(pool, table, weights)
+    assert actual.dtype == table.dtype
+    assert_close(actual, expected)
+
+    cotangent = jnp.asarray(
+        np.random.default_rng(2).normal(size=expected.shape), table.dtype
+    )
+    to_table, to_weights = pullback(cotangent)
+    freq = {"scale_grad_by_freq": options.get("scale_grad_by_freq", False)}
+    meant_table, meant_weights = oracle.gradients(
+        table, bags, cotangent, mode, padding_idx, **meant, **freq
+    )
+    assert to_table.dtype == table.dtype
+    assert_close(to_table, meant_table)
+    if weights is not None:
+        assert to_weights.dtype == weights.dtype
+        flat = np.zeros(len(ids))
+        flat[: offsets[-1]] = np.concatenate([np.zeros(0), *meant_weights])
+        assert_close(to_weights, flat)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_value_and_gradients_equal_the_oracle(case, mode, weighted, implementation):
+    ids, offsets = CASES[case]
+    weights = make_weights(len(ids)) if weighted else None
+    check(make_table(), ids, offsets, mode, weights, implementation=implementation)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_dtype_equals_the_oracle(dtype, mode, weighted, implementation):
+    weights = make_weights(10, dtype) if weighted else None
+    table = make_table(dtype)
+    check(
+        table, WORKED_IDS, WORKED_OFFSETS, mode, weights, implementation=implementation
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("x64")
+def test_float64_equals_the_oracle(mode, weighted, implementation):
+    weights = make_weights(10, "float64") if weighted else None
+    table = make_table("float64")
+    check(
+        table, WORKED_IDS, WORKED_OFFSETS, mode, weights, implementation=implementation
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("features", [0, 1, 3, 10, 64, 300])
+def test_every_width_equals_the_oracle(features, mode, implementation):
+    table = make_table(features=features)
+    check(table, WORKED_IDS, WORKED_OFFSETS, mode, None, implementation=implementation)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("mode", MODES)
+def test_random_bags_with_every_option_equal_the_oracle(mode, seed, implementation):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 6, size=rng.integers(1, 12))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = rng.integers(0, 10, size=offsets[-1] + rng.integers(0, 5))
+    check(
+        make_table(seed=seed),
+        ids.tolist(),
+        offsets.tolist(),
+        mode,
+        make_weights(len(ids), seed=seed) if seed % 2 else None,
+        padding_idx=[None, 3, -1][seed % 3],
+        max_norm=[None, 1.1][seed // 2 % 2],
+        norm_type=[2.0, 1.0, np.inf, 3.0][seed % 4],
+        scale_grad_by_freq=bool(seed // 4),
+        implementation=implementation,
+    )
+
+
+@pytest.mark.parametrize("padding_idx", [None, 4, -10])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("freq", [False, True])
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+@pytest.mark.parametrize("mode", MODES)
+def test_options_combine(mode, max_norm, freq, weighted, padding_idx):
+    ids = [0, 4, 2, 4, 4, 0, 4, 4, 7, 8, 0]
+    check(
+        make_table(),
+        ids,
+        [0, 4, 6, 8, 10],
+        mode,
+        make_weights(len(ids)) if weighted else None,
+        padding_idx=padding_idx,
+        max_norm=max_norm,
+        scale_grad_by_freq=freq,
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_last_offset_is_read_in_both_ways(mode):
+    table = make_table()
+    starts = jbag.embedding_bag(table, WORKED_IDS, [0, 4, 6], mode=mode)
+    ends = jbag.embedding_bag(
+        table, WORKED_IDS, WORKED_OFFSETS, mode=mode, include_last_offset=True
+    )
+    four_bags = jbag.embedding_bag(table, WORKED_IDS, WORKED_OFFSETS, mode=mode)
+    bags = jbag.embedding_bag(
+        table, jbag.Bags.from_lists([[0, 1, 2, 3], [4, 5], [6, 0, 7, 8]]), mode=mode
+    )
+    assert starts.shape == (3, 3)
+    np.testing.assert_array_equal(starts, ends)
+    np.testing.assert_array_equal(starts, bags)
+    np.testing.assert_array_equal(four_bags[:3], starts)
+    np.testing.assert_array_equal(four_bags[3], 0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(4, 5), (1, 1), (3, 0), (0, 4), (0, 0)])
+def test_rectangular_indices_are_bags_of_one_length(
+    shape, mode, weighted, implementation
+):
+    table = make_table()
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(rng.integers(0, 10, size=shape), jnp.int32)
+    weights = make_weights(shape) if weighted else None
+    options = {"mode": mode, "padding_idx": 3, "scale_grad_by_freq": True}
+    options |= {"max_norm": 1.0, "implementation": implementation}
+    offsets = jnp.arange(shape[0] + 1) * shape[1]
+
+    def rectangular(table, weights):
+        return jbag.embedding_bag(table, ids, weights=weights, **options)
+
+    def ragged(table, weights):
+        flat = None if weights is None else weights.reshape(-1)
+        return jbag.embedding_bag(
+            table,
+            ids.reshape(-1),
+            offsets,
+            weights=flat,
+            include_last_offset=True,
+            **options,
+        )
+
+    value, pullback = jax.vjp(rectangular, table, weights)
+    expected, expected_pullback = jax.vjp(ragged, table, weights)
+    assert value.shape == (shape[0], 3)
+    assert_close(value, expected)
+    cotangent = jnp.ones_like(value)
+    jax.tree.map(assert_close, pullback(cotangent), expected_pullback(cotangent))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tail_slots_may_hold_anything(mode, implementation):
+    table = make_table()
+    ids = jnp.array([1, 2, 99, -7, 2**31 - 1])
+    weights = jnp.array([1.0, 2.0, jnp.nan, jnp.inf, -jnp.inf])
+
+    def pool(table, weights):
+        return jbag.embedding_bag(
+            table,
+            ids,
+            jnp.array([0, 1, 2]),
+            mode=mode,
+            weights=weights,
+            include_last_offset=True,
+            scale_grad_by_freq=True,
+            max_norm=1.0,
+            implementation=implementation,
+        )
+
+    value, pullback = jax.vjp(pool, table, weights)
+    short, short_pullback = jax.vjp(
+        lambda t, w: jbag.embedding_bag(
+            t, ids[:2], jnp.array([0, 1]), mode=mode, weights=w, max_norm=1.0
+        ),
+        table,
+        weights[:2],
+    )
+    np.testing.assert_array_equal(value, short)
+    to_table, to_weights = pullback(jnp.ones_like(value))
+    expected_table, expected_weights = short_pullback(jnp.ones_like(value))
+    np.testing.assert_array_equal(to_table, expected_table)
+    np.testing.assert_array_equal(to_weights[:2], expected_weights)
+    np.testing.assert_array_equal(to_weights[2:], 0)
+
+
+@pytest.mark.parametrize("padding_idx", [2, -8])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_never_leaks(mode, weighted, padding_idx, implementation):
+    table = make_table().at[2].set(jnp.nan)
+    ids = jnp.array([2, 1, 2, 2, 3, 5])
+    weights = jnp.array([jnp.nan, 1.0, jnp.inf, 2.0, 3.0, -1.0]) if weighted else None
+
+    def pool(table, weights):
+        return jbag.embedding_bag(
+            table,
+            ids,
+            jnp.array([0, 2, 4]),
+            mode=mode,
+            weights=weights,
+            padding_idx=padding_idx,
+            max_norm=1.0,
+            implementation=implementation,
+        )
+
+    value, pullback = jax.vjp(pool, table, weights)
+    assert np.isfinite(value).all()
+    np.testing.assert_array_equal(value[1], 0)
+    to_table, to_weights = pullback(jnp.ones_like(value))
+    assert np.isfinite(to_table).all()
+    np.testing.assert_array_equal(to_table[2], 0)
+    if weighted:
+        assert np.isfinite(to_weights).all()
+        np.testing.assert_array_equal(to_weights[jnp.array([0, 2, 3])], 0)
+
+
+@pytest.mark.parametrize("mode", ["mean", "sqrtn"])
+def test_a_zero_denominator_pools_to_zero_with_zero_gradient(mode, implementation):
+    table = make_table()
+    weights = jnp.array([1.0, -1.0, 0.0]) if mode == "mean" else jnp.zeros(3)
+
+    def pool(table, weights):
+        return jbag.embedding_bag(
+            table,
+            [[1, 2, 3]],
+            mode=mode,
+            weights=weights[None],
+            implementation=implementation,
+        )
+
+    value, pullback = jax.vjp(pool, table, weights)
+    np.testing.assert_array_equal(value, 0)
+    for gradient in pullback(jnp.ones_like(value)):
+        np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("sum", [7.0, 8.0]), ("mean", [7 / 4, 2.0]), ("sqrtn", [2.21359436, 2.52982213])],
+)
+def test_weighted_modes_mean_what_tensorflow_means(mode, expected):
+    # tf.nn.embedding_lookup_sparse documents sum(w e) / sum(w) and / sqrt(sum(w^2)).
+    table = jnp.array([[1.0, 2.0], [2.0, 2.0]])
+    out = jbag.embedding_bag(table, [[0, 1]], mode=mode, weights=[[1.0, 3.0]])
+    np.testing.assert_allclose(out[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_the_first_of_several_winners_takes_the_whole_gradient(mode, implementation):
+    table = jnp.array([[1.0, 5.0], [1.0, 5.0], [1.0, 5.0]])
+    pool = lambda t: jbag.embedding_bag(
+        t,
+        jnp.array([2, 1, 0]),
+        jnp.array([0]),
+        mode=mode,
+        implementation=implementation,
+    ).sum()
+    np.testing.assert_array_equal(jax.grad(pool)(table), [[0, 0], [0, 0], [1, 1]])
+
+
+@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize("position", range(3))
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_nan_wins_wherever_it_stands(mode, position, rectangular, implementation):
+    table = jnp.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0], [jnp.nan, 0.5]])
+    ids = np.insert([1, 2], position, 3)
+    bags = ([ids],) if rectangular else (ids, [0])
+    pool = lambda t: jbag.embedding_bag(
+        t, *map(jnp.asarray, bags), mode=mode, implementation=implementation
+    )
+    value, pullback = jax.vjp(pool, table)
+    assert np.isnan(value[0, 0])
+    assert not np.isnan(value[0, 1])
+    (gradient,) = pullback(jnp.ones_like(value))
+    assert gradient[3, 0] == 1
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("worst", [-np.inf, np.inf])
+def test_infinities_pool_as_numbers(worst, mode, implementation):
+    table = jnp.full((3, 2), worst)
+    value, pullback = jax.vjp(
+        lambda t: jbag.embedding_bag(
+            t,
+            [0, 1, 2],
+            [0, 2, 3],
+            mode=mode,
+            padding_idx=0,
+            implementation=implementation,
+        ),
+        table,
+    )
+    np.testing.assert_array_equal(value[:2], worst)
+    (gradient,) = pullback(jnp.ones_like(value))
+    np.testing.assert_array_equal(gradient, [[0, 0], [1, 1], [1, 1]])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize("stranger", [-1, -10, 10, 11, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_unknown_id_on_a_device_makes_its_bag_nan(
+    mode, stranger, rectangular, weighted, implementation
+):
+    table = make_table()
+    ids = jnp.array([0, 1, stranger, 3, 4, 5])
+    weights = make_weights(6) if weighted else None
+    offsets = jnp.array([0, 2, 4])
+    if rectangular:
+        ids, offsets = ids.reshape(3, 2), None
+        weights = None if weights is None else weights.reshape(3, 2)
+
+    def pool(table):
+        return jbag.embedding_bag(
+            table,
+            ids,
+            offsets,
+            mode=mode,
+            weights=weights,
+            scale_grad_by_freq=True,
+            max_norm=100.0,
+            implementation=implementation,
+        )
+
+    value, pullback = jax.vjp(pool, table)
+    np.testing.assert_array_equal(np.isnan(value).all(1), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(value).any(1), [False, True, False])
+    (gradient,) = pullback(jnp.ones_like(value))
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[jnp.array([2, 6, 7, 8, 9])], 0)
+
+
+@pytest.mark.parametrize("mode", ["mean", "sqrtn"])
+def test_an_unknown_id_is_nan_even_at_zero_weight(mode, implementation):
+    out = jbag.embedding_bag(
+        make_table(),
+        jnp.array([[99, 1], [1, 2]]),
+        mode=mode,
+        weights=jnp.zeros((2, 2)),
+        implementation=implementation,
+    )
+    assert np.isnan(out[0]).all()
+    np.testing.assert_array_equal(out[1], 0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("offsets", "malformed"),
+    [
+        ([0, 4, 2, 6], [False, True, True]),
+        ([1, 4, 5, 6], [True, False, False]),
+        ([0, 4, 5, 7], [False, False, True]),
+        ([0, 4, -3, 6], [False, True, True]),
+        ([0, 5, 3, 3], [False, True, True]),
+        ([-1, -1, -1, -1], [True, True, True]),
+        ([0, 2**31 - 1, -(2**31), 6], [True, True, True]),
+    ],
+)
+def test_malformed_offsets_on_a_device_make_their_bags_nan(
+    offsets, malformed, mode, weighted, implementation
+):
+    weights = make_weights(6) if weighted else None
+
+    def pool(table):
+        return jbag.embedding_bag(
+            table,
+            jnp.arange(6),
+            jnp.array(offsets),
+            mode=mode,
+            weights=weights,
+            include_last_offset=True,
+            implementation=implementation,
+        )
+
+    value, pullback = jax.vjp(pool, make_table())
+    np.testing.assert_array_equal(np.isnan(value).all(1), malformed)
+    np.testing.assert_array_equal(np.isnan(value).any(1), malformed)
+    (gradient,) = pullback(jnp.ones_like(value))
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sums_of_16_bits_run_in_float32_both_ways(dtype, rectangular, implementation):
+    table = jnp.ones((2, 3), dtype)
+    ids, offsets = jnp.zeros(1000, int), jnp.array([0])
+    if rectangular:
+        ids, offsets = ids[None], None
+    pool = lambda t: jbag.embedding_bag(
+        t, ids, offsets, mode="sum", implementation=implementation
+    )
+    value, pullback = jax.vjp(pool, table)
+    np.testing.assert_array_equal(np.asarray(value, float), 1000)
+    (gradient,) = pullback(jnp.ones_like(value))
+    np.testing.assert_array_equal(np.asarray(gradient, float), [[1000] * 3, [0] * 3])
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_gradients_of_16_bit_extrema_run_in_float32(mode, implementation):
+    # A thousand bags, each won by row 0.
+    pool = lambda t: jbag.embedding_bag(
+        t, jnp.zeros((1000, 1), int), mode=mode, implementation=implementation
+    ).sum(dtype=jnp.float32)
+    gradient = jax.grad(pool)(jnp.ones((2, 3), "bfloat16"))
+    np.testing.assert_array_equal(np.asarray(gradient[0], float), 1000)
+
+
+def test_weight_gradients_of_16_bits_run_in_float32(implementation):
+    table = jnp.ones((1, 1000), "bfloat16")
+    pool = lambda w: jbag.embedding_bag(
+        table, [[0]], mode="sum", weights=w, implementation=implementation
+    ).sum(dtype=jnp.float32)
+    gradient = jax.grad(pool)(jnp.ones((1, 1), "bfloat16"))
+    assert float(gradient[0, 0]) == 1000
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_max_norm_leaves_the_table_and_passes_the_gradient_by(mode, implementation):
+    table = make_table() * 10
+    before = np.array(table)
+    options = {"mode": mode, "max_norm": 1.0, "implementation": implementation}
+    pool = lambda t: jbag.embedding_bag(t, WORKED_IDS, [0, 4, 6], **options)
+    renormed = jbag.renorm(table, WORKED_IDS, 1.0)
+    plain = lambda t: jbag.embedding_bag(
+        t, WORKED_IDS, [0, 4, 6], mode=mode, implementation=implementation
+    )
+    value, pullback = jax.vjp(pool, table)
+    expected, expected_pullback = jax.vjp(plain, renormed)
+    np.testing.assert_array_equal(table, before)
+    assert_close(value, expected)
+    assert_close(
+        pullback(jnp.ones_like(value))[0], expected_pullback(jnp.ones_like(value))[0]
+    )
+
+
+def test_max_norm_may_be_traced():
+    table = make_table() * 10
+    pool = jax.jit(lambda n: jbag.embedding_bag(table, WORKED_IDS, [0], max_norm=n))
+    assert_close(pool(1.0), jbag.embedding_bag(table, WORKED_IDS, [0], max_norm=1.0))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_weights_of_another_dtype_keep_the_dtype_of_the_table(dtype, implementation):
+    table = make_table("bfloat16")
+    weights = make_weights(10, dtype)
+    check(
+        table, WORKED_IDS, WORKED_OFFSETS, "sum", weights, implementation=implementation
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+)
+def test_every_integer_dtype_names_rows(dtype, implementation):
+    table = make_table()
+    ids = np.asarray(WORKED_IDS, dtype)
+    offsets = np.asarray([0, 4, 6], dtype)
+    expected = jbag.embedding_bag(table, WORKED_IDS, [0, 4, 6])
+    options = {"implementation": implementation}
+    np.testing.assert_array_equal(
+        jbag.embedding_bag(table, ids, offsets, **options), expected
+    )
+    if np.dtype(dtype).itemsize < 8:
+        on_device = jbag.embedding_bag(
+            table, jnp.asarray(ids), jnp.asarray(offsets), **options
+        )
+        np.testing.assert_array_equal(on_device, expected)
+
+
+@pytest.mark.usefixtures("x64")
+def test_64_bit_ids_never_wrap(implementation):
+    table = make_table()
+    ids = jnp.array([2**32 + 1, 1, 2])
+    pool = lambda t: jbag.embedding_bag(
+        t, ids, jnp.array([0, 1]), max_norm=100.0, implementation=implementation
+    )
+    out, pullback = jax.vjp(pool, table)
+    np.testing.assert_array_equal(np.isnan(out).all(1), [True, False])
+    (gradient,) = pullback(jnp.ones_like(out))
+    np.testing.assert_array_equal(gradient[:3], [[0] * 3, [0.5] * 3, [0.5] * 3])
+    np.testing.assert_array_equal(jbag.renorm(table, ids[:1], 0.0), table)
+    unsigned = jbag.embedding_bag(table, ids[1:].astype(jnp.uint64), jnp.array([0]))
+    assert np.isfinite(unsigned).all()
+
+
+def test_unsigned_ids_never_wrap(implementation):
+    ids = jnp.array([2**32 - 1, 1], jnp.uint32)
+    out = jbag.embedding_bag(
+        make_table(), ids, jnp.array([0, 1]), implementation=implementation
+    )
+    np.testing.assert_array_equal(np.isnan(out).all(1), [True, False])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(0, 3), (0, 0), (4, 0)])
+def test_empty_tables_pool_empty_bags_to_zero(shape, mode, implementation):
+    options = {"mode": mode, "implementation": implementation}
+    table = jnp.zeros(shape)
+    out = jbag.embedding_bag(table, [], [0, 0], **options)
+    np.testing.assert_array_equal(out, np.zeros((2, shape[1])))
+    unknown = jbag.embedding_bag(table, jnp.array([[7]]), **options)
+    np.testing.assert_array_equal(unknown, np.full((1, shape[1]), np.nan))
+
+
+def test_sparse_gives_the_same_value_and_gradient():
+    table = make_table()
+    pool = lambda t, sparse: jbag.embedding_bag(t, [[1, 1, 2]], sparse=sparse).sum()
+    assert pool(table, True) == pool(table, False)
+    np.testing.assert_array_equal(
+        jax.grad(pool)(table, True), jax.grad(pool)(table, False)
+    )
+
+
+def test_lists_numpy_and_device_arrays_give_the_same():
+    table = np.asarray(make_table())
+    results = [
+        jbag.embedding_bag(as_table(table), as_ids(WORKED_IDS), as_ids([0, 4, 6]))
+        for as_table, as_ids in itertools.product(
+            (np.asarray, jnp.asarray), (list, np.asarray, jnp.asarray)
+        )
+    ]
+    for result in results:
+        np.testing.assert_array_equal(result, results[0])
+
+
+def test_results_are_the_same_from_run_to_run(implementation):
+    rng = np.random.default_rng(0)
+    table = make_table(rows=100, features=17)
+    ids = jnp.asarray(rng.integers(0, 100, 5000), jnp.int32)
+    offsets = jnp.asarray(np.sort(rng.integers(0, 5000, 63)), jnp.int32).at[0].set(0)
+    run = jax.jit(
+        jax.value_and_grad(
+            lambda t: jbag.embedding_bag(
+                t, ids, offsets, implementation=implementation
+            ).sum()
+        )
+    )
+    first, second = run(table), run(table)
+    jax.tree.map(np.testing.assert_array_equal, first, second)

@@ -1,0 +1,395 @@
+"""A table of transformations by modes: each must agree with the function itself."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+from oracle import MODES
+
+import jbag
+from jbag import _primitive, _product
+
+IDS = jnp.array([4, 1, 2, 4, 4, 0, 3, 1, 2], jnp.int32)
+OFFSETS = jnp.array([0, 3, 3, 7], jnp.int32)  # and two tail slots
+
+LAYOUTS = ("ragged", "rectangular")
+
+
+def make_table(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def make_pool(mode, layout="ragged", implementation=None, **options):
+    """Return a function of table, weights and ids."""
+
+    def pool(table, weights, ids=IDS):
+        if layout == "rectangular":
+            ids, offsets = ids[:8].reshape(2, 4), None
+            weights = weights[:8].reshape(2, 4)
+        else:
+            offsets = OFFSETS
+        return jbag.embedding_bag(
+            table,
+            ids,
+            offsets,
+            mode=mode,
+            weights=weights,
+            include_last_offset=layout == "ragged",
+            implementation=implementation,
+            **options,
+        )
+
+    return pool
+
+
+def close(actual, expected):
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def jit(pool, table, weights):
+    close(jax.jit(pool)(table, weights), pool(table, weights))
+
+
+def grad_and_jvp_to_second_order(pool, table, weights):
+    # Against finite differences, in 64 bits.
+    with jax.enable_x64(True):
+        args = table.astype(jnp.float64), weights.astype(jnp.float64)
+        loss = lambda *args: jnp.sin(pool(*args))
+        check_grads(loss, args, order=2, modes=("fwd", "rev"), rtol=1e-4, atol=1e-4)
+
+
+def jacobians_agree(pool, table, weights):
+    forward = jax.jacfwd(pool, (0, 1))(table, weights)
+    reverse = jax.jacrev(pool, (0, 1))(table, weights)
+    close(forward, reverse)
+
+
+def hessian_is_symmetric_and_agrees(pool, table, weights):
+    loss = lambda t, w: jnp.sin(pool(t, w)).sum()
+    first = jax.hessian(loss, (0, 1))(table, weights)
+    second = jax.jacrev(jax.jacfwd(loss, (0, 1)), (0, 1))(table, weights)
+    close(first, second)
+    cross = jnp.transpose(first[1][0], (1, 2, 0))
+    close(first[0][1], cross)
+
+
+def vmap_over_tables(pool, table, weights):
+    tables = jnp.stack([table, table * 2, -table], axis=1)
+    expected = jnp.stack([pool(tables[:, k], weights) for k in range(3)])
+    close(jax.vmap(pool, in_axes=(1, None))(tables, weights), expected)
+
+
+def vmap_over_batches(pool, table, weights):
+    ids = jnp.stack([IDS, IDS[::-1], (IDS + 1) % 5])
+    many = jnp.stack([weights, weights * 2, weights + 1])
+    each = [pool(table, many[k], ids[k]) for k in range(3)]
+    close(jax.vmap(pool, in_axes=(None, 0, 0))(table, many, ids), jnp.stack(each))
+    shared = jax.vmap(pool, in_axes=(None, None, 0))(table, weights, ids)
+    close(shared[1], pool(table, weights, ids[1]))
+
+
+def vmap_over_everything_twice(pool, table, weights):
+    tables = jnp.stack([table, table * 2])
+    ids = jnp.stack([IDS, IDS[::-1], (IDS + 1) % 5])
+    inner = jax.vmap(pool, in_axes=(None, None, 0))
+    both = jax.vmap(inner, in_axes=(0, None, None))(tables, weights, ids)
+    close(both[1, 2], pool(tables[1], weights, ids[2]))
+
+
+def grad_of_vmap_and_vmap_of_grad(pool, table, weights):
+    ids = jnp.stack([IDS, IDS[::-1], (IDS + 1) % 5])
+    loss = lambda t, w, i: jnp.sin(pool(t, w, i)).sum()
+    gradient = jax.grad(loss, (0, 1))
+    each = [gradient(table, weights, ids[k]) for k in range(3)]
+    close(
+        jax.vmap(gradient, in_axes=(None, None, 0))(table, weights, ids),
+        jax.tree.map(lambda *xs: jnp.stack(xs), *each),
+    )
+    total = lambda t, w: jax.vmap(loss, in_axes=(None, None, 0))(t, w, ids).sum()
+    close(
+        jax.grad(total, (0, 1))(table, weights), jax.tree.map(lambda *x: sum(x), *each)
+    )
+
+
+def scan(pool, table, weights):
+    ids = jnp.stack([IDS, IDS[::-1], (IDS + 1) % 5])
+
+    def loss(table, weights):
+        step = lambda total, i: (total + jnp.sin(pool(table, weights, i)).sum(), None)
+        return jax.lax.scan(step, jnp.zeros(()), ids)[0]
+
+    def unrolled(table, weights):
+        return sum(jnp.sin(pool(table, weights, i)).sum() for i in ids)
+
+    close(
+        jax.value_and_grad(loss, (0, 1))(table, weights),
+        jax.value_and_grad(unrolled, (0, 1))(table, weights),
+    )
+
+
+def remat(pool, table, weights):
+    loss = lambda t, w: jnp.sin(pool(t, w)).sum()
+    close(
+        jax.grad(jax.checkpoint(loss), (0, 1))(table, weights),
+        jax.grad(loss, (0, 1))(table, weights),
+    )
+
+
+def disable_jit(pool, table, weights):
+    expected = pool(table, weights)
+    with jax.disable_jit():
+        close(pool(table, weights), expected)
+
+
+TRANSFORMATIONS = [
+    jit,
+    grad_and_jvp_to_second_order,
+    jacobians_agree,
+    hessian_is_symmetric_and_agrees,
+    vmap_over_tables,
+    vmap_over_batches,
+    vmap_over_everything_twice,
+    grad_of_vmap_and_vmap_of_grad,
+    scan,
+    remat,
+    disable_jit,
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+def test_transformation(transformation, mode, layout, implementation):
+    pool = make_pool(mode, layout, implementation)
+    weights = jnp.linspace(0.5, 1.5, 9, dtype=jnp.float32)
+    transformation(pool, make_table(5, 3), weights)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_jvp_and_vjp_agree_under_every_option(mode, implementation):
+    options = {"padding_idx": 0, "max_norm": 1.0, "scale_grad_by_freq": True}
+    pool = make_pool(mode, "ragged", implementation, **options)
+    table, weights = make_table(5, 3), jnp.linspace(0.5, 1.5, 9, dtype=jnp.float32)
+    moved = make_table(5, 3, seed=1), make_table(9, seed=2)
+    out, tangent = jax.jvp(pool, (table, weights), moved)
+    _, pullback = jax.vjp(pool, table, weights)
+    cotangent = make_table(*out.shape, seed=3)
+    back = pullback(cotangent)
+    close(
+        (tangent * cotangent).sum(),
+        sum((m * b).sum() for m, b in zip(moved, back, strict=True)),
+    )
+    hessian = jax.hessian(lambda t: jnp.sin(pool(t, weights)).sum())(table)
+    assert np.isfinite(hessian).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vmap_keeps_malformed_and_unknown_apart(mode, implementation):
+    ids = jnp.array([[0, 1, 2, 3], [0, 99, 2, 3], [0, 1, 2, -1]])
+    offsets = jnp.array([[0, 1, 4], [0, 2, 4], [0, 9, 4]])
+    table = make_table(5, 3)
+    pool = lambda i, o, t: jbag.embedding_bag(
+        t, i, o, mode=mode, include_last_offset=True, implementation=implementation
+    )
+    each = jnp.stack([pool(i, o, table) for i, o in zip(ids, offsets, strict=True)])
+    out = jax.vmap(pool, in_axes=(0, 0, None))(ids, offsets, table)
+    np.testing.assert_allclose(out, each, rtol=1e-6)
+    # The same, each batch with a table of its own: ids must not reach a neighbour's.
+    tables = jnp.stack([table, table, table])
+    own, pullback = jax.vjp(lambda t: jax.vmap(pool)(ids, offsets, t), tables)
+    np.testing.assert_allclose(own, each, rtol=1e-6)
+    (gradient,) = pullback(jnp.ones_like(own))
+    for k in range(3):
+        _, alone = jax.vjp(lambda t, k=k: pool(ids[k], offsets[k], t), table)
+        np.testing.assert_allclose(
+            gradient[k], alone(jnp.ones_like(own[k]))[0], rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vmap_with_tail_slots_and_padding(mode, implementation):
+    lists = [[[1, 2], []], [[3], [4, 0, 0, 1]], [[], []]]
+    stacked = jax.tree.map(
+        lambda *x: jnp.stack([jnp.asarray(y) for y in x]),
+        *(jbag.Bags.from_lists(x, capacity=7) for x in lists),
+    )
+    table = make_table(5, 3)
+    pool = lambda b: jbag.embedding_bag(
+        table, b, mode=mode, padding_idx=0, implementation=implementation
+    )
+    out = jax.vmap(pool)(stacked)
+    each = [pool(jbag.Bags.from_lists(x, capacity=7)) for x in lists]
+    np.testing.assert_allclose(out, jnp.stack(each), rtol=1e-6)
+
+
+def test_vmap_over_more_rows_than_ids_can_name_runs_one_by_one():
+    # 2^16 tables of 2^16 rows: a joint row number doesn't fit in 32 bits.
+    tables = jax.ShapeDtypeStruct((2**16, 2**16, 1), jnp.float32)
+    ids = jax.ShapeDtypeStruct((2**16, 2, 2), jnp.int32)
+    pool = jax.vmap(lambda t, i: jbag.embedding_bag(t, i, mode="sum"))
+    assert jax.eval_shape(pool, tables, ids).shape == (2**16, 2, 1)
+    assert "scan" in str(jax.make_jaxpr(pool)(tables, ids))
+
+
+@pytest.mark.parametrize(
+    ("primitive", "outputs", "options"),
+    [
+        (_product._product, ("bags",), {}),
+        (_product._extremum, ("bags", "winners"), {"largest": True}),
+    ],
+)
+def test_batches_run_one_by_one_give_the_same(primitive, outputs, options):
+    operands = make_table(3, 5, 2), jnp.arange(12).reshape(3, 2, 2) % 5
+    options = {"implementation": "xla", **options}
+    joint = _primitive._batch(
+        primitive, ("rows",), outputs, operands, (0, 0), **options
+    )
+    single = _primitive._map(primitive, operands, (0, 0), **options)
+    chex.assert_trees_all_close(joint, single)
+
+
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, "Explicit"])
+@pytest.mark.parametrize("mode", MODES)
+def test_shard_map_over_bags_equals_one_device(mode, axis_type, implementation):
+    if len(jax.devices()) < 4:
+        pytest.skip("needs 4 devices")
+    if axis_type == "Explicit":
+        axis_type = jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
+    table, weights = make_table(10, 3), make_table(8, 3, seed=1) + 2
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 10, (8, 3)), jnp.int32)
+
+    def pool(table, ids, weights):
+        return jbag.embedding_bag(
+            table, ids, mode=mode, weights=weights, implementation=implementation
+        )
+
+    def loss(pool, table, weights):
+        return jnp.sin(pool(table, ids, weights)).sum()
+
+    close_to = jax.value_and_grad(lambda t, w: loss(pool, t, w), (0, 1))(table, weights)
+    with jax.set_mesh(mesh):
+        split = jax.sharding.NamedSharding(mesh, P("x"))
+        whole = jax.sharding.NamedSharding(mesh, P())
+        ids, weights = jax.device_put((ids, weights), split)
+        table = jax.device_put(table, whole)
+        sharded = jax.shard_map(pool, in_specs=(P(), P("x"), P("x")), out_specs=P("x"))
+        both = jax.jit(jax.value_and_grad(lambda t, w: loss(sharded, t, w), (0, 1)))
+        close(jax.device_get(both(table, weights)), jax.device_get(close_to))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shard_map_over_ragged_blocks_and_columns(mode, implementation):
+    if len(jax.devices()) < 4:
+        pytest.skip("needs 4 devices")
+    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    lists = [[[1, 2], [3]], [[], [4, 0, 0]]]
+    blocks = [jbag.Bags.from_lists(x, capacity=4) for x in lists]
+    bags = jax.tree.map(
+        lambda *x: jnp.concatenate([jnp.asarray(y) for y in x]), *blocks
+    )
+    table = make_table(5, 4)
+    pool = lambda t, b: jbag.embedding_bag(
+        t, b, mode=mode, implementation=implementation
+    )
+    expected = jnp.concatenate([pool(table, b) for b in blocks])
+    with jax.set_mesh(mesh):
+        split = jax.sharding.NamedSharding(mesh, P("x"))
+        columns = jax.sharding.NamedSharding(mesh, P(None, "y"))
+        sharded = jax.shard_map(
+            pool, in_specs=(P(None, "y"), P("x")), out_specs=P("x", "y")
+        )
+        out = jax.jit(sharded)(
+            jax.device_put(table, columns), jax.device_put(bags, split)
+        )
+    close(jax.device_get(out), jax.device_get(expected))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_jit_partitions_a_sharded_batch(mode):
+    if len(jax.devices()) < 4:
+        pytest.skip("needs 4 devices")
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(auto,))
+    table = make_table(8, 3)
+    ids = jnp.arange(24, dtype=jnp.int32).reshape(8, 3) % 8
+    gradient = jax.grad(lambda t, i: jnp.sin(jbag.embedding_bag(t, i, mode=mode)).sum())
+    expected = gradient(table, ids)
+    for spec in (P(), P("x", None)):
+        rows = jax.device_put(table, jax.sharding.NamedSharding(mesh, spec))
+        split = jax.device_put(ids, jax.sharding.NamedSharding(mesh, P("x")))
+        close(jax.device_get(jax.jit(gradient)(rows, split)), jax.device_get(expected))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_export_for_every_platform_from_one_machine(mode, layout):
+    pool = make_pool(mode, layout)
+    both = jax.jit(jax.value_and_grad(lambda t, w, i: pool(t, w, i).sum(), (0, 1)))
+    args = make_table(5, 3), jnp.ones(9), IDS
+    exported = export.export(both, platforms=("cpu", "cuda", "tpu"))(*args)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    restored = export.deserialize(bytearray(exported.serialize()))
+    if jax.default_backend() in ("cpu", "tpu"):
+        close(restored.call(*args), both(*args))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_export_with_symbolic_batch_sizes(mode):
+    ends, slots = export.symbolic_shape("e, n", constraints=["e >= 2", "n >= 1"])
+    pool = jax.jit(
+        lambda t, i, o: jbag.embedding_bag(t, i, o, mode=mode, include_last_offset=True)
+    )
+    exported = export.export(pool, platforms=("cpu", "cuda", "tpu"))(
+        jax.ShapeDtypeStruct((5, 3), jnp.float32),
+        jax.ShapeDtypeStruct((slots,), jnp.int32),
+        jax.ShapeDtypeStruct((ends,), jnp.int32),
+    )
+    if jax.default_backend() in ("cpu", "tpu"):
+        table = make_table(5, 3)
+        for ids, offsets in ((IDS, OFFSETS), (IDS[:4], jnp.array([0, 4]))):
+            close(exported.call(table, ids, offsets), pool(table, ids, offsets))
+
+
+def test_a_stream_of_ragged_batches_compiles_once():
+    table = make_table(50, 3)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(table, bags):
+        loss = lambda t: jnp.sin(jbag.embedding_bag(t, bags, mode="mean")).sum()
+        return jax.value_and_grad(loss)(table)
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lists = [rng.integers(0, 50, n).tolist() for n in rng.integers(0, 9, 16)]
+        step(table, jbag.Bags.from_lists(lists, capacity=128, num_bags=16))
+    assert step._cache_size() == 1
+
+
+def test_bucketed_capacities_meet_few_shapes():
+    table = make_table(50, 3)
+    pool = jax.jit(lambda t, b: jbag.embedding_bag(t, b))
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        lists = [rng.integers(0, 50, n).tolist() for n in rng.integers(0, 60, 16)]
+        capacity = jbag.bucket(sum(map(len, lists)))
+        pool(table, jbag.Bags.from_lists(lists, capacity=capacity))
+    assert pool._cache_size() <= 8
+
+
+class TestVariants(chex.TestCase):
+    @chex.variants(
+        with_jit=True, without_jit=True, with_device=True, without_device=True
+    )
+    def test_variants_agree(self):
+        table = make_table(5, 3)
+        bags = jbag.Bags.from_lists([[0, 1], [2]], capacity=4)
+        out = self.variant(lambda t, b: jbag.embedding_bag(t, b, mode="sum"))(
+            table, bags
+        )
+        close(out, jnp.stack([table[0] + table[1], table[2]]))
