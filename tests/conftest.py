@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import pytest
 
@@ -11,6 +13,21 @@ from jbag._kernels import KERNELS  # noqa: E402  (the devices come first)
 def implementation(request):
     """Every kernel by name."""
     return request.param
+
+
+_tests_run = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Let go of compiled programs now and then.
+
+    Each keeps some fifty memory maps on CPU, and Linux grants a process 65530: past
+    that, XLA's compiler dies of a segmentation fault.
+    """
+    yield
+    if next(_tests_run) % 200 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The Linen module: parameters, options, metadata, and training through Flax and Optax."""
+"""The Linen module: parameters, options, metadata, and training with Optax."""
 
 import flax.linen as nn
 import jax
@@ -61,7 +61,7 @@ def test_every_form_of_bags_is_taken():
 
 
 def test_the_default_initialiser_is_that_of_flax():
-    # Drawn for the same parameter path, so that a model can change from one to the other.
+    # At one parameter path, so that a model can change from one to the other.
     table = init(jbag.EmbeddingBag(1000, 64))["params"]["embedding"]
     embed = nn.Embed(1000, 64).init(jax.random.key(0), jnp.array([0]))
     np.testing.assert_array_equal(table, embed["params"]["embedding"])

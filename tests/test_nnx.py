@@ -1,4 +1,4 @@
-"""The NNX module: variables, options, metadata, and training through Flax and Optax."""
+"""The NNX module: variables, options, metadata, and training with Optax."""
 
 import jax
 import jax.numpy as jnp
