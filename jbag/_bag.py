@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jbag import _product
 from jbag._bags import Bags
@@ -17,6 +17,7 @@ from jbag._kernels import check_implementation
 from jbag._kernels.xla import Size, accumulation_dtype, take
 from jbag._norm import check_norm, row_scale
 from jbag._validation import (
+    AnyArray,
     Floats,
     Integers,
     check_flag,
@@ -156,22 +157,28 @@ def check_padding_idx(padding_idx: Any, num_embeddings: int) -> int:
     return row % num_embeddings
 
 
-def _open(indices, offsets, weights, include_last_offset, num_embeddings):
+def _open(
+    indices: Integers | Bags,
+    offsets: Integers | None,
+    weights: Floats | None,
+    include_last_offset: bool,
+    num_embeddings: int,
+) -> tuple[AnyArray, AnyArray | None, AnyArray | None]:
     """Check the bags; return ids [N] with offsets [B + 1], or ids [B, L]."""
     if isinstance(indices, Bags):
+        bags = indices
         if offsets is not None:
             raise ValueError("`offsets` must be None with a Bags, which has its own.")
-        if weights is not None and indices.weights is not None:
+        if weights is not None and bags.weights is not None:
             raise ValueError("`weights` must be None with a Bags that has its own.")
-        if np.ndim(indices.indices) != 1 or np.ndim(indices.offsets) != 1:
+        if np.ndim(bags.indices) != 1 or np.ndim(bags.offsets) != 1:
             raise ValueError(
                 "`indices` must be one Bags, with indices [N] and offsets [B + 1]; got "
-                f"shapes {np.shape(indices.indices)} and {np.shape(indices.offsets)}. "
+                f"shapes {np.shape(bags.indices)} and {np.shape(bags.offsets)}. "
                 "For a stack of them use jax.vmap."
             )
-        weights = indices.weights if weights is None else weights
-        indices, offsets = indices.indices, indices.offsets
-        include_last_offset = True
+        weights = bags.weights if weights is None else weights
+        indices, offsets, include_last_offset = bags.indices, bags.offsets, True
 
     ids = check_integers("indices", indices)
     if ids.ndim == 2:
@@ -213,18 +220,18 @@ def _open(indices, offsets, weights, include_last_offset, num_embeddings):
     ),
 )
 def _pool(
-    table,
-    indices,
-    offsets,
-    weights,
-    max_norm,
+    table: Float[Array, "V D"],
+    indices: Int[Array, "*slots"],
+    offsets: Int[Array, " ends"] | None,
+    weights: Float[Array, "*slots"] | None,
+    max_norm: Shaped[Array, ""] | None,
     *,
-    mode,
-    padding_idx,
-    norm_type,
-    scale_grad_by_freq,
-    implementation,
-):
+    mode: str,
+    padding_idx: int | None,
+    norm_type: float,
+    scale_grad_by_freq: bool,
+    implementation: str | None,
+) -> Float[Array, "B D"]:
     num_embeddings = table.shape[0]
     dtype = accumulation_dtype(table.dtype)
     # The kernels' terms: a negative id is an empty slot, an id >= V names no row.
@@ -267,9 +274,9 @@ def _pool(
 
 def _divide(
     total: Float[Array, "B D"],
-    ids,
-    offsets,
-    weights,
+    ids: Int[Array, "*slots"],
+    offsets: Int[Array, " ends"] | None,
+    weights: Float[Array, "*slots"] | None,
     *,
     mode: str,
     padded: bool,
@@ -278,7 +285,9 @@ def _divide(
 ) -> Float[Array, "B D"]:
     """Divide the sums by what makes them means ("mean") or of unit scale ("sqrtn")."""
 
-    def tally(chosen, coefficients):
+    def tally(
+        chosen: Bool[Array, "*slots"], coefficients: Float[Array, "*slots"] | None
+    ) -> Float[Array, "B 1"]:
         """Sum the coefficients of the chosen slots: a table whose one row is one."""
         one = jnp.ones((1, 1), total.dtype)
         rows = jnp.where(chosen, 0, -1)
@@ -310,7 +319,13 @@ def _divide(
     return jnp.where(is_zero, nothing, total / divisors)
 
 
-def _occurrences(ids, offsets, num_embeddings, dtype, implementation):
+def _occurrences(
+    ids: Int[Array, "*slots"],
+    offsets: Int[Array, " ends"] | None,
+    num_embeddings: Size,
+    dtype: jnp.dtype,
+    implementation: str | None,
+) -> Float[Array, "*slots"]:
     """Return, for each slot, how many slots name the same row, at least 1."""
     num_bags = ids.shape[0] if offsets is None else offsets.size - 1
     counts = _product.transposed_product(

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jbag import _packing
 from jbag._segments import offsets_to_segment_ids, segment_ids_to_offsets
 from jbag._validation import (
+    AnyArray,
     Floats,
     Integers,
     check_ids,
@@ -26,8 +27,6 @@ from jbag._validation import (
     on_host,
     to_index_dtype,
 )
-
-AnyArray = Array | np.ndarray
 
 
 class Padded(NamedTuple):
@@ -301,7 +300,7 @@ class Bags:
                 f"got {capacity}."
             )
 
-        def fit(x):
+        def fit(x: AnyArray) -> AnyArray:
             numpy = np if on_host(x) else jnp
             return numpy.pad(x[:capacity], (0, max(0, capacity - x.shape[0])))
 
@@ -351,7 +350,7 @@ class Bags:
         mask = slots < self.offsets[1:, None]
         slots = numpy.where(mask, slots, 0)
 
-        def spread(x):
+        def spread(x: AnyArray) -> AnyArray:
             if not self.capacity:
                 return numpy.zeros(slots.shape, x.dtype)
             return numpy.where(mask, numpy.take(x, slots, mode="clip"), 0)

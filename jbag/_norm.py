@@ -75,7 +75,12 @@ def renorm(
 
 
 @functools.partial(jax.jit, static_argnames="norm_type")
-def _renorm(table, ids, max_norm, norm_type):
+def _renorm(
+    table: Float[Array, "V D"],
+    ids: Int[Array, "..."],
+    max_norm: Shaped[Array, ""],
+    norm_type: float,
+) -> Float[Array, "V D"]:
     num_embeddings = table.shape[0]
     ids = jnp.where(ids < 0, num_embeddings, jnp.minimum(ids, num_embeddings))
     ids = ids.reshape(-1)

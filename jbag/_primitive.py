@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 from jbag._kernels import choose, special_platforms, xla
 
 
 def define(
     name: str, *, dense: Sequence[str], coefficients: bool, outputs: Sequence[str]
-):
+) -> Primitive:
     """Make the primitive of the kernel operation `name`.
 
     Args:
@@ -34,26 +35,30 @@ def define(
     primitive = Primitive(f"jbag_{name}")
     primitive.multiple_results = several = len(outputs) > 1
 
-    def call(platform: str | None, *operands, implementation, **params):
+    def call(
+        platform: str | None,
+        *operands: Array,
+        implementation: str | None,
+        **params: Any,
+    ) -> Any:
         arrays, ids, offsets, weights = layout(len(dense), operands)
         structure = (ids, offsets, weights) if coefficients else (ids, offsets)
         operation = getattr(choose(implementation, platform).operations, name)
         return operation(*arrays, *structure, **params)
 
     @functools.cache
-    def compiled(**params):
+    def compiled(**params: Any) -> Callable:
         return jax.jit(functools.partial(primitive.bind, **params))
 
     @primitive.def_impl
-    def evaluate(*operands, **params):
+    def evaluate(*operands: Array, **params: Any) -> Any:
         # Met under `disable_jit`; choosing a kernel needs a lowering all the same.
         with jax.disable_jit(False):
             return compiled(**params)(*operands)
 
     @primitive.def_abstract_eval
-    def infer(*avals, implementation, **params):
-        del implementation
-        reference = functools.partial(call, None, implementation="xla", **params)
+    def infer(*avals: Any, **params: Any) -> Any:
+        reference = functools.partial(call, None, **params | {"implementation": "xla"})
         inferred = jax.make_jaxpr(reference)(*avals).out_avals
         return inferred if several else inferred[0]
 
@@ -71,7 +76,14 @@ def define(
     return primitive
 
 
-def bind(primitive: Primitive, dense, ids, offsets, coefficients, **params):
+def bind(
+    primitive: Primitive,
+    dense: Sequence[Array],
+    ids: xla.Ids,
+    offsets: xla.Offsets,
+    coefficients: xla.Slots | None,
+    **params: Any,
+) -> Any:
     """Apply a primitive to its operands, None for those that are absent."""
     optional = [x for x in (offsets, coefficients) if x is not None]
     return primitive.bind(*equally_varying(*dense, ids, *optional), **params)
@@ -98,7 +110,14 @@ def equally_varying(*operands: Array) -> list[Array]:
     ]
 
 
-def _batch(primitive, dense_axes, output_axes, operands, dims, **params):
+def _batch(
+    primitive: Primitive,
+    dense_axes: Sequence[str],
+    output_axes: Sequence[str],
+    operands: Sequence[Array],
+    dims: Sequence[int | None],
+    **params: Any,
+) -> tuple[Any, Any]:
     """Do K batches of bags over K tables as K * B bags over one table of K * V rows.
 
     A table that all the batches share stays as it is.
@@ -106,46 +125,38 @@ def _batch(primitive, dense_axes, output_axes, operands, dims, **params):
     size = next(
         x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None
     )
-    shared_table = dense_axes[0] == "rows" and dims[0] is None
-
-    def stack(x, dim):
-        if dim is None:
-            return jnp.broadcast_to(x, (size, *x.shape))
-        return jnp.moveaxis(x, dim, 0)
-
-    def merge(x):
-        return x.reshape(size * x.shape[1], *x.shape[2:])
-
-    first = [operands[0]] if shared_table else []
-    stacked = [stack(x, d) for x, d in zip(operands, dims, strict=True)][len(first) :]
+    shared = [operands[0]] if dense_axes[0] == "rows" and dims[0] is None else []
+    stacked = [
+        jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
+        for x, d in zip(operands, dims, strict=True)
+    ]
     dense, ids, offsets, weights = layout(
-        len(dense_axes), first + stacked, batch_ndim=1
+        len(dense_axes), shared + stacked[len(shared) :], batch_ndim=1
     )
     slots = ids[0].size
     malformed = None
     if offsets is not None:
         ids, offsets, malformed = _concatenate(ids, offsets)
-    if not shared_table:
+    if not shared:
         rows = params.get("num_embeddings", dense[0].shape[1])
         if size * rows > jnp.iinfo(ids.dtype).max:
             return _map(primitive, operands, dims, **params)
         if "num_embeddings" in params:
             params["num_embeddings"] = size * rows
-        shift = jnp.arange(size, dtype=ids.dtype).reshape(-1, *[1] * (ids.ndim - 1))
-        named = jnp.where(ids >= rows, size * rows, ids + shift * rows)
-        ids = jnp.where(ids < 0, -1, named)
+        ids = _number_rows(ids, rows)
 
     outputs = bind(
         primitive,
-        first + [merge(x) for x in dense[len(first) :]],
-        merge(ids),
+        shared + [_merge(x) for x in dense[len(shared) :]],
+        _merge(ids),
         offsets,
-        None if weights is None else merge(weights),
+        None if weights is None else _merge(weights),
         **params,
     )
-    outputs = outputs if primitive.multiple_results else [outputs]
     split = []
-    for out, axis in zip(outputs, output_axes, strict=True):
+    for out, axis in zip(
+        outputs if primitive.multiple_results else [outputs], output_axes, strict=True
+    ):
         part = out.reshape(size, out.shape[0] // size, *out.shape[1:])
         if axis == "winners":
             own = part - slots * jnp.arange(size, dtype=part.dtype)[:, None, None]
@@ -157,6 +168,17 @@ def _batch(primitive, dense_axes, output_axes, operands, dims, **params):
     if primitive.multiple_results:
         return split, [0] * len(split)
     return split[0], 0
+
+
+def _merge(x: Shaped[Array, "K first ..."]) -> Shaped[Array, "K*first ..."]:
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _number_rows(ids: Int[Array, "K *slots"], rows: int) -> Int[Array, "K *slots"]:
+    """Name the rows of K tables of V rows as those of one of K * V."""
+    size = ids.shape[0]
+    shift = rows * jnp.arange(size, dtype=ids.dtype).reshape(-1, *[1] * (ids.ndim - 1))
+    return jnp.where(ids < 0, -1, jnp.where(ids >= rows, size * rows, ids + shift))
 
 
 def _concatenate(
@@ -178,7 +200,12 @@ def _concatenate(
     return ids, jnp.concatenate([starts, end]), malformed
 
 
-def _map(primitive, operands, dims, **params):
+def _map(
+    primitive: Primitive,
+    operands: Sequence[Array],
+    dims: Sequence[int | None],
+    **params: Any,
+) -> tuple[Any, Any]:
     """Apply the primitive to one batch after another."""
     mapped = [
         jnp.moveaxis(x, d, 0)
@@ -186,15 +213,12 @@ def _map(primitive, operands, dims, **params):
         if d is not None
     ]
 
-    def one(batched):
-        batched = iter(batched)
-        return primitive.bind(
-            *(
-                x if d is None else next(batched)
-                for x, d in zip(operands, dims, strict=True)
-            ),
-            **params,
-        )
+    def one(batched: list[Array]) -> Any:
+        rest = iter(batched)
+        chosen = [
+            x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)
+        ]
+        return primitive.bind(*chosen, **params)
 
     outputs = jax.lax.map(one, mapped)
     return outputs, [0] * len(outputs) if primitive.multiple_results else 0

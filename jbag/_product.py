@@ -14,11 +14,13 @@ its derivative follows the winning slot.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
 from jax.interpreters import ad
 from jaxtyping import Array, Float, Int
 
@@ -110,15 +112,23 @@ def product_scaled(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _product_scaled(
-    implementation, table, ids, offsets, coefficients, value_scale, gradient_scale
-):
+    implementation: str | None,
+    table: Float[Array, "V D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    value_scale: Slots | None,
+    gradient_scale: Slots | None,
+) -> Float[Array, "B D"]:
     del gradient_scale
     scaled = _times(coefficients, value_scale)
     return product(table, ids, offsets, scaled, implementation=implementation)
 
 
 @functools.partial(_product_scaled.defjvp, symbolic_zeros=True)
-def _product_scaled_jvp(implementation, primals, tangents):
+def _product_scaled_jvp(
+    implementation: str | None, primals: tuple, tangents: tuple
+) -> tuple[Array, Array]:
     table, ids, offsets, coefficients, value_scale, gradient_scale = primals
     pool = functools.partial(product, implementation=implementation)
     value = _product_scaled(implementation, *primals)
@@ -160,14 +170,22 @@ def extremum(
 
 
 @jax.custom_jvp
-def _follow(values, slots, table, ids, coefficients, value_scale, gradient_scale):
+def _follow(
+    values: Float[Array, "B D"],
+    slots: Int[Array, "B D"],
+    table: Float[Array, "V D"],
+    ids: Ids,
+    coefficients: Slots | None,
+    value_scale: Slots | None,
+    gradient_scale: Slots | None,
+) -> Float[Array, "B D"]:
     """Return the values; derivatives follow the winning slots."""
     del slots, table, ids, coefficients, value_scale, gradient_scale
     return values
 
 
 @functools.partial(_follow.defjvp, symbolic_zeros=True)
-def _follow_jvp(primals, tangents):
+def _follow_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     _, slots, table, ids, coefficients, value_scale, gradient_scale = primals
     values = _follow(*primals)
     won = _at_slots(ids, slots, empty=-1)
@@ -223,7 +241,9 @@ _extremum = define(
 # Derivatives.
 
 
-def _jvp(primitive, primals, tangents, **params):
+def _jvp(
+    primitive: Primitive, primals: Sequence, tangents: Sequence, **params: Any
+) -> tuple[Any, Any]:
     """Differentiate an operation that is linear in each floating operand."""
     value = primitive.bind(*equally_varying(*primals), **params)
     tangent = None
@@ -238,7 +258,9 @@ def _jvp(primitive, primals, tangents, **params):
     return value, tangent
 
 
-def _transpose(num_dense, rules, cotangent, *operands, **params):
+def _transpose(
+    num_dense: int, rules: Sequence, cotangent: Any, *operands: Any, **params: Any
+) -> list[Any]:
     """Transpose in the one operand that is unknown; `rules` has one for each place.
 
     The places are the dense operands and, last, the coefficients.
@@ -255,13 +277,17 @@ def _transpose(num_dense, rules, cotangent, *operands, **params):
     return result
 
 
-def _product_to_table(cotangent, dense, ids, offsets, coefficients, *, implementation):
+# The rules, of (what comes back, dense operands, ids, offsets, coefficients). The
+# unknown among them is an `UndefinedPrimal`, of which the type alone is known.
+
+
+def _product_to_table(
+    back: Array, dense: Any, *bags: Any, implementation: str | None
+) -> Array:
     table = dense[0].aval
     return transposed_product(
-        cotangent,
-        ids,
-        offsets,
-        coefficients,
+        back,
+        *bags,
         num_embeddings=table.shape[0],
         dtype=table.dtype,
         implementation=implementation,
@@ -269,45 +295,43 @@ def _product_to_table(cotangent, dense, ids, offsets, coefficients, *, implement
 
 
 def _product_to_coefficients(
-    cotangent, dense, ids, offsets, coefficients, *, implementation
-):
-    del coefficients
-    return sampled_dots(
-        dense[0], cotangent, ids, offsets, implementation=implementation
-    )
+    back: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
+) -> Array:
+    return sampled_dots(dense[0], back, ids, offsets, **options)
 
 
 def _transposed_to_cotangent(
-    table, dense, ids, offsets, coefficients, *, implementation, **_
-):
-    del dense
-    return product(table, ids, offsets, coefficients, implementation=implementation)
+    back: Array, _: Any, *bags: Any, implementation: str | None, **shape: Any
+) -> Array:
+    del shape
+    return product(back, *bags, implementation=implementation)
 
 
 def _transposed_to_coefficients(
-    table, dense, ids, offsets, coefficients, *, implementation, **_
-):
-    del coefficients
-    return sampled_dots(table, dense[0], ids, offsets, implementation=implementation)
+    back: Array,
+    dense: Any,
+    ids: Ids,
+    offsets: Offsets,
+    _: Any,
+    *,
+    implementation: str | None,
+    **shape: Any,
+) -> Array:
+    del shape
+    return sampled_dots(back, dense[0], ids, offsets, implementation=implementation)
 
 
-def _dots_to_table(slots, dense, ids, offsets, coefficients, *, implementation):
-    del coefficients
+def _dots_to_table(
+    back: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
+) -> Array:
     table, cotangent = dense
-    return transposed_product(
-        cotangent,
-        ids,
-        offsets,
-        slots,
-        num_embeddings=table.aval.shape[0],
-        dtype=table.aval.dtype,
-        implementation=implementation,
-    )
+    return _product_to_table(cotangent, [table], ids, offsets, back, **options)
 
 
-def _dots_to_cotangent(slots, dense, ids, offsets, coefficients, *, implementation):
-    del coefficients
-    return product(dense[0], ids, offsets, slots, implementation=implementation)
+def _dots_to_cotangent(
+    back: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
+) -> Array:
+    return product(dense[0], ids, offsets, back, **options)
 
 
 for _primitive, _num_dense, _rules in (

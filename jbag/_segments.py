@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from jbag._kernels import xla
 from jbag._validation import (
+    AnyArray,
     Integers,
     check_integer,
     check_integers,
     check_offsets,
     on_host,
 )
-
-AnyArray = Array | np.ndarray
 
 
 def offsets_to_segment_ids(offsets: Integers, capacity: int) -> Int[AnyArray, " N"]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+AnyArray = jax.Array | np.ndarray
 Integers = ArrayLike | Sequence[Any]
 Floats = ArrayLike | Sequence[Any]
 
@@ -52,7 +53,7 @@ def check_table(table: Any) -> jax.Array:
     return table
 
 
-def check_integers(name: str, x: Any) -> jax.Array | np.ndarray:
+def check_integers(name: str, x: Any) -> AnyArray:
     """Return x as an array; raise TypeError unless it holds integers."""
     if on_host(x):
         x = _host_array(name, x, "integers")
@@ -68,7 +69,7 @@ def check_integers(name: str, x: Any) -> jax.Array | np.ndarray:
 
 def check_weights(
     weights: Any, shape: tuple[int, ...], *, like: str = "indices"
-) -> jax.Array | np.ndarray:
+) -> AnyArray:
     """Return the weights as an array; raise unless floating and of that shape."""
     if on_host(weights):
         listed = not hasattr(weights, "dtype")
@@ -91,7 +92,7 @@ def check_weights(
 
 def check_offsets(
     offsets: Any, capacity: Any, *, include_last_offset: bool
-) -> jax.Array | np.ndarray:
+) -> AnyArray:
     """Return offsets [B + 1] over `capacity` slots, on the host if they were there.
 
     The capacity is an int, or a symbolic size under `jax.export`.
@@ -167,7 +168,7 @@ def check_integer(name: str, value: Any, *, low: int, high: int | None = None) -
     return number
 
 
-def to_index_dtype(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+def to_index_dtype(x: AnyArray) -> AnyArray:
     """Return integers as int32, or as int64 where x has more bits and JAX keeps them.
 
     A value that doesn't fit becomes -1, which is no row and no offset either: it must
