@@ -276,8 +276,8 @@ def evaluate(classifier: Classifier, test: Examples) -> tuple[float, Pairs]:
         label, text = test[i]
         mark = " " if predicted[i] == label else "!"
         print(f"{mark} {classes[i].max():.2f}  {predicted[i]}  {label}  {text[:60]}")
-    print("\nmost confused (count, true -> predicted):")
     wrong = Counter({pair: n for pair, n in pairs.items() if pair[0] != pair[1]})
+    print("\nmost confused (count, true -> predicted):" if wrong else "\nall are right")
     for (label, other), count in wrong.most_common(10):
         print(f"{count:6d}  {label} -> {other}")
     return accuracy, pairs

@@ -33,4 +33,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES, *_FROM_LINEN})
+    own = {"TYPE_CHECKING", "annotations", "importlib"}
+    return sorted({*globals(), *_MODULES, *_FROM_LINEN} - own)

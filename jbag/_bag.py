@@ -81,21 +81,24 @@ def embedding_bag(
       include_last_offset: `offsets` end with the number of slots in use; slots at or
         past it are in no bag. This keeps one shape, and one compilation, for ragged
         batches.
-      max_norm: rows are used scaled down to this norm. The table isn't changed (see
-        `renorm`), and the gradient passes by the scaling.
-      norm_type: p of the norm that `max_norm` means.
+      max_norm: rows are used scaled down to this norm, a number at least 0 or a traced
+        scalar. The table isn't changed (see `renorm`), and the gradient passes by the
+        scaling.
+      norm_type: p of the norm that `max_norm` means, above 0; `math.inf` is allowed.
       scale_grad_by_freq: divide each row's gradient by how often the bags name it.
-      sparse: ask for a row-sparse gradient where the caller can take one. Under
-        `jax.grad` the gradient is a dense array, as every JAX gradient is.
+      sparse: ask for a row-sparse gradient where the caller can take one. `jax.grad`
+        can't, and gives a dense array, as it always does; nothing here can yet.
       implementation: the kernel by name, "xla", or None for the platform's best one.
 
     Returns:
       [B, D], the dtype of `table`. A bag that holds an id outside [0, V), or whose
       offsets are malformed, is NaN where that data was on a device, out of reach of the
-      checks below; no gradient reaches the table through such a slot.
+      checks below; no gradient reaches the table through such a slot, and its weight's
+      gradient is NaN.
 
     Raises:
-      IndexError: an id on the host (in a list or NumPy array) is outside [0, V).
+      IndexError: an id on the host (in a list or NumPy array) is outside [0, V), unless
+        offsets on a device leave unknown whether it is in a bag.
       TypeError: an argument is of the wrong dtype or type.
       ValueError: an argument is of the wrong shape or value; offsets on the host start
         above 0, decrease, or pass the end of `indices`.
@@ -122,9 +125,8 @@ def embedding_bag(
     num_embeddings = table.shape[0]
     if padding_idx is not None:
         padding_idx = check_padding_idx(padding_idx, num_embeddings)
-    if max_norm is not None:
-        max_norm, norm_type = check_norm(max_norm, norm_type)
-    indices, offsets, weights = _open(
+    max_norm, norm_type = check_norm(max_norm, norm_type)
+    indices, offsets, weights = _check_bags(
         indices, offsets, weights, include_last_offset, num_embeddings
     )
     return _pool(
@@ -143,7 +145,7 @@ def embedding_bag(
 
 def check_mode(mode: Any) -> None:
     """Raise ValueError unless `mode` is one of the five."""
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(
             f"`mode` must be one of {', '.join(map(repr, MODES))}; got {mode!r}."
         )
@@ -157,7 +159,7 @@ def check_padding_idx(padding_idx: Any, num_embeddings: int) -> int:
     return row % num_embeddings
 
 
-def _open(
+def _check_bags(
     indices: Integers | Bags,
     offsets: Integers | None,
     weights: Floats | None,
@@ -168,15 +170,14 @@ def _open(
     if isinstance(indices, Bags):
         bags = indices
         if offsets is not None:
-            raise ValueError("`offsets` must be None with a Bags, which has its own.")
-        if weights is not None and bags.weights is not None:
-            raise ValueError("`weights` must be None with a Bags that has its own.")
-        if np.ndim(bags.indices) != 1 or np.ndim(bags.offsets) != 1:
             raise ValueError(
-                "`indices` must be one Bags, with indices [N] and offsets [B + 1]; got "
-                f"shapes {np.shape(bags.indices)} and {np.shape(bags.offsets)}. "
-                "For a stack of them use jax.vmap."
+                "`offsets` must be None with a Bags; got its own and others."
             )
+        if weights is not None and bags.weights is not None:
+            raise ValueError(
+                "`weights` must be None with a Bags that has some; got both."
+            )
+        bags.check_single()
         weights = bags.weights if weights is None else weights
         indices, offsets, include_last_offset = bags.indices, bags.offsets, True
 
@@ -240,7 +241,9 @@ def _pool(
         ids = jnp.where(indices == padding_idx, -1, ids)
     if offsets is not None:
         slots = jnp.arange(ids.size, dtype=offsets.dtype)
-        ids = jnp.where(slots < offsets[-1], ids, -1)
+        # The largest offset is the last one, unless malformed: then those that are well
+        # formed keep their slots.
+        ids = jnp.where(slots < offsets.max(), ids, -1)
     if weights is not None:
         # What stands beside an empty slot, a NaN say, must not reach the gradient.
         weights = jnp.where(ids < 0, 0, weights.astype(dtype))
@@ -337,5 +340,4 @@ def _occurrences(
         dtype=dtype,
         implementation=implementation,
     )
-    named = jnp.where(ids < 0, num_embeddings, ids)
-    return jnp.maximum(take(counts[:, 0], named, 1), 1)
+    return jnp.maximum(take(counts[:, 0], ids, 1), 1)

@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from jbag import _packing
+from jbag import _packing, _padding
 from jbag._segments import offsets_to_segment_ids, segment_ids_to_offsets
 from jbag._validation import (
     AnyArray,
@@ -27,14 +27,6 @@ from jbag._validation import (
     on_host,
     to_index_dtype,
 )
-
-
-class Padded(NamedTuple):
-    """What `Bags.to_padded` returns: the arguments of `Bags.from_padded`."""
-
-    ids: Int[AnyArray, "B L"]
-    mask: Bool[AnyArray, "B L"]
-    weights: Float[AnyArray, "B L"] | None
 
 
 @functools.partial(
@@ -167,7 +159,9 @@ class Bags:
                 raise ValueError(
                     f"`lengths` must be at least 0; got {lengths[at]} at position {at}."
                 )
-            total = int(lengths.sum(dtype=np.int64))
+            # Where one length is past the end alone, the sum may wrap round.
+            too_long = int(lengths.max(initial=0)) > ids.size
+            total = int(lengths.max() if too_long else lengths.sum(dtype=np.int64))
             if total > ids.size:
                 raise ValueError(
                     f"`lengths` must sum to at most the size of `indices`, {ids.size}; "
@@ -224,7 +218,7 @@ class Bags:
           pad_id: the id that marks an empty slot, in place of a mask.
 
         Raises:
-          TypeError: `ids` are not integers, or `mask` is not boolean.
+          TypeError: `ids` or `pad_id` are not integers, or `mask` is not boolean.
           ValueError: shapes differ, or both `mask` and `pad_id` are given.
 
         Example:
@@ -232,28 +226,8 @@ class Bags:
           >>> bags.to_lists()
           [[5, 6], [7]]
         """
-        ids = check_integers("ids", ids)
-        if ids.ndim != 2:
-            raise ValueError(f"`ids` must be [B, L]; got shape {ids.shape}.")
-        if mask is not None and pad_id is not None:
-            raise ValueError("`mask` and `pad_id` can't both be given.")
-        if mask is None:
-            mask = np.ones(ids.shape, bool) if pad_id is None else ids != pad_id
-        mask = np.asarray(mask) if on_host(mask) else mask
-        if mask.dtype != bool:
-            raise TypeError(f"`mask` must be boolean; got {mask.dtype}.")
-        if mask.shape != ids.shape:
-            raise ValueError(
-                f"`mask` must have the shape of `ids`, {ids.shape}; got {mask.shape}."
-            )
-        if weights is not None:
-            weights = check_weights(weights, ids.shape, like="ids")
-        numpy = np if all(map(on_host, (ids, mask, weights))) else jnp
-        # A stable sort moves the empty slots, in their order, behind the others.
-        order = numpy.argsort(~mask.reshape(-1), stable=True)
-        if weights is not None:
-            weights = weights.reshape(-1)[order]
-        return cls.from_lengths(ids.reshape(-1)[order], mask.sum(1), weights)
+        indices, lengths, weights = _padding.unpad(ids, mask, weights, pad_id)
+        return cls.from_lengths(indices, lengths, weights)
 
     @property
     def num_bags(self) -> int:
@@ -278,6 +252,15 @@ class Bags:
     def __len__(self) -> int:
         return self.num_bags
 
+    def check_single(self) -> None:
+        """Raise ValueError if this is a stack of batches."""
+        if np.ndim(self.indices) != 1 or np.ndim(self.offsets) != 1:
+            raise ValueError(
+                "`bags` must be one batch, with indices [N] and offsets [B + 1]; got "
+                f"shapes {np.shape(self.indices)} and {np.shape(self.offsets)}. "
+                "For a stack of them use jax.vmap."
+            )
+
     def pad_to(self, capacity: int, num_bags: int | None = None) -> Bags:
         """Return the same bags in `capacity` slots, followed by empty bags.
 
@@ -291,6 +274,7 @@ class Bags:
           Bags(indices=array([1, 2, 3, 0], dtype=int32),
                offsets=array([0, 2, 3, 3], dtype=int32), weights=None)
         """
+        self.check_single()
         num_bags = self.num_bags if num_bags is None else num_bags
         check_integer("num_bags", num_bags, low=self.num_bags)
         check_integer("capacity", capacity, low=0)
@@ -305,62 +289,51 @@ class Bags:
             return numpy.pad(x[:capacity], (0, max(0, capacity - x.shape[0])))
 
         numpy = np if on_host(self.offsets) else jnp
+        offsets = self.offsets
+        if not on_host(offsets) and capacity < self.capacity:
+            # No offset is -1: what doesn't fit stays malformed, whatever comes after.
+            offsets = jnp.where(offsets > capacity, -1, offsets)
         more = (0, num_bags - self.num_bags)
         return Bags(
             fit(self.indices),
-            numpy.pad(self.offsets, more, mode="edge"),
+            numpy.pad(offsets, more, mode="edge"),
             None if self.weights is None else fit(self.weights),
         )
 
     def to_lists(self) -> list[list[int]]:
         """Return the ids of each bag, copied to the host.
 
+        Raises:
+          ValueError: the offsets are malformed.
+
         Example:
           >>> jbag.Bags.from_offsets([7, 8, 9], [0, 2]).to_lists()
           [[7, 8], [9]]
         """
+        self.check_single()
         ids = np.asarray(self.indices).tolist()
-        ends = np.asarray(self.offsets).tolist()
+        offsets = np.asarray(self.offsets)
+        ends = check_offsets(offsets, len(ids), include_last_offset=True).tolist()
         return [ids[start:end] for start, end in itertools.pairwise(ends)]
 
-    def to_padded(self, length: int) -> Padded:
+    def to_padded(self, length: int) -> _padding.Padded:
         """Return ids, mask and weights [B, length]; `from_padded` takes them back.
 
-        Empty slots hold id 0 and weight 0. A bag on a device that is longer than
-        `length`, where it can't be checked, becomes ids out of range: it pools to NaN.
+        Empty slots hold id 0 and weight 0. On a device, where it can't be checked, a
+        bag that is malformed or longer than `length` becomes ids out of range: it pools
+        to NaN.
 
         Raises:
-          ValueError: a bag on the host is longer than `length`.
+          ValueError: `length` is below 1, or a bag on the host is longer.
 
         Example:
           >>> jbag.Bags.from_lists([[7, 8], [9]]).to_padded(3).ids
           array([[7, 8, 0],
                  [9, 0, 0]], dtype=int32)
         """
-        check_integer("length", length, low=0)
-        host = on_host(self.indices) and on_host(self.offsets)
-        lengths = self.lengths
-        if host and (lengths > length).any():
-            raise ValueError(
-                f"`length` must be at least the longest bag, {lengths.max()}; "
-                f"got {length}."
-            )
-        numpy = np if host else jnp
-        slots = self.offsets[:-1, None] + numpy.arange(length, dtype=np.int32)
-        mask = slots < self.offsets[1:, None]
-        slots = numpy.where(mask, slots, 0)
-
-        def spread(x: AnyArray) -> AnyArray:
-            if not self.capacity:
-                return numpy.zeros(slots.shape, x.dtype)
-            return numpy.where(mask, numpy.take(x, slots, mode="clip"), 0)
-
-        ids = spread(self.indices)
-        if not host:
-            too_long = (lengths > length)[:, None]
-            ids = jnp.where(too_long, jnp.iinfo(ids.dtype).max, ids)
-        weights = None if self.weights is None else spread(self.weights)
-        return Padded(ids, mask, weights)
+        self.check_single()
+        length = check_integer("length", length, low=1)
+        return _padding.spread(self.indices, self.offsets, self.weights, length)
 
     def validate(self, num_embeddings: int) -> Bags:
         """Check everything by value, copying from the device if need be; return self.
@@ -374,6 +347,7 @@ class Bags:
           Traceback (most recent call last):
           IndexError: `indices` must lie in [0, 10), the rows of the table; ...
         """
+        num_embeddings = check_integer("num_embeddings", num_embeddings, low=0)
         ids = np.asarray(self.indices)
         offsets = np.asarray(self.offsets)
         weights = None if self.weights is None else np.asarray(self.weights)

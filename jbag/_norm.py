@@ -58,14 +58,17 @@ def renorm(
       Array([0.6, 0.8], dtype=float32)
     """
     table = check_table(table)
+    if max_norm is None:
+        raise TypeError("`max_norm` must be a number; got None.")
     max_norm, norm_type = check_norm(max_norm, norm_type)
     num_embeddings = table.shape[0]
     if isinstance(indices, Bags):
-        counted = indices.segment_ids < indices.num_bags
-        ids = indices.indices
+        segments = indices.segment_ids
+        counted = (segments >= 0) & (segments < indices.num_bags)
+        ids = check_integers("indices", indices.indices)
         if on_host(ids) and on_host(counted):
             check_ids(ids, num_embeddings, counted)
-        ids = jnp.where(counted, ids, -1)
+        ids = jnp.where(counted, to_index_dtype(ids), -1)
     else:
         ids = check_integers("indices", indices)
         if on_host(ids):
@@ -100,8 +103,7 @@ def row_scale(
     It is 1 where a slot names no row.
     """
     dtype = accumulation_dtype(table.dtype)
-    named = jnp.where(ids < 0, table.shape[0], ids)
-    rows = take(jax.lax.stop_gradient(table), named, 0)
+    rows = take(jax.lax.stop_gradient(table), ids, 0)
     sizes = jnp.abs(rows.astype(dtype))
     if norm_type == 2:
         norms = jnp.sqrt((sizes * sizes).sum(-1))
@@ -110,21 +112,28 @@ def row_scale(
     else:
         norms = (sizes**norm_type).sum(-1) ** (1 / norm_type)
     largest = jax.lax.stop_gradient(max_norm).astype(dtype)
-    return jnp.where(norms > largest, largest / (norms + _EPSILON), 1)
+    scale = jnp.where(norms > largest, largest / (norms + _EPSILON), 1)
+    # On a device, a norm that is none can't raise: it shows.
+    return jnp.where(largest >= 0, scale, jnp.nan)
 
 
-def check_norm(max_norm: Any, norm_type: Any) -> tuple[jax.Array, float]:
-    """Return `max_norm` as a scalar array and `norm_type` as a float, or raise."""
+def check_norm(max_norm: Any, norm_type: Any) -> tuple[jax.Array | None, float]:
+    """Return `max_norm` as a scalar array, or None, and `norm_type` as a float."""
     if isinstance(norm_type, bool) or not isinstance(norm_type, numbers.Real):
         raise TypeError(f"`norm_type` must be a number; got {norm_type!r}.")
     if not float(norm_type) > 0:
         raise ValueError(f"`norm_type` must be above 0; got {norm_type}.")
-    allowed = (numbers.Real, np.ndarray, jax.Array)
-    if isinstance(max_norm, bool) or not isinstance(max_norm, allowed):
+    if max_norm is None:
+        return None, float(norm_type)
+    if isinstance(max_norm, np.ndarray | jax.Array):
+        if max_norm.dtype.kind not in "fiu" and max_norm.dtype != jnp.bfloat16:
+            raise TypeError(f"`max_norm` must be a number; got {max_norm.dtype}.")
+        if max_norm.ndim != 0:
+            raise ValueError(
+                f"`max_norm` must be one number; got shape {max_norm.shape}."
+            )
+    elif isinstance(max_norm, bool) or not isinstance(max_norm, numbers.Real):
         raise TypeError(f"`max_norm` must be a number; got {max_norm!r}.")
-    largest = jnp.asarray(max_norm)
-    if largest.ndim != 0:
-        raise ValueError(f"`max_norm` must be one number; got shape {largest.shape}.")
     if on_host(max_norm) and not max_norm >= 0:
         raise ValueError(f"`max_norm` must be at least 0; got {max_norm}.")
-    return largest, float(norm_type)
+    return jnp.asarray(max_norm), float(norm_type)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jbag._validation import check_integer
@@ -22,7 +23,8 @@ def pack(name: str, lists: Any) -> tuple[np.ndarray, np.ndarray]:
         raise TypeError(f"`{name}` must be a list of lists; got {lists!r}.")
     lists = list(lists)
     for bag, row in enumerate(lists):
-        if isinstance(row, str | bytes | Mapping) or not isinstance(row, Sized):
+        listed = isinstance(row, Sized) and not isinstance(row, str | bytes | Mapping)
+        if not listed or getattr(row, "ndim", 1) == 0:
             raise TypeError(f"`{name}[{bag}]` must be a list; got {row!r}.")
     lengths = np.fromiter(map(len, lists), np.int64, len(lists))
     if lengths.sum() == 0:
@@ -34,7 +36,9 @@ def pack(name: str, lists: Any) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(deeper) from error
     if flat.ndim != 1:
         raise ValueError(deeper)
-    if flat.dtype.kind not in "iuf":
+    if not any(
+        jnp.issubdtype(flat.dtype, kind) for kind in (jnp.integer, jnp.floating)
+    ):
         raise TypeError(f"`{name}` must hold numbers; got {_stranger(name, lists)}.")
     return flat, lengths
 

@@ -125,6 +125,8 @@ def _batch(
     size = next(
         x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None
     )
+    if size == 0:
+        return _map(primitive, operands, dims, **params)
     shared = [operands[0]] if dense_axes[0] == "rows" and dims[0] is None else []
     stacked = [
         jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
@@ -139,10 +141,12 @@ def _batch(
         ids, offsets, malformed = _concatenate(ids, offsets)
     if not shared:
         rows = params.get("num_embeddings", dense[0].shape[1])
-        if size * rows > jnp.iinfo(ids.dtype).max:
+        total = size * rows
+        # A size that is symbolic, under `jax.export`, is taken to fit.
+        if isinstance(total, int) and total > jnp.iinfo(ids.dtype).max:
             return _map(primitive, operands, dims, **params)
         if "num_embeddings" in params:
-            params["num_embeddings"] = size * rows
+            params["num_embeddings"] = total
         ids = _number_rows(ids, rows)
 
     outputs = bind(

@@ -204,9 +204,8 @@ def _pick(table: Float[Array, "V D"], rows: Int[Array, "B D"]) -> Float[Array, "
     """Return table[rows[b, d], d]: zero at a negative row, NaN past the last."""
     # Cast first: the transpose then accumulates in float32 and rounds once.
     wide = table.astype(xla.accumulation_dtype(table.dtype))
-    outside = jnp.where(rows < 0, table.shape[0], rows)
     pick = functools.partial(xla.take, fill=jnp.nan)
-    picked = jax.vmap(pick, in_axes=1, out_axes=1)(wide, outside)
+    picked = jax.vmap(pick, in_axes=1, out_axes=1)(wide, rows)
     return jnp.where(rows < 0, 0, picked)
 
 
@@ -236,9 +235,6 @@ _sampled_dots = define(
 _extremum = define(
     "extremum", dense=["rows"], coefficients=True, outputs=["bags", "winners"]
 )
-
-
-# Derivatives.
 
 
 def _jvp(

@@ -14,6 +14,7 @@ from jbag._validation import (
     check_integers,
     check_offsets,
     on_host,
+    to_index_dtype,
 )
 
 
@@ -25,7 +26,8 @@ def offsets_to_segment_ids(offsets: Integers, capacity: int) -> Int[AnyArray, " 
       capacity: N, the number of slots.
 
     Returns:
-      [N], int32; B in the slots past the last offset.
+      [N], int32; B in the slots past the last offset. Malformed offsets on a device,
+      where they can't be checked, give -1 throughout.
 
     Raises:
       TypeError: `offsets` are not integers.
@@ -40,8 +42,8 @@ def offsets_to_segment_ids(offsets: Integers, capacity: int) -> Int[AnyArray, " 
     if on_host(offsets):
         lengths = np.diff(offsets, append=capacity)
         return np.repeat(np.arange(offsets.size, dtype=np.int32), lengths)
-    bounds, _ = xla.bag_bounds(jnp.asarray(offsets), capacity)
-    return xla.segment_ids(bounds, capacity)
+    bounds, malformed = xla.bag_bounds(jnp.asarray(offsets), capacity)
+    return jnp.where(malformed.any(), -1, xla.segment_ids(bounds, capacity))
 
 
 def segment_ids_to_offsets(
@@ -70,6 +72,8 @@ def segment_ids_to_offsets(
     if segments.ndim != 1:
         raise ValueError(f"`segment_ids` must be 1-D; got shape {segments.shape}.")
     host = on_host(segments)
+    if not host:
+        segments = to_index_dtype(segments)
     numpy = np if host else jnp
     outside = (segments < 0) | (segments > num_bags)
     drops = segments[1:] < segments[:-1]
@@ -85,6 +89,8 @@ def segment_ids_to_offsets(
             f"`segment_ids` must be sorted; got {segments[at - 1]} then {segments[at]} "
             f"at position {at}."
         )
+    # After the checks, as a narrow dtype may not hold `num_bags`.
+    segments = to_index_dtype(segments)
     bags = numpy.arange(num_bags + 1, dtype=segments.dtype)
     offsets = numpy.searchsorted(segments, bags).astype(np.int32)
     if not host:

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jbag._bag import check_mode, check_padding_idx, embedding_bag
 from jbag._bags import Bags
 from jbag._kernels import check_implementation
-from jbag._validation import Floats, Integers, check_integer, check_table
+from jbag._norm import check_norm
+from jbag._validation import Floats, Integers, check_flag, check_integer, check_table
 
 Initializer = Callable[..., Any]
 
@@ -33,12 +35,15 @@ class Pretrained:
         del key
         if shape != self.table.shape:
             raise ValueError(f"`table` must be {shape}; got {self.table.shape}.")
-        return self.table.astype(dtype)
+        # A copy: parameters may be donated, and the given table must not go with them.
+        return jnp.array(self.table, dtype, copy=True)
 
 
 def pretrained_options(table: ArrayLike, options: dict[str, Any]) -> dict[str, Any]:
     """Return what `from_pretrained` gives the constructor."""
     table = check_table(table)
+    if "embedding_init" in options:
+        raise TypeError("`embedding_init` must not be given with a table; got both.")
     num_embeddings, features = table.shape
     return {
         "num_embeddings": num_embeddings,
@@ -51,10 +56,17 @@ def pretrained_options(table: ArrayLike, options: dict[str, Any]) -> dict[str, A
 
 def check_options(module: Any) -> None:
     """Raise where a module's options can't be meant, before any table is made."""
-    check_integer("num_embeddings", module.num_embeddings, low=0)
-    check_integer("features", module.features, low=0)
+    check_integer("num_embeddings", module.num_embeddings, low=1)
+    check_integer("features", module.features, low=1)
+    for name in ("dtype", "param_dtype"):
+        dtype = getattr(module, name)
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"`{name}` must be floating; got {jnp.dtype(dtype)}.")
     check_mode(module.mode)
     check_implementation(module.implementation)
+    check_norm(module.max_norm, module.norm_type)
+    for flag in ("include_last_offset", "scale_grad_by_freq", "sparse", "freeze"):
+        check_flag(flag, getattr(module, flag))
     if module.padding_idx is not None:
         check_padding_idx(module.padding_idx, module.num_embeddings)
 

@@ -56,6 +56,10 @@ def write(table: Float[Array, "V D"], module: Any) -> torch.nn.EmbeddingBag:
         raise ValueError(
             f"`mode` must be 'sum', 'mean' or 'max' in PyTorch; got {module.mode!r}."
         )
+    if module.mode == "max" and module.scale_grad_by_freq:
+        raise ValueError(
+            "`scale_grad_by_freq` must be False with mode 'max' in PyTorch; got True."
+        )
     host = np.array(jax.device_get(table))
     if host.dtype == jnp.bfloat16:
         weight = torch.from_numpy(host.view(np.int16)).view(torch.bfloat16)

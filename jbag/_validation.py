@@ -114,8 +114,9 @@ def check_offsets(
     offsets = to_index_dtype(offsets)
     if include_last_offset:
         return offsets
-    end = np.array([capacity], offsets.dtype)
-    return (np if host else jnp).concatenate([offsets, end])
+    if host and isinstance(capacity, int):
+        return np.append(offsets, np.array(capacity, offsets.dtype))
+    return jnp.append(offsets, jnp.asarray(capacity, offsets.dtype))
 
 
 def _check_monotone(offsets: np.ndarray, capacity: int) -> None:
@@ -154,7 +155,9 @@ def check_ids(
         )
 
 
-def check_integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
+def check_integer(
+    name: str, value: Any, *, low: int | None = None, high: int | None = None
+) -> int:
     """Return value as an int; raise unless it is an integer in [low, high)."""
     if isinstance(value, bool | np.bool_):
         raise TypeError(f"`{name}` must be an integer; got {value!r}.")
@@ -162,7 +165,8 @@ def check_integer(name: str, value: Any, *, low: int, high: int | None = None) -
         number = operator.index(value)
     except TypeError as error:
         raise TypeError(f"`{name}` must be an integer; got {value!r}.") from error
-    if number < low or (high is not None and number >= high):
+    too_low = low is not None and number < low
+    if too_low or (high is not None and number >= high):
         expected = f"at least {low}" if high is None else f"in [{low}, {high})"
         raise ValueError(f"`{name}` must be {expected}; got {number}.")
     return number
@@ -178,12 +182,12 @@ def to_index_dtype(x: AnyArray) -> AnyArray:
     target = jax.dtypes.canonicalize_dtype(np.int64 if wide else np.int32)
     if x.dtype == target:
         return x
-    limits = np.iinfo(target)
+    limits, own = jnp.iinfo(target), jnp.iinfo(x.dtype)
     numpy = np if isinstance(x, np.ndarray) else jnp
     narrow = x.astype(target)
-    if np.iinfo(x.dtype).max > limits.max:
+    if own.max > limits.max:
         fits = x <= limits.max
-        if np.iinfo(x.dtype).min < 0:
+        if own.min < 0:
             fits &= x >= limits.min
         narrow = numpy.where(fits, narrow, numpy.asarray(-1, target))
     return narrow
@@ -192,6 +196,8 @@ def to_index_dtype(x: AnyArray) -> AnyArray:
 def _host_array(name: str, x: Any, kind: str) -> np.ndarray:
     if x is None or isinstance(x, str | bytes | dict | set):
         raise TypeError(f"`{name}` must hold {kind}; got {x!r}.")
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"`{name}` must be a plain array; got a masked one.")
     try:
         array = np.asarray(x)
     except ValueError as error:

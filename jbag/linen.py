@@ -42,7 +42,8 @@ class EmbeddingBag(nn.Module):
       max_norm: rows are used scaled down to this norm.
       norm_type: p of that norm.
       scale_grad_by_freq: divide each row's gradient by its count in the batch.
-      sparse: ask for a row-sparse gradient where the caller can take one.
+      sparse: ask for a row-sparse gradient where the caller can take one; nothing
+        here can yet.
       dtype: of the result; None for the table's own. Pooling runs in float32 at least,
         and only the result is cast: a large table is never copied to another dtype.
       param_dtype: of the table.
@@ -163,7 +164,7 @@ def to_torch(module: EmbeddingBag, variables: Any) -> torch.nn.EmbeddingBag:
       variables: what `module.init` returned, or training made of it.
 
     Raises:
-      ValueError: PyTorch lacks the module's mode.
+      ValueError: PyTorch lacks the module's mode, or its combination of options.
 
     Example:
       >>> module = jbag.to_torch(bag, variables)  # doctest: +SKIP

@@ -46,7 +46,8 @@ class EmbeddingBag(nnx.Module):
       max_norm: rows are used scaled down to this norm.
       norm_type: p of that norm.
       scale_grad_by_freq: divide each row's gradient by its count in the batch.
-      sparse: ask for a row-sparse gradient where the caller can take one.
+      sparse: ask for a row-sparse gradient where the caller can take one; nothing
+        here can yet.
       dtype: of the result; None for the table's own. Only the result is cast.
       param_dtype: of the table.
       embedding_init: the table's initializer, called with (key, shape, dtype); by
@@ -164,7 +165,7 @@ class EmbeddingBag(nnx.Module):
         """Return the PyTorch module that equals this one, with a copy of its table.
 
         Raises:
-          ValueError: PyTorch lacks the module's mode.
+          ValueError: PyTorch lacks the module's mode, or its combination of options.
 
         Example:
           >>> module = bag.to_torch()  # doctest: +SKIP

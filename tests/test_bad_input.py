@@ -145,6 +145,28 @@ def test_an_id_out_of_range_on_the_host(convert):
         jax.jit(lambda t: pool(t, convert([0, 10]), [0]))(TABLE)
 
 
+def test_an_id_out_of_range_on_the_host_by_offsets_on_a_device():
+    # Whether it is in a bag can't be seen: it is NaN if it is, and never wraps.
+    for stranger in (99, 2**40):
+        ids = np.array([0, stranger])
+        out = pool(TABLE, ids, jnp.array([0, 1, 2]), include_last_offset=True)
+        np.testing.assert_array_equal(np.isnan(out).all(1), [False, True])
+        out = pool(TABLE, ids, jnp.array([0, 1]), include_last_offset=True)
+        np.testing.assert_array_equal(out, [[1, 1, 1]])
+
+
+def test_masked_arrays_are_not_taken_for_plain_ones():
+    with pytest.raises(
+        TypeError, match="`indices` must be a plain array; got a masked"
+    ):
+        pool(TABLE, np.ma.masked_array([[1, 2]], mask=[[False, True]]))
+
+
+def test_a_norm_that_is_none_on_a_device_shows():
+    for max_norm in (jnp.float32(-1), jnp.float32(jnp.nan)):
+        assert np.isnan(pool(TABLE, IDS, [0], max_norm=max_norm)).all()
+
+
 def test_an_id_out_of_range_in_the_tail_is_nothing():
     out = pool(TABLE, [0, 1, 99], [0, 2], include_last_offset=True)
     np.testing.assert_array_equal(out, [[1, 1, 1]])
@@ -174,13 +196,15 @@ def test_a_table_that_is_no_matrix(shape):
 
 
 def test_unknown_modes_and_implementations():
-    for mode in ("average", None, 3):
+    for mode in ("average", None, 3, ["sum"], np.array(["sum", "max"])):
         with pytest.raises(ValueError, match="`mode` must be one of 'sum', 'mean'"):
             pool(TABLE, IDS, [0], mode=mode)
     with pytest.raises(
         ValueError, match="`implementation` must be None or one of 'xla'"
     ):
         pool(TABLE, IDS, [0], implementation="triton")
+    with pytest.raises(ValueError, match="`implementation` must be None or one of"):
+        pool(TABLE, IDS, [0], implementation=["xla"])
 
 
 def test_padding_idx_that_is_no_row():
@@ -203,11 +227,20 @@ def test_norms_that_are_none():
         pool(TABLE, IDS, [0], max_norm=jnp.ones(2))
     with pytest.raises(TypeError, match="`max_norm` must be a number; got '1'"):
         pool(TABLE, IDS, [0], max_norm="1")
+    for stranger in (
+        np.array(1j),
+        np.array(True),
+        np.array("1"),
+        True,
+        jnp.array(True),
+    ):
+        with pytest.raises(TypeError, match="`max_norm` must be a number; got"):
+            pool(TABLE, IDS, [0], max_norm=stranger)
     for norm_type in (0, -2.0):
         with pytest.raises(ValueError, match="`norm_type` must be above 0"):
             pool(TABLE, IDS, [0], max_norm=1.0, norm_type=norm_type)
     with pytest.raises(TypeError, match="`norm_type` must be a number"):
-        pool(TABLE, IDS, [0], max_norm=1.0, norm_type="2")
+        pool(TABLE, IDS, [0], norm_type="2")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +258,7 @@ def test_bags_with_what_they_bring_themselves():
     with pytest.raises(ValueError, match="`weights` must be None with a Bags"):
         pool(TABLE, bags, weights=[1.0, 2.0, 3.0])
     stacked = jax.tree.map(lambda x: np.stack([x, x]), bags)
-    with pytest.raises(ValueError, match=r"use jax\.vmap"):
+    with pytest.raises(ValueError, match=r"`bags` must be one batch.* use jax\.vmap"):
         pool(TABLE, stacked)
 
 

@@ -182,6 +182,8 @@ def test_bags_too_long_to_spread_are_never_cut_in_silence():
     padded = on_device(bags).to_padded(3)
     out = jbag.embedding_bag(jnp.ones((7, 2)), padded.ids)
     np.testing.assert_array_equal(np.isnan(out).all(1), [True, False, False, False])
+    with pytest.raises(ValueError, match="`length` must be at least 1; got 0"):
+        on_device(bags).to_padded(0)
     assert Bags.from_lists([[], []]).to_padded(2).ids.tolist() == [[0, 0], [0, 0]]
 
 
@@ -216,7 +218,10 @@ def test_the_tail_alone_can_be_given_up():
         (lambda: Bags.from_segment_ids([1, 2], [0], 2), "must have the shape of"),
         (lambda: Bags.from_segment_ids([1, 2], [[0, 1]], 2), "must be 1-D"),
         (lambda: Bags.from_padded([1, 2]), r"`ids` must be \[B, L\]"),
-        (lambda: Bags.from_padded([[1]], [[True]], pad_id=1), "can't both be given"),
+        (
+            lambda: Bags.from_padded([[1]], [[True]], pad_id=1),
+            "must be None with a mask",
+        ),
         (
             lambda: Bags.from_padded([[1]], [[True, True]]),
             "must have the shape of `ids`",
@@ -256,6 +261,74 @@ def test_malformed_data_on_a_device_pools_to_nan():
     np.testing.assert_array_equal(pool(negative), [False, True, True])
     too_many = Bags.from_lengths(ids, jnp.array([1, 4]))
     np.testing.assert_array_equal(pool(too_many), [False, True])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int64"])
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
+def test_narrow_segment_ids_count_many_bags(convert, dtype):
+    if convert is jnp.asarray and dtype == "int64":
+        pytest.skip("JAX keeps 32 bits by default")
+    segments = convert(np.array([0, 1, 100], dtype))
+    bags = Bags.from_segment_ids(convert([5, 6, 7]), segments, 300)
+    np.testing.assert_array_equal(np.flatnonzero(bags.lengths), [0, 1, 100])
+    assert bags.offsets[-1] == 3
+
+
+@pytest.mark.parametrize("pad_id", [300, -1, 2**70])
+def test_a_pad_id_that_no_slot_can_hold_marks_none(pad_id):
+    for convert in (np.asarray, jnp.asarray):
+        ids = convert(np.array([[44, 255]], np.uint8))
+        assert Bags.from_padded(ids, pad_id=pad_id).to_lists() == [[44, 255]]
+
+
+def test_malformed_bags_on_a_device_stay_malformed():
+    table = jnp.ones((7, 2))
+    pool = lambda bags: np.isnan(jbag.embedding_bag(table, bags)).all(1)
+    bags = Bags(jnp.arange(4), jnp.array([0, 2, 9]))
+    padded = Bags.from_padded(*bags.to_padded(9))
+    np.testing.assert_array_equal(pool(padded), [False, True])
+    again = Bags.from_segment_ids(bags.indices, bags.segment_ids, 2)
+    np.testing.assert_array_equal(pool(again), [True, True])
+    shrunk = Bags(jnp.arange(4), jnp.array([0, 2, 4])).pad_to(2).pad_to(4)
+    np.testing.assert_array_equal(pool(shrunk), [False, True])
+    for bad in (bags, shrunk):
+        with pytest.raises(ValueError, match="`offsets` must not"):
+            bad.to_lists()
+
+
+def test_host_and_traced_parts_mix():
+    ids, mask = np.array([[1, 2], [3, 4]]), jnp.array([[True, False], [True, True]])
+    bags = jax.jit(lambda m: Bags.from_padded(ids, m))(mask)
+    assert bags.to_lists() == [[1], [3, 4]]
+    spread = lambda w: Bags(np.arange(3), np.array([0, 1, 3]), w).to_padded(2).weights
+    gradient = jax.grad(lambda w: spread(w).sum())(jnp.ones(3))
+    np.testing.assert_array_equal(gradient, 1)
+
+
+def test_lengths_too_large_to_add_up():
+    for lengths in (np.array([2**62] * 4), np.array([2**64 - 1, 2], np.uint64)):
+        with pytest.raises(ValueError, match="`lengths` must sum to at most"):
+            Bags.from_lengths([1, 2], lengths)
+
+
+@pytest.mark.parametrize("pad_id", [1.5, "x", True, [1]])
+def test_a_pad_id_that_is_no_integer(pad_id):
+    with pytest.raises(TypeError, match="`pad_id` must be an integer"):
+        Bags.from_padded([[1, 2]], pad_id=pad_id)
+
+
+@pytest.mark.parametrize("convert", [lambda x: x, on_device])
+def test_stacked_bags_are_one_batch_at_a_time(convert):
+    stacked = convert(jax.tree.map(lambda x: np.stack([x, x]), Bags.from_lists(LISTS)))
+    for use in (
+        lambda b: b.pad_to(20),
+        lambda b: b.to_lists(),
+        lambda b: b.to_padded(4),
+    ):
+        with pytest.raises(ValueError, match=r"one batch.* use jax\.vmap"):
+            use(stacked)
+    padded = jax.vmap(lambda b: b.pad_to(20))(on_device(stacked))
+    assert padded.indices.shape == (2, 20)
 
 
 def test_validate_looks_at_the_values():

@@ -35,6 +35,8 @@ def test_docstring_examples_run(name):
     names = {"jbag": jbag, "jax": jax, "jnp": jnp, "numpy": numpy, "flax": flax}
     results = doctest.testmod(module, extraglobs=names, optionflags=FLAGS)
     assert results.failed == 0
+    source = pathlib.Path(str(module.__file__)).read_text()
+    assert results.attempted > 0 or ">>>" not in source
 
 
 PUBLIC = [

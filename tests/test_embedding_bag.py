@@ -145,7 +145,7 @@ def test_random_bags_with_every_option_equal_the_oracle(mode, seed, implementati
 @pytest.mark.parametrize("freq", [False, True])
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 @pytest.mark.parametrize("mode", MODES)
-def test_options_combine(mode, max_norm, freq, weighted, padding_idx):
+def test_options_combine(mode, max_norm, freq, weighted, padding_idx, implementation):
     ids = [0, 4, 2, 4, 4, 0, 4, 4, 7, 8, 0]
     check(
         make_table(),
@@ -156,6 +156,7 @@ def test_options_combine(mode, max_norm, freq, weighted, padding_idx):
         padding_idx=padding_idx,
         max_norm=max_norm,
         scale_grad_by_freq=freq,
+        implementation=implementation,
     )
 
 
@@ -375,7 +376,7 @@ def test_an_unknown_id_on_a_device_makes_its_bag_nan(
         ids, offsets = ids.reshape(3, 2), None
         weights = None if weights is None else weights.reshape(3, 2)
 
-    def pool(table):
+    def pool(table, weights):
         return jbag.embedding_bag(
             table,
             ids,
@@ -387,11 +388,15 @@ def test_an_unknown_id_on_a_device_makes_its_bag_nan(
             implementation=implementation,
         )
 
-    value, pullback = jax.vjp(pool, table)
+    value, pullback = jax.vjp(pool, table, weights)
     np.testing.assert_array_equal(np.isnan(value).all(1), [False, True, False])
     np.testing.assert_array_equal(np.isnan(value).any(1), [False, True, False])
-    (gradient,) = pullback(jnp.ones_like(value))
+    gradient, to_weights = pullback(jnp.ones_like(value))
     assert np.isfinite(gradient).all()
+    if weighted:
+        to_weights = to_weights.reshape(3, 2)
+        assert np.isnan(to_weights[1, 0])
+        assert np.isfinite(to_weights[jnp.array([0, 2])]).all()
     np.testing.assert_array_equal(gradient[jnp.array([2, 6, 7, 8, 9])], 0)
 
 
@@ -414,6 +419,8 @@ def test_an_unknown_id_is_nan_even_at_zero_weight(mode, implementation):
     ("offsets", "malformed"),
     [
         ([0, 4, 2, 6], [False, True, True]),
+        ([0, 3, 5, 2], [False, False, True]),
+        ([0, 3, 5, -1], [False, False, True]),
         ([1, 4, 5, 6], [True, False, False]),
         ([0, 4, 5, 7], [False, False, True]),
         ([0, 4, -3, 6], [False, True, True]),
@@ -438,7 +445,16 @@ def test_malformed_offsets_on_a_device_make_their_bags_nan(
             implementation=implementation,
         )
 
-    value, pullback = jax.vjp(pool, make_table())
+    table = make_table()
+    value, pullback = jax.vjp(pool, table)
+    # Those that are well formed are what they are alone.
+    flat = [None] * 6 if weights is None else np.asarray(weights, np.float64)
+    bags = [
+        [] if bad else [(i, flat[i]) for i in range(*bounds)]
+        for bounds, bad in zip(itertools.pairwise(offsets), malformed, strict=True)
+    ]
+    expected = oracle.forward(table, bags, mode)
+    assert_close(np.nan_to_num(value), np.nan_to_num(expected))
     np.testing.assert_array_equal(np.isnan(value).all(1), malformed)
     np.testing.assert_array_equal(np.isnan(value).any(1), malformed)
     (gradient,) = pullback(jnp.ones_like(value))

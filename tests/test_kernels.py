@@ -1,12 +1,15 @@
 """Which kernel an implementation's name, or None, means on a platform."""
 
+import functools
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jbag
-from jbag import _kernels
+from jbag import _kernels, _primitive
 from jbag._kernels import KERNELS, Kernel, check_implementation, choose, xla
 
 
@@ -48,6 +51,34 @@ def test_the_kernel_is_chosen_at_lowering_not_at_tracing():
     jaxpr = str(jax.make_jaxpr(lambda t: jbag.embedding_bag(t, [[0, 1]]))(table))
     assert "jbag_product" in jaxpr
     assert "implementation=None" in jaxpr
+
+
+def test_a_primitive_is_lowered_to_the_kernel_of_its_platform(monkeypatch):
+    calls = []
+
+    class Native:
+        @staticmethod
+        def product(*operands):
+            calls.append(operands)
+            return xla.product(*operands)
+
+    native = Kernel(Native, platforms=(jax.default_backend(),))
+    monkeypatch.setattr(_kernels, "KERNELS", {"native": native, **KERNELS})
+    primitive = _primitive.define(
+        "product", dense=["rows"], coefficients=True, outputs=["bags"]
+    )
+    operands = jnp.ones((3, 2)), jnp.array([[0, 1]])
+    for implementation, expected in (("xla", 0), (None, 1), ("native", 2)):
+        pool = jax.jit(functools.partial(primitive.bind, implementation=implementation))
+        np.testing.assert_array_equal(pool(*operands), [[2, 2]])
+        assert len(calls) == expected
+    best = jax.jit(functools.partial(primitive.bind, implementation=None))
+    everywhere = jax.export.export(best, platforms=("cpu", "cuda", "tpu"))
+    assert everywhere(*operands).platforms == ("cpu", "cuda", "tpu")
+    named = jax.jit(functools.partial(primitive.bind, implementation="native"))
+    elsewhere = "tpu" if jax.default_backend() == "cpu" else "cpu"
+    with pytest.raises(ValueError, match=r"'native' runs on .*, not on"):
+        jax.export.export(named, platforms=(elsewhere,))(*operands)
 
 
 def test_none_gives_what_the_best_kernel_gives(implementation):

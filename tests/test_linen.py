@@ -107,7 +107,11 @@ def test_partitioning_metadata_survives_initialisation():
         ({"mode": "average"}, ValueError, "`mode` must be one of"),
         ({"padding_idx": 10}, ValueError, "`padding_idx` must be in"),
         ({"implementation": "triton"}, ValueError, "`implementation` must be None"),
-        ({"num_embeddings": -1}, ValueError, "`num_embeddings` must be at least 0"),
+        ({"num_embeddings": 0}, ValueError, "`num_embeddings` must be at least 1"),
+        ({"max_norm": -1}, ValueError, "`max_norm` must be at least 0"),
+        ({"norm_type": "2"}, TypeError, "`norm_type` must be a number"),
+        ({"dtype": "int32"}, TypeError, "`dtype` must be floating; got int32"),
+        ({"sparse": 1}, TypeError, "`sparse` must be True or False"),
         ({"features": 1.5}, TypeError, "`features` must be an integer"),
     ],
 )
@@ -126,6 +130,11 @@ def test_a_pretrained_table_is_frozen_or_not():
     np.testing.assert_array_equal(frozen.apply(variables, BAGS), expected)
     free = jbag.EmbeddingBag.from_pretrained(table, freeze=False)
     np.testing.assert_array_equal(init(free)["params"]["embedding"], table)
+    donated = jax.jit(lambda v: v, donate_argnums=0)(init(free))
+    del donated
+    assert not table.is_deleted()
+    with pytest.raises(TypeError, match="`embedding_init` must not be given"):
+        jbag.EmbeddingBag.from_pretrained(table, embedding_init=jnp.zeros)
     with pytest.raises(TypeError, match="`table` must be a matrix"):
         jbag.EmbeddingBag.from_pretrained(jnp.ones((3, 3), int))
 

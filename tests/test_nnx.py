@@ -81,6 +81,8 @@ def test_metadata_comes_both_ways():
         ({"mode": "average"}, ValueError, "`mode` must be one of"),
         ({"padding_idx": 10}, ValueError, "`padding_idx` must be in"),
         ({"implementation": "triton"}, ValueError, "`implementation` must be None"),
+        ({"max_norm": -1}, ValueError, "`max_norm` must be at least 0"),
+        ({"include_last_offset": 3}, TypeError, "`include_last_offset` must be True"),
     ],
 )
 def test_bad_options_raise_before_a_table_is_made(options, error, message):

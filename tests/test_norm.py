@@ -57,6 +57,17 @@ def test_ids_that_are_no_rows():
     np.testing.assert_array_equal(unchanged, table)
 
 
+def test_64_bit_ids_never_wrap():
+    table = make_table()
+    bags = jbag.Bags(np.array([2**32 + 1]), jnp.array([0, 1]))
+    np.testing.assert_array_equal(jbag.renorm(table, bags, 0.1), table)
+
+
+def test_a_norm_must_be_given():
+    with pytest.raises(TypeError, match="`max_norm` must be a number; got None"):
+        jbag.renorm(make_table(), [0], None)
+
+
 def test_the_scaling_is_a_constant_to_autodiff():
     table = make_table()
     scale = jbag.renorm(table, [0], 0.5)[0] / table[0]

@@ -226,6 +226,29 @@ def test_vmap_with_tail_slots_and_padding(mode, implementation):
     np.testing.assert_allclose(out, jnp.stack(each), rtol=1e-6)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_vmap_counts_frequencies_within_each_batch(mode, implementation):
+    ids = jnp.array([[[1, 1], [2, 3]], [[1, 2], [2, 2]]])
+    table = make_table(5, 3)
+    gradient = jax.grad(
+        lambda t, i: jbag.embedding_bag(
+            t, i, mode=mode, scale_grad_by_freq=True, implementation=implementation
+        ).sum()
+    )
+    each = jnp.stack([gradient(table, i) for i in ids])
+    close(jax.vmap(gradient, in_axes=(None, 0))(table, ids), each)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vmap_over_nothing_gives_nothing(mode):
+    table = make_table(5, 3)
+    pool = lambda i: jbag.embedding_bag(table, i, mode=mode)
+    assert jax.vmap(pool)(jnp.zeros((0, 4, 2), int)).shape == (0, 4, 3)
+    ragged = lambda i, o: jbag.embedding_bag(table, i, o, mode=mode)
+    empty = jnp.zeros((0, 6), int), jnp.zeros((0, 2), int)
+    assert jax.vmap(ragged)(*empty).shape == (0, 2, 3)
+
+
 def test_vmap_over_more_rows_than_ids_can_name_runs_one_by_one():
     # 2^16 tables of 2^16 rows: a joint row number doesn't fit in 32 bits.
     tables = jax.ShapeDtypeStruct((2**16, 2**16, 1), jnp.float32)
@@ -342,7 +365,10 @@ def test_export_for_every_platform_from_one_machine(mode, layout):
 def test_export_with_symbolic_batch_sizes(mode):
     ends, slots = export.symbolic_shape("e, n", constraints=["e >= 2", "n >= 1"])
     pool = jax.jit(
-        lambda t, i, o: jbag.embedding_bag(t, i, o, mode=mode, include_last_offset=True)
+        lambda t, i, o: jnp.append(
+            jbag.embedding_bag(t, i, o, mode=mode, include_last_offset=True),
+            jax.vmap(lambda t: jbag.embedding_bag(t, i, o, mode=mode))(t[None])[0],
+        )
     )
     exported = export.export(pool, platforms=("cpu", "cuda", "tpu"))(
         jax.ShapeDtypeStruct((5, 3), jnp.float32),

@@ -7,7 +7,7 @@ A kernel is a module with the four operations of `xla`: `product`,
 from __future__ import annotations
 
 import dataclasses
-from types import ModuleType
+from typing import Any
 
 from jbag._kernels import xla
 
@@ -16,7 +16,7 @@ from jbag._kernels import xla
 class Kernel:
     """One implementation: its operations, and the platforms it runs on (None: all)."""
 
-    operations: ModuleType
+    operations: Any  # a module, or what has the same four functions
     platforms: tuple[str, ...] | None = None
 
     def runs_on(self, platform: str | None) -> bool:
@@ -27,9 +27,10 @@ class Kernel:
 KERNELS: dict[str, Kernel] = {"xla": Kernel(xla)}
 
 
-def check_implementation(implementation: str | None) -> None:
+def check_implementation(implementation: object) -> None:
     """Raise ValueError unless `implementation` is None or names a kernel."""
-    if implementation is not None and implementation not in KERNELS:
+    known = implementation is None or isinstance(implementation, str)
+    if not known or (implementation is not None and implementation not in KERNELS):
         raise ValueError(
             f"`implementation` must be None or one of {', '.join(map(repr, KERNELS))}; "
             f"got {implementation!r}."

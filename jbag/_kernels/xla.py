@@ -163,19 +163,18 @@ def extremum(
 def take(
     x: Shaped[Array, "rows ..."], index: Int[Array, "..."], fill: float | int | bool
 ) -> Shaped[Array, "..."]:
-    """Return the rows of x at indices >= 0, `fill` past the last."""
+    """Return the rows of x, `fill` at negative indices and past the last."""
     num_rows = x.shape[0]
     if num_rows == 0:
         return jnp.full((*index.shape, *x.shape[1:]), fill, x.dtype)
     # JAX narrows a 64-bit index to 32 bits where the rows fit: it must not wrap.
-    index = jnp.minimum(index, num_rows)
+    index = jnp.clip(index, -1, num_rows)
     return x.at[index].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
 
 
 def _rows(table: Float[Array, "V D"], ids: Ids) -> Float[Array, "*slots D"]:
     """Gather the row of each slot, in the accumulation dtype."""
-    outside = jnp.where(ids < 0, table.shape[0], ids)
-    rows = take(table, outside, jnp.nan).astype(accumulation_dtype(table.dtype))
+    rows = take(table, ids, jnp.nan).astype(accumulation_dtype(table.dtype))
     return jnp.where((ids < 0)[..., None], 0, rows)
 
 
