@@ -173,6 +173,7 @@ def test_saved_classifier_predicts_as_the_trained_one(
     first = capsys.readouterr()
     assert trained >= 0.95
     assert "some predictions" in first.err
+    assert ("all are right" if trained == 1 else "most confused") in first.err
     assert "batch/s" in first.err
 
     lines_of_stdin(monkeypatch, lines)
