@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jbag import _product
 from jbag._bags import Bags
-from jbag._kernels import check_implementation
+from jbag._kernels import check_implementation, xla
 from jbag._kernels.xla import Size, accumulation_dtype, take
 from jbag._norm import check_norm, row_scale
 from jbag._validation import (
@@ -235,32 +235,37 @@ def _pool(
 ) -> Float[Array, "B D"]:
     num_embeddings = table.shape[0]
     dtype = accumulation_dtype(table.dtype)
-    # The kernels' terms: a negative id is an empty slot, an id >= V names no row.
-    ids = jnp.where(indices < 0, num_embeddings, indices)
-    if padding_idx is not None:
-        ids = jnp.where(indices == padding_idx, -1, ids)
-    if offsets is not None:
-        slots = jnp.arange(ids.size, dtype=offsets.dtype)
-        # The largest offset is the last one, unless malformed: then those that are well
-        # formed keep their slots.
-        ids = jnp.where(slots < offsets.max(), ids, -1)
+    ids, empty = indices, padding_idx
+    if offsets is not None and (
+        max_norm is not None
+        or scale_grad_by_freq
+        or (weights is not None and mode == "sqrtn")
+    ):
+        # These read the slots past the bags, too: empty them. The largest offset is the
+        # last one, unless malformed: then those that are well formed keep their slots.
+        outside = jnp.arange(ids.size, dtype=offsets.dtype) >= offsets.max()
+        ids = jnp.where(ids < 0, _UNKNOWN, ids)
+        if padding_idx is not None:
+            outside |= indices == padding_idx
+        ids, empty = jnp.where(outside, _EMPTY, ids), _EMPTY
     if weights is not None:
-        # What stands beside an empty slot, a NaN say, must not reach the gradient.
-        weights = jnp.where(ids < 0, 0, weights.astype(dtype))
+        weights = weights.astype(dtype)
+        if empty is not None:
+            # What stands beside an empty slot, a NaN say, must not reach the gradient.
+            weights = jnp.where(ids == empty, 0, weights)
+    options: dict[str, Any] = {"empty": empty, "implementation": implementation}
     value_scale = gradient_scale = None
     if max_norm is not None:
         value_scale = row_scale(table, ids, max_norm, norm_type)
     if scale_grad_by_freq:
-        counts = _occurrences(ids, offsets, num_embeddings, dtype, implementation)
+        counts = _occurrences(ids, offsets, num_embeddings, dtype, **options)
         gradient_scale = 1 / counts
 
     bags = (ids, offsets, weights, value_scale, gradient_scale)
     if mode in ("max", "min"):
-        out = _product.extremum(
-            table, *bags, largest=mode == "max", implementation=implementation
-        )
+        out = _product.extremum(table, *bags, largest=mode == "max", **options)
     else:
-        out = _product.product_scaled(table, *bags, implementation=implementation)
+        out = _product.product_scaled(table, *bags, **options)
         if mode != "sum":
             out = _divide(
                 out,
@@ -268,11 +273,15 @@ def _pool(
                 offsets,
                 weights,
                 mode=mode,
-                padded=padding_idx is not None,
                 num_embeddings=num_embeddings,
-                implementation=implementation,
+                **options,
             )
     return out.astype(table.dtype)
+
+
+# Ids that name no row, in place of what the caller wrote: one is an empty slot.
+_EMPTY = -1
+_UNKNOWN = -2
 
 
 def _divide(
@@ -282,8 +291,8 @@ def _divide(
     weights: Float[Array, "*slots"] | None,
     *,
     mode: str,
-    padded: bool,
     num_embeddings: Size,
+    empty: int | None,
     implementation: str | None,
 ) -> Float[Array, "B D"]:
     """Divide the sums by what makes them means ("mean") or of unit scale ("sqrtn")."""
@@ -293,14 +302,19 @@ def _divide(
     ) -> Float[Array, "B 1"]:
         """Sum the coefficients of the chosen slots: a table whose one row is one."""
         one = jnp.ones((1, 1), total.dtype)
-        rows = jnp.where(chosen, 0, -1)
+        rows = jnp.where(chosen, 0, _EMPTY)
         return _product.product(
-            one, rows, offsets, coefficients, implementation=implementation
+            one,
+            rows,
+            offsets,
+            coefficients,
+            empty=_EMPTY,
+            implementation=implementation,
         )
 
-    filled = ids >= 0
+    filled = xla.filled(ids, empty)
     if weights is None:
-        if padded:
+        if empty is not None:
             counts = tally(filled, None)
         elif offsets is None:
             counts = jnp.full((1, 1), ids.shape[1], total.dtype)
@@ -317,7 +331,7 @@ def _divide(
     divisors = jnp.where(is_zero, 1, sizes)
     if mode == "sqrtn":
         divisors = jnp.sqrt(divisors)
-    strangers = tally(ids >= num_embeddings, None)
+    strangers = tally(filled & ((ids < 0) | (ids >= num_embeddings)), None)
     nothing = jnp.where(strangers == 0, 0, jnp.nan)
     return jnp.where(is_zero, nothing, total / divisors)
 
@@ -327,7 +341,7 @@ def _occurrences(
     offsets: Int[Array, " ends"] | None,
     num_embeddings: Size,
     dtype: jnp.dtype,
-    implementation: str | None,
+    **options: Any,
 ) -> Float[Array, "*slots"]:
     """Return, for each slot, how many slots name the same row, at least 1."""
     num_bags = ids.shape[0] if offsets is None else offsets.size - 1
@@ -338,6 +352,6 @@ def _occurrences(
         None,
         num_embeddings=num_embeddings,
         dtype=dtype,
-        implementation=implementation,
+        **options,
     )
     return jnp.maximum(take(counts[:, 0], ids, 1), 1)

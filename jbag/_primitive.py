@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array, Bool, Int, Shaped
 
-from jbag._kernels import choose, special_platforms, xla
+from jbag._kernels import KERNELS, Kernel, choose, special_platforms, xla
 
 
 def define(
@@ -35,16 +35,10 @@ def define(
     primitive = Primitive(f"jbag_{name}")
     primitive.multiple_results = several = len(outputs) > 1
 
-    def call(
-        platform: str | None,
-        *operands: Array,
-        implementation: str | None,
-        **params: Any,
-    ) -> Any:
+    def call(kernel: Kernel, *operands: Array, **params: Any) -> Any:
         arrays, ids, offsets, weights = layout(len(dense), operands)
         structure = (ids, offsets, weights) if coefficients else (ids, offsets)
-        operation = getattr(choose(implementation, platform).operations, name)
-        return operation(*arrays, *structure, **params)
+        return getattr(kernel.operations, name)(*arrays, *structure, **params)
 
     @functools.cache
     def compiled(**params: Any) -> Callable:
@@ -57,14 +51,26 @@ def define(
             return compiled(**params)(*operands)
 
     @primitive.def_abstract_eval
-    def infer(*avals: Any, **params: Any) -> Any:
-        reference = functools.partial(call, None, **params | {"implementation": "xla"})
+    def infer(*avals: Any, implementation: str | None, **params: Any) -> Any:
+        del implementation
+        reference = functools.partial(call, KERNELS["xla"], **params)
         inferred = jax.make_jaxpr(reference)(*avals).out_avals
         return inferred if several else inferred[0]
 
     def lowering(platform: str | None) -> Callable:
-        rule = functools.partial(call, platform)
-        return mlir.lower_fun(rule, multiple_results=several)
+        def lower(
+            context: mlir.LoweringRuleContext,
+            *operands: Any,
+            implementation: str | None,
+            **params: Any,
+        ) -> Any:
+            exported = context.module_context.lowering_parameters.for_export
+            kernel = choose(implementation, platform, exported=exported)
+            rule = functools.partial(call, kernel)
+            lowered = mlir.lower_fun(rule, multiple_results=several)
+            return lowered(context, *operands, **params)
+
+        return lower
 
     mlir.register_lowering(primitive, lowering(None))
     for platform in special_platforms():
@@ -136,11 +142,13 @@ def _batch(
         len(dense_axes), shared + stacked[len(shared) :], batch_ndim=1
     )
     slots = ids[0].size
+    rows = params.get("num_embeddings", dense[0].shape[0 if shared else 1])
+    ids = _name(ids, params["empty"], rows)
+    params["empty"] = _EMPTY
     malformed = None
     if offsets is not None:
         ids, offsets, malformed = _concatenate(ids, offsets)
     if not shared:
-        rows = params.get("num_embeddings", dense[0].shape[1])
         total = size * rows
         # A size that is symbolic, under `jax.export`, is taken to fit.
         if isinstance(total, int) and total > jnp.iinfo(ids.dtype).max:
@@ -178,11 +186,25 @@ def _merge(x: Shaped[Array, "K first ..."]) -> Shaped[Array, "K*first ..."]:
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
+# What `_name` calls an empty slot, and an id that names no row.
+_EMPTY = -1
+_UNKNOWN = -2
+
+
+def _name(ids: Int[Array, "..."], empty: int | None, rows: Any) -> Int[Array, "..."]:
+    """Return ids of which those in [0, V) are rows, and the negative ones tell why not.
+
+    Rows may then be numbered anew, and slots emptied.
+    """
+    named = jnp.where((ids < 0) | (ids >= rows), _UNKNOWN, ids)
+    return named if empty is None else jnp.where(ids == empty, _EMPTY, named)
+
+
 def _number_rows(ids: Int[Array, "K *slots"], rows: int) -> Int[Array, "K *slots"]:
     """Name the rows of K tables of V rows as those of one of K * V."""
     size = ids.shape[0]
     shift = rows * jnp.arange(size, dtype=ids.dtype).reshape(-1, *[1] * (ids.ndim - 1))
-    return jnp.where(ids < 0, -1, jnp.where(ids >= rows, size * rows, ids + shift))
+    return jnp.where(ids < 0, ids, ids + shift)
 
 
 def _concatenate(
@@ -197,7 +219,7 @@ def _concatenate(
     bounds, malformed = jax.vmap(lambda o: xla.bag_bounds(o, capacity))(offsets)
     bags = jax.vmap(lambda o: xla.segment_ids(o, capacity))(bounds)
     outside = jnp.pad(malformed, ((0, 0), (0, 1)), constant_values=True)
-    ids = jnp.where(jnp.take_along_axis(outside, bags, axis=1), -1, ids)
+    ids = jnp.where(jnp.take_along_axis(outside, bags, axis=1), _EMPTY, ids)
     shift = capacity * jnp.arange(size, dtype=offsets.dtype)[:, None]
     starts = (bounds[:, :-1] + shift).reshape(-1)
     end = jnp.full(1, size * capacity if num_bags else 0, offsets.dtype)

@@ -14,7 +14,7 @@ its derivative follows the winning slot.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,13 +37,13 @@ def product(
     ids: Ids,
     offsets: Offsets,
     coefficients: Slots | None,
-    *,
-    implementation: str | None,
+    **options: Any,
 ) -> Float[Array, "B D"]:
-    """Sum c[i] * table[ids[i]] over each bag, in the accumulation dtype."""
-    return bind(
-        _product, (table,), ids, offsets, coefficients, implementation=implementation
-    )
+    """Sum c[i] * table[ids[i]] over each bag, in the accumulation dtype.
+
+    Here as below, `options` are the id that is `empty`, and the `implementation`.
+    """
+    return bind(_product, (table,), ids, offsets, coefficients, **options)
 
 
 def transposed_product(
@@ -54,7 +54,7 @@ def transposed_product(
     *,
     num_embeddings: xla.Size,
     dtype: jnp.dtype,
-    implementation: str | None,
+    **options: Any,
 ) -> Float[Array, "V D"]:
     """Sum c[i] * cotangent[bag of i] over each row of the table, rounded once."""
     return bind(
@@ -65,7 +65,7 @@ def transposed_product(
         coefficients,
         num_embeddings=num_embeddings,
         dtype=jnp.dtype(dtype),
-        implementation=implementation,
+        **options,
     )
 
 
@@ -74,18 +74,10 @@ def sampled_dots(
     cotangent: Float[Array, "B D"],
     ids: Ids,
     offsets: Offsets,
-    *,
-    implementation: str | None,
+    **options: Any,
 ) -> Slots:
     """Return <table[ids[i]], cotangent[bag of i]> for each slot."""
-    return bind(
-        _sampled_dots,
-        (table, cotangent),
-        ids,
-        offsets,
-        None,
-        implementation=implementation,
-    )
+    return bind(_sampled_dots, (table, cotangent), ids, offsets, None, **options)
 
 
 def product_scaled(
@@ -96,6 +88,7 @@ def product_scaled(
     value_scale: Slots | None,
     gradient_scale: Slots | None,
     *,
+    empty: int | None,
     implementation: str | None,
 ) -> Float[Array, "B D"]:
     """Like `product`, with each slot's row scaled.
@@ -103,16 +96,17 @@ def product_scaled(
     `value_scale` is seen by the value and by the gradient to the coefficients,
     `gradient_scale` by the gradient to the table; both are constants to autodiff.
     """
+    pool = functools.partial(product, empty=empty, implementation=implementation)
     if value_scale is None and gradient_scale is None:
-        return product(table, ids, offsets, coefficients, implementation=implementation)
+        return pool(table, ids, offsets, coefficients)
     return _product_scaled(
-        implementation, table, ids, offsets, coefficients, value_scale, gradient_scale
+        pool, table, ids, offsets, coefficients, value_scale, gradient_scale
     )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _product_scaled(
-    implementation: str | None,
+    pool: Callable,
     table: Float[Array, "V D"],
     ids: Ids,
     offsets: Offsets,
@@ -121,17 +115,15 @@ def _product_scaled(
     gradient_scale: Slots | None,
 ) -> Float[Array, "B D"]:
     del gradient_scale
-    scaled = _times(coefficients, value_scale)
-    return product(table, ids, offsets, scaled, implementation=implementation)
+    return pool(table, ids, offsets, _times(coefficients, value_scale))
 
 
 @functools.partial(_product_scaled.defjvp, symbolic_zeros=True)
 def _product_scaled_jvp(
-    implementation: str | None, primals: tuple, tangents: tuple
+    pool: Callable, primals: tuple, tangents: tuple
 ) -> tuple[Array, Array]:
     table, ids, offsets, coefficients, value_scale, gradient_scale = primals
-    pool = functools.partial(product, implementation=implementation)
-    value = _product_scaled(implementation, *primals)
+    value = _product_scaled(pool, *primals)
     tangent = jnp.zeros_like(value)
     if _varies(tangents[0]):
         scaled = _times(coefficients, gradient_scale)
@@ -150,7 +142,7 @@ def extremum(
     gradient_scale: Slots | None,
     *,
     largest: bool,
-    implementation: str | None,
+    **options: Any,
 ) -> Float[Array, "B D"]:
     """Return the largest (smallest) c[i] * table[ids[i]] of each bag and feature.
 
@@ -164,7 +156,7 @@ def extremum(
         offsets,
         jax.lax.stop_gradient(scaled),
         largest=largest,
-        implementation=implementation,
+        **options,
     )
     return _follow(values, slots, table, ids, coefficients, value_scale, gradient_scale)
 
@@ -188,7 +180,9 @@ def _follow(
 def _follow_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     _, slots, table, ids, coefficients, value_scale, gradient_scale = primals
     values = _follow(*primals)
-    won = _at_slots(ids, slots, empty=-1)
+    # A negative id that won names no row, and reads as one past the last.
+    known = jnp.where(ids < 0, table.shape[0], ids)
+    won = _at_slots(known, slots, empty=-1)
     tangent = jnp.zeros_like(values)
     if _varies(tangents[2]):
         scale = _times(coefficients, gradient_scale)
@@ -277,16 +271,10 @@ def _transpose(
 # unknown among them is an `UndefinedPrimal`, of which the type alone is known.
 
 
-def _product_to_table(
-    back: Array, dense: Any, *bags: Any, implementation: str | None
-) -> Array:
+def _product_to_table(back: Array, dense: Any, *bags: Any, **options: Any) -> Array:
     table = dense[0].aval
     return transposed_product(
-        back,
-        *bags,
-        num_embeddings=table.shape[0],
-        dtype=table.dtype,
-        implementation=implementation,
+        back, *bags, num_embeddings=table.shape[0], dtype=table.dtype, **options
     )
 
 
@@ -297,10 +285,15 @@ def _product_to_coefficients(
 
 
 def _transposed_to_cotangent(
-    back: Array, _: Any, *bags: Any, implementation: str | None, **shape: Any
+    back: Array,
+    _: Any,
+    *bags: Any,
+    num_embeddings: xla.Size,
+    dtype: jnp.dtype,
+    **options: Any,
 ) -> Array:
-    del shape
-    return product(back, *bags, implementation=implementation)
+    del num_embeddings, dtype
+    return product(back, *bags, **options)
 
 
 def _transposed_to_coefficients(
@@ -310,11 +303,12 @@ def _transposed_to_coefficients(
     offsets: Offsets,
     _: Any,
     *,
-    implementation: str | None,
-    **shape: Any,
+    num_embeddings: xla.Size,
+    dtype: jnp.dtype,
+    **options: Any,
 ) -> Array:
-    del shape
-    return sampled_dots(back, dense[0], ids, offsets, implementation=implementation)
+    del num_embeddings, dtype
+    return sampled_dots(back, dense[0], ids, offsets, **options)
 
 
 def _dots_to_table(

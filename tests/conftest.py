@@ -26,7 +26,7 @@ def few_programs():
     that, XLA's compiler dies of a segmentation fault.
     """
     yield
-    if next(_tests_run) % 200 == 0:
+    if next(_tests_run) % 100 == 0:
         jax.clear_caches()
 
 

@@ -5,9 +5,10 @@ Every operation reads the bags in one of two layouts:
 - ragged: `ids` [N] with `offsets` [B + 1]; bag b is `ids[offsets[b]:offsets[b + 1]]`;
 - rectangular: `ids` [B, L] with `offsets` None; bag b is `ids[b]`.
 
-An id in [0, V) is a row. A negative id is an empty slot: it adds nothing. An id >= V
-names no row: it reads as NaN and receives nothing. Slots outside every bag are empty.
-A bag whose offsets are malformed (see `bag_bounds`) is NaN and receives nothing.
+An id that equals `empty` is an empty slot: it adds nothing; None means that there are
+none. Any other id in [0, V) is a row, and any other at all names no row: it reads as NaN
+and receives nothing. Slots outside every bag are empty. A bag whose offsets are
+malformed (see `bag_bounds`) is NaN and receives nothing.
 
 `coefficients` has the shape of `ids` and the accumulation dtype; None means ones.
 """
@@ -31,6 +32,11 @@ Slots = Float[Array, "*slots"]
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """float32 for 16-bit tables, else the table's own dtype."""
     return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
+
+
+def filled(ids: Ids, empty: int | None) -> Bool[Array, "*slots"]:
+    """Return which slots are not empty."""
+    return jnp.ones(ids.shape, bool) if empty is None else ids != empty
 
 
 def bag_bounds(
@@ -57,11 +63,15 @@ def product(
     ids: Ids,
     offsets: Offsets,
     coefficients: Slots | None,
+    *,
+    empty: int | None,
 ) -> Float[Array, "B D"]:
     """Return out[b] = sum of c[i] * table[ids[i]] over the slots i of bag b."""
     rows = _rows(table, ids)
     if coefficients is not None:
-        rows = jnp.where((ids < 0)[..., None], 0, coefficients[..., None] * rows)
+        rows = coefficients[..., None] * rows
+    if empty is not None:
+        rows = jnp.where((ids == empty)[..., None], 0, rows)
     if offsets is None:
         return rows.sum(1)
     bounds, malformed = bag_bounds(offsets, ids.size)
@@ -77,6 +87,7 @@ def transposed_product(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
+    empty: int | None,
     num_embeddings: Size,
     dtype: jnp.dtype,
 ) -> Float[Array, "V D"]:
@@ -89,7 +100,8 @@ def transposed_product(
         rows = coefficients[..., None] * rows
     # A 64-bit id must not wrap round to a row: see `take`.
     named = jnp.minimum(ids, num_embeddings)
-    kept_ids = jnp.where(kept & (ids >= 0), named, num_embeddings)
+    kept &= (ids >= 0) & filled(ids, empty)
+    kept_ids = jnp.where(kept, named, num_embeddings)
     rows = rows.reshape(ids.size, cotangent.shape[1])
     out = jax.ops.segment_sum(rows, kept_ids.reshape(-1), num_embeddings)
     return out.astype(dtype)
@@ -100,11 +112,13 @@ def sampled_dots(
     cotangent: Float[Array, "B D"],
     ids: Ids,
     offsets: Offsets,
+    *,
+    empty: int | None,
 ) -> Slots:
     """Return out[i] = <table[ids[i]], cotangent[bag of i]>, zero at empty slots."""
     rows, kept = _bag_rows(cotangent, ids, offsets)
     dots = (_rows(table, ids) * rows).sum(-1)
-    return jnp.where(kept & (ids >= 0), dots, 0)
+    return jnp.where(kept & filled(ids, empty), dots, 0)
 
 
 def extremum(
@@ -113,6 +127,7 @@ def extremum(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
+    empty: int | None,
     largest: bool,
 ) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
     """Return the largest (or smallest) c[i] * table[ids[i]] of each bag and feature.
@@ -124,8 +139,8 @@ def extremum(
     if coefficients is not None:
         rows = coefficients[..., None] * rows
     worst = jnp.array(-jnp.inf if largest else jnp.inf, rows.dtype)
-    filled = jnp.broadcast_to((ids >= 0)[..., None], rows.shape)
-    rows = jnp.where(filled, rows, worst)
+    present = jnp.broadcast_to(filled(ids, empty)[..., None], rows.shape)
+    rows = jnp.where(present, rows, worst)
     none = ids.size
     slots = jnp.arange(none, dtype=jnp.int32).reshape((*ids.shape, 1))
 
@@ -145,7 +160,7 @@ def extremum(
         values = jnp.where(nans > 0, jnp.nan, values)
         best = take(values, bags, 0)
 
-    wins = filled & ((rows == best) | (jnp.isnan(rows) & jnp.isnan(best)))
+    wins = present & ((rows == best) | (jnp.isnan(rows) & jnp.isnan(best)))
     winners = jnp.where(wins, slots, none)
     if offsets is None:
         winners = winners.min(axis=1, initial=none)
@@ -174,8 +189,7 @@ def take(
 
 def _rows(table: Float[Array, "V D"], ids: Ids) -> Float[Array, "*slots D"]:
     """Gather the row of each slot, in the accumulation dtype."""
-    rows = take(table, ids, jnp.nan).astype(accumulation_dtype(table.dtype))
-    return jnp.where((ids < 0)[..., None], 0, rows)
+    return take(table, ids, jnp.nan).astype(accumulation_dtype(table.dtype))
 
 
 def _bag_rows(

@@ -1,0 +1,80 @@
+// The kernels for one instruction set: this file is compiled once for each,
+// with the compiler's flags for it and JBAG_KERNELS, the name of the function
+// that returns them.
+//
+// No header of the C++ library with inline functions may come in here: the
+// linker keeps one copy of such a function, and it could be the one that this
+// machine can't run.
+
+#include <stdint.h>
+
+#include "pooling.h"
+#include "transposing.h"
+
+namespace jbag {
+namespace {
+
+// Calls f with a value of the type that the numbers of a matrix have.
+template <typename F>
+Error WithType(Type type, F f) {
+  switch (type) {
+    case Type::kFloat32:
+      return f(float{});
+    case Type::kFloat64:
+      return f(double{});
+    case Type::kBFloat16:
+      return f(BFloat16{});
+    case Type::kFloat16:
+      return f(Float16{});
+  }
+  return "jbag: unknown type";
+}
+
+Error DoProduct(Pool& pool, const Matrix& table, const Bags& bags, void* out) {
+  return WithType(table.type, [&](auto number) {
+    return Product<decltype(number)>(pool, table, bags, out);
+  });
+}
+
+Error DoTransposedProduct(Pool& pool, const Matrix& cotangent, const Bags& bags,
+                          const Matrix& out) {
+  return WithType(out.type, [&](auto number) {
+    using T = decltype(number);
+    if (out.rows <= int64_t{UINT32_MAX}) {
+      return TransposedProduct<T, uint32_t>(pool, cotangent, bags, out);
+    }
+    return TransposedProduct<T, uint64_t>(pool, cotangent, bags, out);
+  });
+}
+
+Error DoSampledDots(Pool& pool, const Matrix& table, const Matrix& cotangent,
+                    const Bags& bags, void* out) {
+  return WithType(table.type, [&](auto number) {
+    return SampledDots<decltype(number)>(pool, table, cotangent, bags, out);
+  });
+}
+
+Error DoExtremum(Pool& pool, const Matrix& table, const Bags& bags, bool largest,
+                 void* values, int32_t* winners) {
+  return WithType(table.type, [&](auto number) {
+    return Extremum<decltype(number)>(pool, table, bags, largest, values, winners);
+  });
+}
+
+constexpr char kInstructionSet[] =
+#if defined(__AVX512F__)
+    "AVX-512";
+#elif defined(__AVX2__)
+    "AVX2";
+#else
+    "baseline";
+#endif
+
+constexpr Kernels kKernels = {kInstructionSet, DoProduct, DoTransposedProduct,
+                              DoSampledDots, DoExtremum};
+
+}  // namespace
+
+const Kernels* JBAG_KERNELS() { return &kKernels; }
+
+}  // namespace jbag

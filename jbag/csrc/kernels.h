@@ -1,0 +1,109 @@
+// The operations of the embedding bag on a CPU, by plain pointers: no XLA, no
+// Python.
+//
+// The meaning is that of jbag/_kernels/xla.py. Nothing is read or written
+// outside the arrays that are given, whatever the ids and offsets hold. Results
+// don't depend on the number of threads: sums run in an order that the bags
+// alone decide.
+
+#ifndef JBAG_KERNELS_H_
+#define JBAG_KERNELS_H_
+
+#include <stdint.h>
+
+namespace jbag {
+
+enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A row-major matrix: a table [V, D], or one row per bag [B, D].
+struct Matrix {
+  void* data;
+  Type type;
+  int64_t rows;
+  int64_t width;
+};
+
+// Integers of 32 or 64 bits; none where `data` is null.
+struct Integers {
+  const void* data;
+  bool wide;
+  int64_t size;
+
+  int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i]
+                : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+// Ragged: ids [N] and offsets [B + 1]. Rectangular: ids [B, length], no
+// offsets.
+struct Bags {
+  Integers ids;
+  Integers offsets;
+  int64_t num_bags;
+  int64_t length;
+  const void* coefficients;  // [N], of the type that sums run in; null: ones
+  bool has_empty;
+  int64_t empty;  // the id of empty slots, if there are any
+};
+
+// Threads that run what is scheduled, some time. XLA's, or a test's.
+class Pool {
+ public:
+  virtual ~Pool() = default;
+  virtual int64_t num_threads() const = 0;
+  virtual void Schedule(void (*task)(void*), void* data) = 0;
+};
+
+// Calls function(context, i) once for every i in [0, count), on the calling
+// thread and those of the pool; returns when all are done. The caller does the
+// work itself where the pool is busy, so that it can't wait for ever.
+void ParallelFor(Pool& pool, int64_t count, void (*function)(void*, int64_t),
+                 void* context);
+
+template <typename F>
+void ParallelFor(Pool& pool, int64_t count, F function) {
+  ParallelFor(
+      pool, count, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); }, &function);
+}
+
+// What an operation returns: null, or what went wrong.
+using Error = const char*;
+constexpr Error kOutOfMemory = "jbag: not enough memory for the kernel's scratch space";
+
+// The operations for one instruction set. Outputs are written whole.
+struct Kernels {
+  const char* instruction_set;
+  // out [B, D] in the type of sums: out[b] = sum of c[i] table[ids[i]].
+  Error (*product)(Pool&, const Matrix& table, const Bags&, void* out);
+  // out [V, D]: out[v] = sum of c[i] cotangent[bag of i] where ids[i] = v.
+  Error (*transposed_product)(Pool&, const Matrix& cotangent, const Bags&,
+                              const Matrix& out);
+  // out [N] in the type of sums: <table[ids[i]], cotangent[bag of i]>.
+  Error (*sampled_dots)(Pool&, const Matrix& table, const Matrix& cotangent,
+                        const Bags&, void* out);
+  // values [B, D] in the type of sums, and the slots [B, D] that hold them.
+  Error (*extremum)(Pool&, const Matrix& table, const Bags&, bool largest, void* values,
+                    int32_t* winners);
+};
+
+// The widest that this machine can run.
+const Kernels& BestKernels();
+
+const Kernels* BaselineKernels();
+#if defined(__x86_64__)
+const Kernels* Avx2Kernels();
+const Kernels* Avx512Kernels();
+#endif
+
+// Asks the system for huge pages behind the whole ones of [data, data + bytes),
+// before they are first written: fewer page faults then, fewer page-table
+// misses ever after. Does nothing where the system refuses.
+void PreferHugePages(void* data, int64_t bytes);
+
+// Copies, onto huge pages where the system grants them.
+void CopyToHugePages(Pool& pool, const void* from, void* to, int64_t bytes);
+
+}  // namespace jbag
+
+#endif  // JBAG_KERNELS_H_

@@ -1,0 +1,153 @@
+"""The benchmarks, run as a user would, on tiny tables. No time decides a test."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PATH = Path(__file__).parent.parent / "examples" / "benchmarks" / "embedding_bag.py"
+QUICK = ["--quick", "--workload", "text classifier"]
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    name = "embedding_bag_benchmark"
+    spec = importlib.util.spec_from_file_location(name, PATH)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look up the module of a class by its name.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[name]
+
+
+@pytest.fixture
+def no_torch(monkeypatch):
+    find = importlib.util.find_spec
+    absent = lambda name: None if name == "torch" else find(name)
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+
+
+@pytest.fixture
+def no_compiler(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark, "COMPILE", ("no-such-compiler",))
+
+
+def rows_of_table(text):
+    """Return the cells of each row by column."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    names, rule, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines
+    )
+    assert set("".join(rule)) == set("-:")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_every_measurement_is_a_row_and_every_side_a_column(
+    benchmark, tmp_path, capsys
+):
+    pytest.importorskip("torch", reason="one of the sides is PyTorch")
+    path = tmp_path / "a.json"
+    benchmark.main([*QUICK, "--json", str(path)])
+    out = capsys.readouterr().out
+    rows = rows_of_table(out)
+    assert [row["measurement"] for row in rows] == [
+        "sum",
+        "mean",
+        "weighted sum",
+        "max",
+        "bfloat16 sum",
+        "sum and gradient",
+    ]
+    assert {row["workload"] for row in rows} == {"text classifier"}
+    for row in rows:
+        for column in ("jbag (ms)", "reference (ms)", "torch (ms)", "x torch"):
+            assert float(row[column]) >= 0
+        assert float(row["x reference"]) >= 0
+        assert row["of gather bandwidth"] == "-"
+        has_csr = row["measurement"] in ("sum", "weighted sum")
+        assert (row["JAX's CSR (ms)"] != "-") == has_csr
+    assert "table 10000 x 10" in out
+    assert "No gather bandwidth: " in out
+    results = json.loads(path.read_text())
+    assert [result["measurement"] for result in results] == [
+        row["measurement"] for row in rows
+    ]
+    assert all(result["milliseconds"]["jbag"] > 0 for result in results)
+
+
+@pytest.mark.usefixtures("no_torch", "no_compiler")
+def test_column_of_torch_is_left_out_where_it_is_missing(benchmark, capsys):
+    benchmark.main([*QUICK, "--measure", "sum"])
+    out = capsys.readouterr().out
+    (row,) = rows_of_table(out)
+    assert not [column for column in row if "torch" in column]
+    assert "no column of torch" in out
+
+
+@pytest.mark.usefixtures("no_torch", "no_compiler")
+def test_huge_pages_have_columns_of_their_own(benchmark, monkeypatch, capsys):
+    moved = []
+    monkeypatch.setattr(benchmark, "to_huge_pages", lambda x: moved.append(x) or x)
+    benchmark.main([*QUICK, "--measure", "sum", "sum and gradient"])
+    forward, gradient = rows_of_table(capsys.readouterr().out)
+    assert len(moved) == 1
+    assert float(forward["jbag, huge pages (ms)"]) >= 0
+    assert gradient["jbag, huge pages (ms)"] == "-"
+    assert forward["of gather bandwidth, huge pages"] == "-"
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_gather_bandwidth_is_measured_with_a_compiler(benchmark, capsys):
+    if shutil.which("c++") is None:
+        pytest.skip("the program that measures it is in C++")
+    benchmark.main([*QUICK, "--measure", "max"])
+    (row,) = rows_of_table(capsys.readouterr().out)
+    assert row["of gather bandwidth"].endswith("%")
+
+
+@pytest.mark.usefixtures("no_torch", "no_compiler")
+def test_side_that_computes_something_else_is_named(benchmark, monkeypatch):
+    wrong = lambda case: lambda _: np.zeros((case.workload.B, case.workload.D))
+    monkeypatch.setitem(benchmark.SIDES, "reference", wrong)
+    with pytest.raises(SystemExit, match="reference and jbag differ"):
+        benchmark.main([*QUICK, "--measure", "sum"])
+
+
+@pytest.mark.parametrize(
+    "workload", ["wide vocabulary", "Zipf ids", "one huge bag", "64 rows"]
+)
+def test_batches_use_every_slot_and_have_the_same_sizes(benchmark, workload):
+    (chosen,) = [each for each in benchmark.WORKLOADS if each.name == workload]
+    B, N = chosen.B, chosen.B * chosen.mean_length
+    for ids, offsets, weights in benchmark.make_batches(chosen):
+        assert ids.shape == weights.shape == (N,)
+        assert offsets.shape == (B + 1,)
+        assert (offsets[0], offsets[-1]) == (0, N)
+        assert np.all(np.diff(offsets) >= 0)
+        assert ids.min() >= 0
+        assert ids.max() < chosen.V
+        longest = np.diff(offsets).max()
+        assert (longest >= N // 2) == (workload == "one huge bag")
+        common = np.unique(ids, return_counts=True)[1].max()
+        assert (common > N / 100) == (workload in ("Zipf ids", "64 rows"))
+
+
+@pytest.mark.usefixtures("no_torch", "no_compiler")
+def test_plot_is_a_picture(benchmark, tmp_path):
+    pytest.importorskip("matplotlib", reason="plots are made with matplotlib")
+    path = tmp_path / "a.png"
+    benchmark.main([*QUICK, "--measure", "sum", "max", "--plot", str(path)])
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [["--rounds", "0"], ["--measure", "speed"]])
+def test_options_that_make_no_sense_are_refused(benchmark, options, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(options)
+    assert "error: " in capsys.readouterr().err
