@@ -9,6 +9,7 @@ from jbag._bag import embedding_bag as embedding_bag
 from jbag._bags import Bags as Bags
 from jbag._norm import renorm as renorm
 from jbag._packing import bucket as bucket
+from jbag._pages import to_huge_pages as to_huge_pages
 from jbag._segments import offsets_to_segment_ids as offsets_to_segment_ids
 from jbag._segments import segment_ids_to_offsets as segment_ids_to_offsets
 

@@ -1,4 +1,5 @@
 import itertools
+import os
 
 import jax
 import pytest
@@ -10,9 +11,25 @@ from jbag._kernels import KERNELS  # noqa: E402  (the devices come first)
 
 
 @pytest.fixture(params=KERNELS)
-def implementation(request):
+def implementation(request, require):
     """Every kernel by name."""
+    require(request.param)
     return request.param
+
+
+@pytest.fixture
+def require():
+    """Skip the test unless a kernel is here; in CI, where it must be, fail."""
+
+    def require(implementation):
+        kernel = KERNELS[implementation]
+        if kernel.missing is not None:
+            required = os.environ.get(f"JBAG_REQUIRE_{implementation.upper()}_KERNEL")
+            (pytest.fail if required == "1" else pytest.skip)(kernel.missing)
+        if not kernel.runs_on(jax.default_backend()):
+            pytest.skip(f"runs on {kernel.platforms}, not on {jax.default_backend()}")
+
+    return require
 
 
 _tests_run = itertools.count(1)

@@ -1,35 +1,60 @@
 """Which kernel an implementation's name, or None, means on a platform."""
 
 import functools
+import re
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle import MODES, assert_close
 
 import jbag
 from jbag import _kernels, _primitive
 from jbag._kernels import KERNELS, Kernel, check_implementation, choose, xla
 
 
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
 def test_none_works_on_every_platform():
-    for platform in ("cpu", "cuda", "rocm", "tpu", "another", None):
-        assert choose(None, platform).runs_on(platform)
+    for platform in (*PLATFORMS, "rocm", "another", None):
+        for exported in (False, True):
+            kernel = choose(None, platform, exported=exported)
+            assert kernel.runs_on(platform)
+            assert kernel.missing is None
 
 
 def test_the_reference_runs_everywhere():
-    for platform in ("cpu", "cuda", "rocm", "tpu", "another", None):
+    for platform in (*PLATFORMS, "rocm", "another", None):
         assert choose("xla", platform).operations is xla
 
 
 def test_a_platform_gets_the_first_that_runs_on_it(monkeypatch):
-    native = Kernel(xla, platforms=("cpu",))
+    native = Kernel(xla, platforms=("tpu",))
     monkeypatch.setattr(_kernels, "KERNELS", {"native": native, **KERNELS})
-    assert choose(None, "cpu") is native
-    assert choose(None, "tpu") is KERNELS["xla"]
+    assert choose(None, "tpu") is native
+    assert choose(None, "cuda") is KERNELS["xla"]
+    assert choose("xla", "tpu") is KERNELS["xla"]
+    assert _kernels.special_platforms() == {"cpu", "tpu"}
+
+
+def test_a_cpu_gets_its_own_kernel(require):
+    require("cpu")
+    assert choose(None, "cpu") is KERNELS["cpu"]
     assert choose("xla", "cpu") is KERNELS["xla"]
-    assert _kernels.special_platforms() >= {"cpu"}
+
+
+def test_an_exported_program_gets_a_portable_kernel_unless_it_names_one(monkeypatch):
+    native = Kernel(xla, platforms=("tpu",))
+    monkeypatch.setattr(_kernels, "KERNELS", {"native": native, **KERNELS})
+    for platform in (*PLATFORMS, None):
+        assert choose(None, platform, exported=True) is KERNELS["xla"]
+    assert choose("native", "tpu", exported=True) is native
+    portable = Kernel(xla, platforms=("tpu",), portable=True)
+    monkeypatch.setattr(_kernels, "KERNELS", {"native": portable, **KERNELS})
+    assert choose(None, "tpu", exported=True) is portable
 
 
 def test_a_named_kernel_is_that_one_or_an_error(monkeypatch):
@@ -40,9 +65,45 @@ def test_a_named_kernel_is_that_one_or_an_error(monkeypatch):
         choose("native", "tpu")
 
 
+REASON = "no working C++ compiler was found when it was installed"
+
+
+@pytest.fixture
+def without_cpu_kernel(monkeypatch):
+    """An installation that lacks the CPU kernel."""
+    missing = Kernel(None, platforms=("cpu",), missing=REASON)
+    monkeypatch.setattr(_kernels, "KERNELS", KERNELS | {"cpu": missing})
+    # Programs compiled before took it.
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("without_cpu_kernel")
+def test_a_missing_kernel_is_an_error_that_says_why():
+    message = f"`implementation` 'cpu' is not available: {re.escape(REASON)}"
+    with pytest.raises(ValueError, match=message):
+        check_implementation("cpu")
+    with pytest.raises(ValueError, match=message):
+        jbag.embedding_bag(jnp.ones((3, 2)), [[0, 1]], implementation="cpu")
+
+
+@pytest.mark.usefixtures("without_cpu_kernel")
+def test_none_does_without_a_missing_kernel():
+    assert choose(None, "cpu") is KERNELS["xla"]
+    pool = lambda t: jbag.embedding_bag(t, [[0, 1], [2, 2]], mode="sum")
+    value, pullback = jax.vjp(pool, jnp.ones((3, 2)))
+    np.testing.assert_array_equal(value, [[2, 2], [2, 2]])
+    np.testing.assert_array_equal(
+        pullback(jnp.ones_like(value))[0], [[1, 1], [1, 1], [2, 2]]
+    )
+    assert "custom_call @jbag" not in jax.jit(pool).lower(jnp.ones((3, 2))).as_text()
+
+
 def test_an_unknown_name_is_an_error_that_lists_the_known():
     for name in ("triton", ""):
-        with pytest.raises(ValueError, match="must be None or one of 'xla'"):
+        message = f"must be None or one of 'cpu', 'xla'; got {name!r}"
+        with pytest.raises(ValueError, match=message):
             check_implementation(name)
 
 
@@ -58,9 +119,9 @@ def test_a_primitive_is_lowered_to_the_kernel_of_its_platform(monkeypatch):
 
     class Native:
         @staticmethod
-        def product(*operands):
+        def product(*operands, empty):
             calls.append(operands)
-            return xla.product(*operands)
+            return xla.product(*operands, empty=empty)
 
     native = Kernel(Native, platforms=(jax.default_backend(),))
     monkeypatch.setattr(_kernels, "KERNELS", {"native": native, **KERNELS})
@@ -68,24 +129,40 @@ def test_a_primitive_is_lowered_to_the_kernel_of_its_platform(monkeypatch):
         "product", dense=["rows"], coefficients=True, outputs=["bags"]
     )
     operands = jnp.ones((3, 2)), jnp.array([[0, 1]])
+    bind = lambda **params: jax.jit(
+        functools.partial(primitive.bind, empty=None, **params)
+    )
     for implementation, expected in (("xla", 0), (None, 1), ("native", 2)):
-        pool = jax.jit(functools.partial(primitive.bind, implementation=implementation))
+        pool = bind(implementation=implementation)
         np.testing.assert_array_equal(pool(*operands), [[2, 2]])
         assert len(calls) == expected
-    best = jax.jit(functools.partial(primitive.bind, implementation=None))
-    everywhere = jax.export.export(best, platforms=("cpu", "cuda", "tpu"))
-    assert everywhere(*operands).platforms == ("cpu", "cuda", "tpu")
-    named = jax.jit(functools.partial(primitive.bind, implementation="native"))
+    everywhere = jax.export.export(bind(implementation=None), platforms=PLATFORMS)
+    assert everywhere(*operands).platforms == PLATFORMS
+    assert len(calls) == 2
+    named = bind(implementation="native")
+    jax.export.export(named)(*operands)
+    assert len(calls) == 3
     elsewhere = "tpu" if jax.default_backend() == "cpu" else "cpu"
     expected = rf"'native' runs on \('{jax.default_backend()}',\), not on this platform"
     with pytest.raises(ValueError, match=expected):
         jax.export.export(named, platforms=(elsewhere,))(*operands)
 
 
-def test_none_gives_what_the_best_kernel_gives(implementation):
-    table = jnp.asarray(np.random.default_rng(0).normal(size=(9, 5)), jnp.float32)
-    ids = jnp.asarray(np.random.default_rng(1).integers(0, 9, (6, 4)), jnp.int32)
-    for mode in ("sum", "mean", "sqrtn", "max", "min"):
-        best = jbag.embedding_bag(table, ids, mode=mode)
-        named = jbag.embedding_bag(table, ids, mode=mode, implementation=implementation)
-        np.testing.assert_allclose(best, named, rtol=1e-6)
+@pytest.mark.parametrize("mode", MODES)
+def test_none_gives_what_the_best_kernel_gives(mode):
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(9, 5)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, 9, (6, 40)), jnp.int32)
+    best = choose(None, jax.default_backend())
+    (name,) = (name for name, kernel in KERNELS.items() if kernel is best)
+
+    def results(implementation):
+        pool = lambda t: jbag.embedding_bag(
+            t, ids, mode=mode, implementation=implementation
+        )
+        value, pullback = jax.vjp(pool, table)
+        return value, *pullback(jnp.ones_like(value))
+
+    # The same bits, as they come from the same kernel.
+    jax.tree.map(np.testing.assert_array_equal, results(None), results(name))
+    jax.tree.map(assert_close, results(None), results("xla"))

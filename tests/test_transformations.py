@@ -12,6 +12,7 @@ from oracle import MODES
 
 import jbag
 from jbag import _primitive, _product
+from jbag._kernels import KERNELS
 
 IDS = jnp.array([4, 1, 2, 4, 4, 0, 3, 1, 2], jnp.int32)
 OFFSETS = jnp.array([0, 3, 3, 7], jnp.int32)  # and two tail slots
@@ -240,24 +241,28 @@ def test_vmap_counts_frequencies_within_each_batch(mode, implementation):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_vmap_over_nothing_gives_nothing(mode):
+def test_vmap_over_nothing_gives_nothing(mode, implementation):
     table = make_table(5, 3)
-    pool = lambda i: jbag.embedding_bag(table, i, mode=mode)
+    options = {"mode": mode, "implementation": implementation}
+    pool = lambda i: jbag.embedding_bag(table, i, **options)
     assert jax.vmap(pool)(jnp.zeros((0, 4, 2), int)).shape == (0, 4, 3)
-    ragged = lambda i, o: jbag.embedding_bag(table, i, o, mode=mode)
+    ragged = lambda i, o: jbag.embedding_bag(table, i, o, **options)
     empty = jnp.zeros((0, 6), int), jnp.zeros((0, 2), int)
     assert jax.vmap(ragged)(*empty).shape == (0, 2, 3)
 
 
-def test_vmap_over_more_rows_than_ids_can_name_runs_one_by_one():
+def test_vmap_over_more_rows_than_ids_can_name_runs_one_by_one(implementation):
     # 2^16 tables of 2^16 rows: a joint row number doesn't fit in 32 bits.
     tables = jax.ShapeDtypeStruct((2**16, 2**16, 1), jnp.float32)
     ids = jax.ShapeDtypeStruct((2**16, 2, 2), jnp.int32)
-    pool = jax.vmap(lambda t, i: jbag.embedding_bag(t, i, mode="sum"))
+    pool = jax.vmap(
+        lambda t, i: jbag.embedding_bag(t, i, mode="sum", implementation=implementation)
+    )
     assert jax.eval_shape(pool, tables, ids).shape == (2**16, 2, 1)
     assert "scan" in str(jax.make_jaxpr(pool)(tables, ids))
 
 
+@pytest.mark.parametrize("empty", [None, 4])
 @pytest.mark.parametrize(
     ("primitive", "outputs", "options"),
     [
@@ -265,9 +270,11 @@ def test_vmap_over_more_rows_than_ids_can_name_runs_one_by_one():
         (_product._extremum, ("bags", "winners"), {"largest": True}),
     ],
 )
-def test_batches_run_one_by_one_give_the_same(primitive, outputs, options):
+def test_batches_run_one_by_one_give_the_same(
+    primitive, outputs, options, empty, implementation
+):
     operands = make_table(3, 5, 2), jnp.arange(12).reshape(3, 2, 2) % 5
-    options = {"implementation": "xla", **options}
+    options = {"empty": empty, "implementation": implementation, **options}
     joint = _primitive._batch(
         primitive, ("rows",), outputs, operands, (0, 0), **options
     )
@@ -333,14 +340,17 @@ def test_shard_map_over_ragged_blocks_and_columns(mode, implementation):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_jit_partitions_a_sharded_batch(mode):
+def test_jit_partitions_a_sharded_batch(mode, implementation):
     if len(jax.devices()) < 4:
         pytest.skip("needs 4 devices")
     auto = jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((4,), ("x",), axis_types=(auto,))
     table = make_table(8, 3)
     ids = jnp.arange(24, dtype=jnp.int32).reshape(8, 3) % 8
-    gradient = jax.grad(lambda t, i: jnp.sin(jbag.embedding_bag(t, i, mode=mode)).sum())
+    pool = lambda t, i: jbag.embedding_bag(
+        t, i, mode=mode, implementation=implementation
+    )
+    gradient = jax.grad(lambda t, i: jnp.sin(pool(t, i)).sum())
     expected = gradient(table, ids)
     for spec in (P(), P("x", None)):
         rows = jax.device_put(table, jax.sharding.NamedSharding(mesh, spec))
@@ -356,21 +366,59 @@ def test_export_for_every_platform_from_one_machine(mode, layout):
     args = make_table(5, 3), jnp.ones(9), IDS
     exported = export.export(both, platforms=("cpu", "cuda", "tpu"))(*args)
     assert exported.platforms == ("cpu", "cuda", "tpu")
+    # What runs anywhere calls nothing that only jbag brings.
+    assert "custom_call @jbag" not in exported.mlir_module()
     restored = export.deserialize(bytearray(exported.serialize()))
     if jax.default_backend() in ("cpu", "tpu"):
         close(restored.call(*args), both(*args))
 
 
+def test_export_for_the_own_platform_alone_is_portable_too():
+    pool = jax.jit(make_pool("sum"))
+    exported = export.export(pool)(make_table(5, 3), jnp.ones(9))
+    assert "custom_call @jbag" not in exported.mlir_module()
+
+
+def export_named(function, implementation):
+    """Export to where the kernel runs, vouching for its custom calls."""
+    kernel = KERNELS[implementation]
+    calls = () if kernel.portable else kernel.operations.OPERATIONS
+    return export.export(
+        function,
+        platforms=kernel.platforms or ("cpu", "cuda", "tpu"),
+        disabled_checks=[
+            export.DisabledSafetyCheck.custom_call(f"jbag_{implementation}_{name}")
+            for name in calls
+        ],
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
-def test_export_with_symbolic_batch_sizes(mode):
+def test_export_of_a_named_kernel_keeps_it(mode, layout, implementation):
+    pool = make_pool(mode, layout, implementation)
+    both = jax.jit(jax.value_and_grad(lambda t, w: pool(t, w).sum(), (0, 1)))
+    args = make_table(5, 3), jnp.ones(9)
+    for function in (jax.jit(pool), both):
+        exported = export_named(function, implementation)(*args)
+        calls = f"custom_call @jbag_{implementation}_" in exported.mlir_module()
+        assert calls is not KERNELS[implementation].portable
+        restored = export.deserialize(bytearray(exported.serialize()))
+        if jax.default_backend() in restored.platforms:
+            close(restored.call(*args), function(*args))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_export_with_symbolic_batch_sizes(mode, implementation):
     ends, slots = export.symbolic_shape("e, n", constraints=["e >= 2", "n >= 1"])
+    options = {"mode": mode, "implementation": implementation}
     pool = jax.jit(
         lambda t, i, o: jnp.append(
-            jbag.embedding_bag(t, i, o, mode=mode, include_last_offset=True),
-            jax.vmap(lambda t: jbag.embedding_bag(t, i, o, mode=mode))(t[None])[0],
+            jbag.embedding_bag(t, i, o, include_last_offset=True, **options),
+            jax.vmap(lambda t: jbag.embedding_bag(t, i, o, **options))(t[None])[0],
         )
     )
-    exported = export.export(pool, platforms=("cpu", "cuda", "tpu"))(
+    exported = export_named(pool, implementation)(
         jax.ShapeDtypeStruct((5, 3), jnp.float32),
         jax.ShapeDtypeStruct((slots,), jnp.int32),
         jax.ShapeDtypeStruct((ends,), jnp.int32),
@@ -381,14 +429,14 @@ def test_export_with_symbolic_batch_sizes(mode):
             close(exported.call(table, ids, offsets), pool(table, ids, offsets))
 
 
-def test_a_stream_of_ragged_batches_compiles_once():
+def test_a_stream_of_ragged_batches_compiles_once(implementation):
     table = make_table(50, 3)
 
     @jax.jit
     @chex.assert_max_traces(n=1)
     def step(table, bags):
-        loss = lambda t: jnp.sin(jbag.embedding_bag(t, bags, mode="mean")).sum()
-        return jax.value_and_grad(loss)(table)
+        pool = lambda t: jbag.embedding_bag(t, bags, implementation=implementation)
+        return jax.value_and_grad(lambda t: jnp.sin(pool(t)).sum())(table)
 
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -397,9 +445,9 @@ def test_a_stream_of_ragged_batches_compiles_once():
     assert step._cache_size() == 1
 
 
-def test_bucketed_capacities_meet_few_shapes():
+def test_bucketed_capacities_meet_few_shapes(implementation):
     table = make_table(50, 3)
-    pool = jax.jit(lambda t, b: jbag.embedding_bag(t, b))
+    pool = jax.jit(lambda t, b: jbag.embedding_bag(t, b, implementation=implementation))
     rng = np.random.default_rng(0)
     for _ in range(60):
         lists = [rng.integers(0, 50, n).tolist() for n in rng.integers(0, 60, 16)]

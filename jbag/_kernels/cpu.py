@@ -44,7 +44,7 @@ def transposed_product(
     num_embeddings: Size,
     dtype: jnp.dtype,
 ) -> Float[Array, "V D"]:
-    """Return out[v] = sum of c[i] * cotangent[bag of i] over the slots i that hold v."""
+    """Return out[v] = sum of c[i] * cotangent[bag of i] where ids[i] = v."""
     rows = jax.ShapeDtypeStruct((num_embeddings, cotangent.shape[1]), dtype)
     bags = _bags(cotangent, ids, offsets, coefficients)
     return _call("transposed_product", rows, cotangent, *bags, empty=empty)
@@ -124,7 +124,7 @@ OPERATIONS = (
 
 def _load() -> str | None:
     """Load the library and register its handlers; return why it can't be, or None."""
-    package = importlib.resources.files("jbag._kernels")
+    package = importlib.resources.files("jbag") / "_kernels"
     reason = package / "cpu_missing.txt"
     if reason.is_file():
         return reason.read_text().strip()

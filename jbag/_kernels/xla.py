@@ -5,9 +5,9 @@ Every operation reads the bags in one of two layouts:
 - ragged: `ids` [N] with `offsets` [B + 1]; bag b is `ids[offsets[b]:offsets[b + 1]]`;
 - rectangular: `ids` [B, L] with `offsets` None; bag b is `ids[b]`.
 
-An id that equals `empty` is an empty slot: it adds nothing; None means that there are
-none. Any other id in [0, V) is a row, and any other at all names no row: it reads as NaN
-and receives nothing. Slots outside every bag are empty. A bag whose offsets are
+An id that equals `empty` is an empty slot, which adds nothing; `empty` None means that
+there are none. Any other id in [0, V) is a row. One outside names no row: it reads as
+NaN and receives nothing. Slots outside every bag are empty. A bag whose offsets are
 malformed (see `bag_bounds`) is NaN and receives nothing.
 
 `coefficients` has the shape of `ids` and the accumulation dtype; None means ones.

@@ -56,6 +56,7 @@ class Slots {
   }
 
   int64_t width() const { return width_; }
+  bool weighted() const { return mask_ != 0; }
   bool empty(int64_t slot) const { return has_empty_ && id(slot) == empty_; }
   // The row of a slot, or null where there is none.
   const Row* row(int64_t slot) const {
@@ -100,8 +101,8 @@ class Slots {
     // An integer: there may be no table.
     const uintptr_t row = reinterpret_cast<uintptr_t>(table_) +
                           (named < rows_ ? named : 0) * stride_ * sizeof(Row);
-    const uintptr_t last = row + fetched_ - 1;
-    for (uintptr_t line = row & ~(kLine - 1); line <= last; line += kLine) {
+    const uintptr_t end = row + fetched_;
+    for (uintptr_t line = row & ~(kLine - 1); line < end; line += kLine) {
       __builtin_prefetch(reinterpret_cast<const void*>(line));
     }
   }
@@ -188,9 +189,9 @@ inline void Tiles(int64_t width, F& f) {
 
 // sums = the sum of the rows of the slots [first, last) times their
 // coefficients.
-template <typename Row, typename Id>
+template <typename Row, typename Id, bool kWeighted>
 struct SumRows {
-  const Slots<Row, Id>& slots;
+  const Slots<Row, Id> slots;  // a copy, that what it holds stays in registers
   int64_t first;
   int64_t last;
   Sum<Row>* sums;
@@ -209,10 +210,11 @@ struct SumRows {
         return;
       }
       row += column;
-      const V coefficient = V{} + slots.coefficient(slot);
+      const V coefficient = slots.coefficient(slot) - V{};
 #pragma GCC unroll 8
       for (int j = 0; j < K; ++j) {
-        total[j] += coefficient * Load<W>(row + Offset<W, K>(j, last_offset));
+        const V values = Load<W>(row + Offset<W, K>(j, last_offset));
+        total[j] += kWeighted ? coefficient * values : values;
       }
     }
 #pragma GCC unroll 8
@@ -230,9 +232,15 @@ inline void Fill(A* out, int64_t size, A value) {
 template <typename Row, typename Id>
 inline void SumOf(const Slots<Row, Id>& slots, int64_t first, int64_t last,
                   Sum<Row>* sums) {
-  SumRows<Row, Id> sum{slots, first, last, sums};
-  Tiles<Sum<Row>>(slots.width(), sum);
-  if (sum.unknown) Fill(sums, slots.width(), kNaN<Sum<Row>>);
+  const auto run = [&](auto sum) {
+    Tiles<Sum<Row>>(slots.width(), sum);
+    if (sum.unknown) Fill(sums, slots.width(), kNaN<Sum<Row>>);
+  };
+  if (slots.weighted()) {
+    run(SumRows<Row, Id, true>{slots, first, last, sums});
+  } else {
+    run(SumRows<Row, Id, false>{slots, first, last, sums});
+  }
 }
 
 template <typename A>
@@ -248,7 +256,7 @@ struct SlotNumber<double> {
 // 1 or -1, and its slot. NaN beats every number and no NaN.
 template <typename Row, typename Id>
 struct LargestRows {
-  const Slots<Row, Id>& slots;
+  const Slots<Row, Id> slots;
   int64_t first;  // a filled slot
   int64_t last;
   Sum<Row> sign;
@@ -264,7 +272,7 @@ struct LargestRows {
     V best[K];
     S best_slots[K];
     const Row* row = slots.row(first) + column;
-    V coefficient = V{} + sign * slots.coefficient(first);
+    V coefficient = sign * slots.coefficient(first) - V{};
 #pragma GCC unroll 8
     for (int j = 0; j < K; ++j) {
       best[j] = coefficient * Load<W>(row + Offset<W, K>(j, last_offset));
@@ -279,7 +287,7 @@ struct LargestRows {
         break;
       }
       row += column;
-      coefficient = V{} + sign * slots.coefficient(end);
+      coefficient = sign * slots.coefficient(end) - V{};
       const S slot = S{} + static_cast<int32_t>(end);
 #pragma GCC unroll 8
       for (int j = 0; j < K; ++j) {
