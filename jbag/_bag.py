@@ -88,7 +88,8 @@ def embedding_bag(
       scale_grad_by_freq: divide each row's gradient by how often the bags name it.
       sparse: ask for a row-sparse gradient where the caller can take one. `jax.grad`
         can't, and gives a dense array, as it always does; nothing here can yet.
-      implementation: the kernel by name, "xla", or None for the platform's best one.
+      implementation: the kernel by name, "cpu" (C++) or "xla" (JAX's own operations),
+        or None for the platform's best one.
 
     Returns:
       [B, D], the dtype of `table`. A bag that holds an id outside [0, V), or whose

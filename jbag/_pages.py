@@ -21,8 +21,8 @@ def to_huge_pages(tree: _Tree) -> _Tree:
 
     A row gathered at random costs a page-table miss before it costs a cache miss. Linux
     maps memory in pages of 4 KiB, for which a large table has more page-table entries
-    than the processor holds; in pages of 2 MiB it has few. Updates in place (of a donated
-    table, `x.at[...].add` say) keep the pages; a new array that JAX makes hasn't them.
+    than the processor holds; in pages of 2 MiB it has few. Updates in place (of a
+    donated table, by `x.at[...].add` say) keep the pages. A new array hasn't them.
 
     Args:
       tree: any pytree: a table, the parameters of a model.
@@ -45,10 +45,10 @@ def _to_huge_pages(x: Any) -> Any:
         return x
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) or x.nbytes < _LEAST_BYTES:
         return x
-    devices = x.sharding.device_set
-    if KERNELS["cpu"].missing or any(device.platform != "cpu" for device in devices):
+    platforms = [device.platform for device in x.devices()]
+    if KERNELS["cpu"].missing or set(platforms) != {"cpu"}:
         return x
-    if len(devices) == 1:
+    if len(platforms) == 1:
         return _copy(x)
     shards = [_copy(shard.data) for shard in x.addressable_shards]
     return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)

@@ -117,9 +117,11 @@ def gradients(
         scale = denominator(weights, mode)
         if scale == 0:
             continue
-        total = (weights[:, None] * rows).sum(0)
-        slope = {"sum": 0.0, "mean": 1.0, "sqrtn": weights / scale}[mode]
-        own[kept] = rows @ g / scale - total @ g * slope / scale**2
+        own[kept] = rows @ g / scale
+        if mode != "sum":
+            total = (weights[:, None] * rows).sum(0)
+            slope = 1.0 if mode == "mean" else weights / scale
+            own[kept] -= total @ g * slope / scale**2
         for i, w in zip(ids, weights, strict=True):
             if 0 <= i < len(table):
                 freq = counts[i] if scale_grad_by_freq else 1.0

@@ -285,6 +285,44 @@ def test_padding_never_leaks(mode, weighted, padding_idx, implementation):
         np.testing.assert_array_equal(to_weights[jnp.array([0, 2, 3])], 0)
 
 
+@pytest.mark.parametrize("padding_idx", [2, -1])
+@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_negative_ids_on_a_device_are_no_padding(
+    mode, rectangular, padding_idx, implementation
+):
+    padding = padding_idx % 10
+    # Within, -1 and -2 may stand for what is empty and what is unknown.
+    flat = [padding, 1, -1, padding, -2, 3, -8, 4, padding, padding]
+    offsets = np.arange(0, 11, 2)
+    weights = make_weights(10)
+    table = make_table()
+
+    def pool(table, weights):
+        shape = (5, 2) if rectangular else (10,)
+        return jbag.embedding_bag(
+            table,
+            jnp.reshape(jnp.array(flat), shape),
+            None if rectangular else jnp.asarray(offsets),
+            mode=mode,
+            weights=weights.reshape(shape),
+            padding_idx=padding_idx,
+            include_last_offset=not rectangular,
+            implementation=implementation,
+        )
+
+    bags = oracle.slices(flat, offsets, weights)
+    expected = oracle.forward(table, bags, mode, padding)
+    np.testing.assert_array_equal(np.isnan(expected).all(1), [0, 1, 1, 1, 0])
+    value, pullback = jax.vjp(pool, table, weights)
+    assert_close(value, expected)
+    cotangent = jnp.ones_like(value)
+    to_table, to_weights = pullback(cotangent)
+    meant_table, meant_weights = oracle.gradients(table, bags, cotangent, mode, padding)
+    assert_close(to_table, meant_table)
+    assert_close(to_weights, np.concatenate(meant_weights))
+
+
 @pytest.mark.parametrize("mode", ["mean", "sqrtn"])
 def test_a_zero_denominator_pools_to_zero_with_zero_gradient(mode, implementation):
     table = make_table()

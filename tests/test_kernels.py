@@ -14,7 +14,6 @@ import jbag
 from jbag import _kernels, _primitive
 from jbag._kernels import KERNELS, Kernel, check_implementation, choose, xla
 
-
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 

@@ -394,18 +394,30 @@ def export_named(function, implementation):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["sqrtn", "max"])
 def test_export_of_a_named_kernel_keeps_it(mode, layout, implementation):
     pool = make_pool(mode, layout, implementation)
     both = jax.jit(jax.value_and_grad(lambda t, w: pool(t, w).sum(), (0, 1)))
+    args = make_table(5, 3), jnp.linspace(0.5, 1.5, 9, dtype=jnp.float32)
+    exported = export_named(both, implementation)(*args)
+    calls = f"custom_call @jbag_{implementation}_" in exported.mlir_module()
+    assert calls is not KERNELS[implementation].portable
+    restored = export.deserialize(bytearray(exported.serialize()))
+    if jax.default_backend() in restored.platforms:
+        close(restored.call(*args), both(*args))
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_export_of_the_cpu_kernel_must_be_vouched_for(differentiated, require):
+    require("cpu")
+    pool = make_pool("sum", implementation="cpu")
+    if differentiated:
+        pool = jax.grad(lambda t, w, pool=pool: jnp.sin(pool(t, w)).sum(), (0, 1))
     args = make_table(5, 3), jnp.ones(9)
-    for function in (jax.jit(pool), both):
-        exported = export_named(function, implementation)(*args)
-        calls = f"custom_call @jbag_{implementation}_" in exported.mlir_module()
-        assert calls is not KERNELS[implementation].portable
-        restored = export.deserialize(bytearray(exported.serialize()))
-        if jax.default_backend() in restored.platforms:
-            close(restored.call(*args), function(*args))
+    with pytest.raises(ValueError, match=r"(?s)custom calls.*@jbag_cpu_") as error:
+        export.export(jax.jit(pool))(*args)
+    for name in ("transposed_product", "sampled_dots"):
+        assert (f"@jbag_cpu_{name}" in str(error.value)) is differentiated
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -431,6 +443,7 @@ def test_export_with_symbolic_batch_sizes(mode, implementation):
 
 def test_a_stream_of_ragged_batches_compiles_once(implementation):
     table = make_table(50, 3)
+    chex.clear_trace_counter()
 
     @jax.jit
     @chex.assert_max_traces(n=1)

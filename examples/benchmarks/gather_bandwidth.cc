@@ -105,8 +105,8 @@ int main(int argc, char** argv) {
   std::vector<std::vector<uint32_t>> ids(threads);
   RunOnAll(threads, [&](size_t thread) {
     const size_t words = rows * row_words;
-    std::fill(table + words * thread / threads,
-              table + words * (thread + 1) / threads, 1);
+    std::fill(table + words * thread / threads, table + words * (thread + 1) / threads,
+              1);
     std::mt19937 generator(static_cast<uint32_t>(thread));
     ids[thread].resize(reads + kLongestDistance);
     for (uint32_t& id : ids[thread]) {

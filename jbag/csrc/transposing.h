@@ -3,8 +3,7 @@
 // does the rest.
 //
 // Traffic: the ids, a few bytes a slot for each pass of the sort, the
-// cotangent's rows (mostly from cache), and the output once. A large output
-// isn't read into the caches where it is zero: it is streamed past them.
+// cotangent's rows (mostly from cache), and the output once.
 
 #ifndef JBAG_TRANSPOSING_H_
 #define JBAG_TRANSPOSING_H_
@@ -172,37 +171,6 @@ class SortedSlots {
   Scratch<A> coefficients_;
 };
 
-// Zeroes bytes, past the caches where `streamed`.
-inline void Zero(char* to, int64_t size, bool streamed) {
-#if defined(__SSE2__)
-  constexpr int64_t kLine = 64;
-  if (streamed && size >= 2 * kLine) {
-    const int64_t head = -reinterpret_cast<intptr_t>(to) & (kLine - 1);
-    memset(to, 0, head);
-    to += head;
-    size -= head;
-    for (; size >= kLine; to += kLine, size -= kLine) {
-#if defined(__AVX512F__)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_setzero_si512());
-#else
-      for (int64_t at = 0; at < kLine; at += 16) {
-        _mm_stream_si128(reinterpret_cast<__m128i*>(to + at), _mm_setzero_si128());
-      }
-#endif
-    }
-  }
-#else
-  (void)streamed;
-#endif
-  memset(to, 0, size);
-}
-
-inline void EndStreaming() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
 template <typename T>
 struct Rounded {
   const Sum<T>* sums;
@@ -228,14 +196,16 @@ template <typename T, typename Key>
 Error TransposedProduct(Pool& pool, const Matrix& cotangent, const Bags& bags,
                         const Matrix& output) {
   using A = Sum<T>;
-  // What is larger than this has left the caches before it is read again.
-  constexpr int64_t kStreamedBytes = 1 << 23;
   constexpr bool kRounded = sizeof(T) != sizeof(A);
   const int64_t width = output.width;
   const int64_t num_rows = output.rows;
   const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
   if (num_rows == 0 || width == 0) return nullptr;
-  const Cut cut(width * sizeof(A), width * sizeof(A));
+  Cut cut(width * sizeof(A), width * sizeof(A));
+  // Memory that is new is cleared by the system, a huge page at a time, where it is
+  // first written: threads that meet on one page would both clear it.
+  const int64_t task_bytes = Clamp(num_rows * row_bytes / 32, 1 << 18, 1 << 23);
+  cut.task = Max(task_bytes / row_bytes, 64);
   Bounds bounds;
   if (Error error = bounds.Read(bags)) return error;
   SortedSlots<Key, A> sorted;
@@ -243,7 +213,6 @@ Error TransposedProduct(Pool& pool, const Matrix& cotangent, const Bags& bags,
 
   const Slots<A, int32_t> slots(cotangent, sorted.transposed(), sorted.size());
   T* out = static_cast<T*>(output.data);
-  const bool streamed = num_rows * row_bytes >= kStreamedBytes;
   const int64_t positions = sorted.size() + num_rows;
   const int64_t tasks = NumTasks(positions, cut);
   Scratch<A> partials;
@@ -277,8 +246,7 @@ Error TransposedProduct(Pool& pool, const Matrix& cotangent, const Bags& bags,
     sorted.Visit(
         num_rows, from, to,
         [&](int64_t first, int64_t last) {
-          Zero(reinterpret_cast<char*>(out + first * width), (last - first) * row_bytes,
-               streamed);
+          memset(out + first * width, 0, (last - first) * row_bytes);
         },
         [&](int64_t row, int64_t start, int64_t end) {
           if (end - start > cut.block) {
@@ -286,7 +254,6 @@ Error TransposedProduct(Pool& pool, const Matrix& cotangent, const Bags& bags,
           }
           VisitBlocks(row, start, end, cut.block, from, to, reduce);
         });
-    EndStreaming();
   });
   if (!split) return nullptr;
   ParallelFor(pool, tasks, [&](int64_t task) {

@@ -1,0 +1,490 @@
+"""What the C++ kernel has of its own: threads, vectors, blocks, sorting, rounding.
+
+What it shares with the other kernels is tested beside them.
+"""
+
+import functools
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import PartitionSpec as P
+from oracle import MODES, assert_close
+
+import jbag
+from jbag import _product
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+# Below, at and past the vectors of every instruction set, and a tile of eight.
+WIDTHS = (1, 2, 3, 7, 8, 10, 15, 16, 17, 31, 33, 64, 100)
+WIDTHS += (127, 128, 129, 144, 300, 513, 1030)
+
+
+@pytest.fixture(autouse=True)
+def _cpu_kernel(require):
+    require("cpu")
+
+
+def offsets_of(lengths):
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def operations(table, weights, ids, offsets, cotangent, implementation="cpu"):
+    """Return the results of the four operations, by what they are."""
+    options = {"empty": None, "implementation": implementation}
+    pool = lambda t, w: _product.product(t, ids, offsets, w, **options)
+    value, pullback = jax.vjp(pool, table, weights)
+    to_table, to_weights = pullback(cotangent)
+    results = {"sum": value, "to_table": to_table, "to_weights": to_weights}
+    bags = (ids, weights) if offsets is None else (ids, offsets, weights)
+    for mode in ("max", "min"):
+        results[mode], results[f"slots of {mode}"] = _product._extremum.bind(
+            table, *bags, largest=mode == "max", **options
+        )
+    return results
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "options"))
+def every_mode(table, weights, ids, offsets, cotangent, implementation, options=()):
+    """Return, by mode, the value and the gradients to table and weights."""
+
+    def pool(table, weights, mode):
+        return jbag.embedding_bag(
+            table,
+            ids,
+            offsets,
+            mode=mode,
+            weights=weights,
+            include_last_offset=offsets is not None,
+            implementation=implementation,
+            **dict(options),
+        )
+
+    def results(mode):
+        value, pullback = jax.vjp(lambda t, w: pool(t, w, mode), table, weights)
+        return value, *pullback(cotangent)
+
+    return {mode: results(mode) for mode in MODES}
+
+
+def check_every_mode(table, weights, ids, offsets, cotangent):
+    """Compare every mode with the oracle."""
+    results = every_mode(
+        table, weights, jnp.asarray(ids), jnp.asarray(offsets), cotangent, "cpu"
+    )
+    bags = oracle.slices(ids, offsets, weights)
+    for mode, (value, to_table, to_weights) in results.items():
+        assert_close(value, oracle.forward(table, bags, mode))
+        meant_table, meant_weights = oracle.gradients(table, bags, cotangent, mode)
+        assert_close(to_table, meant_table)
+        if weights is not None:
+            flat = np.zeros(len(ids))
+            flat[: offsets[-1]] = np.concatenate(meant_weights)
+            assert_close(to_weights, flat)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.usefixtures("x64")
+def test_every_width_in_every_dtype_equals_the_oracle(width):
+    rng = np.random.default_rng(width)
+    # At the widest, 70 slots are three blocks; the last two lie in no bag.
+    offsets, flat = offsets_of([3, 0, 70, 1, 9]), rng.integers(0, 6, 85)
+    columns = np.arange(width)
+    for dtype in DTYPES:
+        table = jnp.asarray(rng.normal(size=(6, width)), dtype)
+        sums = "float64" if dtype == "float64" else "float32"
+        weights = jnp.asarray(rng.normal(size=85), sums)
+        cotangent = jnp.asarray(rng.normal(size=(5, width)), sums)
+        bags = oracle.slices(flat, offsets, weights)
+        meant = {mode: oracle.forward(table, bags, mode) for mode in ("max", "min")}
+        meant["sum"] = oracle.forward(table, bags, "sum")
+        gradients = oracle.gradients(table, bags, cotangent, "sum")
+        meant["to_table"] = gradients[0]
+        meant["to_weights"] = np.concatenate([*gradients[1], [0, 0]])
+        terms = np.asarray(table, float)[flat] * np.asarray(weights, float)[:, None]
+        types = [("int32", "int64"), ("int64", "int32")][width % 2]
+        ids, ends = map(jnp.asarray, (flat, offsets), types)
+        results = operations(table, weights, ids, ends, cotangent)
+        assert results["sum"].dtype == results["max"].dtype == sums
+        assert results["to_table"].dtype == dtype
+        results = jax.tree.map(np.asarray, results)
+        for name, expected in meant.items():
+            assert_close(results[name], expected)
+        for mode in ("max", "min"):
+            slots = results[f"slots of {mode}"]
+            np.testing.assert_array_equal(slots[1], 85)
+            for bag in (0, 2, 3, 4):
+                assert_close(results[mode][bag], terms[slots[bag], columns])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("x64")
+def test_every_mode_in_every_dtype_equals_the_oracle(dtype):
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(9, 37)), dtype)
+    weights = jnp.asarray(rng.uniform(0.5, 1.5, 17), dtype)
+    cotangent = jnp.asarray(rng.normal(size=(5, 37)), dtype)
+    offsets = offsets_of([3, 0, 1, 9, 2])
+    check_every_mode(table, weights, rng.integers(0, 9, 17), offsets, cotangent)
+
+
+def eighths(rng, shape, dtype="float32"):
+    """Return numbers whose products add up exactly, so that no slot can hide."""
+    return jnp.asarray(
+        rng.integers(1, 9, shape) * rng.choice([-1, 1], shape) / 8, dtype
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_one_huge_bag_among_many_small_equals_the_oracle(weighted):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 4, 300)
+    lengths[120] = 20_000
+    offsets = offsets_of(lengths)
+    ids = rng.integers(0, 1000, offsets[-1] + 7)
+    weights = jnp.abs(eighths(rng, ids.shape)) if weighted else None
+    # A slot's share in the gradient of a mean must not vanish.
+    cotangent = eighths(rng, (300, 20)).at[120].mul(1024)
+    check_every_mode(eighths(rng, (1000, 20)), weights, ids, offsets, cotangent)
+
+
+@pytest.mark.parametrize("width", [20, 1030])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("x64")
+def test_a_row_that_20000_slots_name_gets_the_gradient_of_all(dtype, width):
+    rng = np.random.default_rng(0)
+    lengths = rng.multinomial(20_100, np.ones(500) / 500)
+    ids = np.full(20_100, 3)
+    ids[rng.choice(20_100, 100, replace=False)] = rng.integers(0, 9, 100)
+    sums = "float64" if dtype == "float64" else "float32"
+    weights = eighths(rng, ids.shape, sums)
+    cotangent = eighths(rng, (500, width), sums)
+    to_table = _product.transposed_product(
+        cotangent,
+        jnp.asarray(ids),
+        jnp.asarray(offsets_of(lengths)),
+        weights,
+        num_embeddings=9,
+        dtype=jnp.dtype(dtype),
+        empty=None,
+        implementation="cpu",
+    )
+    slots = np.repeat(np.asarray(cotangent, float), lengths, axis=0)
+    slots *= np.asarray(weights, float)[:, None]
+    expected = np.stack([slots[ids == v].sum(0) for v in range(9)])
+    np.testing.assert_array_equal(to_table, jnp.asarray(expected, dtype))
+
+
+# Prints the number of XLA's threads, and a digest of the results' bytes.
+CHILD = """
+import hashlib, pathlib
+import jax, jax.numpy as jnp, numpy as np
+import jbag
+
+rng = np.random.default_rng(0)
+lengths = rng.poisson(8, 4000)
+lengths[1234] = 30_000
+ends = np.concatenate([[0], np.cumsum(lengths)])
+ids = jnp.asarray(rng.zipf(1.2, ends[-1]) % 5000, jnp.int32)
+ends = jnp.asarray(ends, jnp.int32)
+weights = jnp.asarray(rng.normal(size=ids.size), jnp.float32)
+digest = hashlib.sha256()
+for dtype in ("float32", "bfloat16"):
+    table = rng.normal(size=(5000, 48)).astype(np.float32)
+    table[1] = 1e-39  # subnormal, which threads might flush to zero or not
+    table = jnp.asarray(table).astype(dtype)
+    for mode in ("sum", "max"):
+        pool = lambda t, w: jbag.embedding_bag(
+            t, ids, ends, mode=mode, weights=w, include_last_offset=True,
+            implementation="cpu",
+        )
+        run = jax.jit(lambda t, w: (lambda y, back: (y, back(jnp.sin(y))))(
+            *jax.vjp(pool, t, w)))
+        first = [np.asarray(x).tobytes() for x in jax.tree.leaves(run(table, weights))]
+        for _ in range(3):
+            again = run(table, weights)
+            assert first == [np.asarray(x).tobytes() for x in jax.tree.leaves(again)]
+        for x in first:
+            digest.update(x)
+names = [x.read_text() for x in pathlib.Path("/proc/self/task").glob("*/comm")]
+print(sum("XLAEigen" in name for name in names), digest.hexdigest())
+"""
+
+
+def test_results_are_the_same_bits_for_any_number_of_threads():
+    digests = set()
+    for threads in (1, 2, max(4, os.cpu_count())):
+        # The size of the pool that XLA's CPU client makes.
+        env = os.environ | {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
+        child = subprocess.run(
+            [sys.executable, "-c", CHILD],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert child.returncode == 0, child.stderr
+        seen, digest = child.stdout.split()
+        if pathlib.Path("/proc/self/task").is_dir():
+            assert int(seen) == threads
+        digests.add(digest)
+    assert len(digests) == 1
+
+
+def test_a_batch_of_nothing_is_the_same_as_in_xla():
+    rng = np.random.default_rng(0)
+    batches = []
+    for rows, slots, bags, width in itertools.product((0, 3), (0, 4), (0, 2), (0, 5)):
+        dtype = rng.choice(["float32", "bfloat16"])
+        table = jnp.asarray(rng.normal(size=(rows, width)), dtype)
+        cotangent = jnp.asarray(rng.normal(size=(bags, width)), jnp.float32)
+        ids = jnp.asarray(rng.integers(0, 3, slots), jnp.int32)
+        layouts = [(ids, jnp.asarray([0, slots // 2, slots][: bags + 1], jnp.int32))]
+        if bags or not slots:
+            layouts.append((ids.reshape(bags, slots // 2 if bags else 3), None))
+        for shaped, offsets in layouts:
+            weights = jnp.asarray(rng.normal(size=shaped.shape), jnp.float32)
+            batches.append((table, weights, shaped, offsets, cotangent))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def all_results(batches, implementation):
+        return [operations(*batch, implementation) for batch in batches]
+
+    actual, expected = (all_results(batches, name) for name in ("cpu", "xla"))
+    types = lambda results: jax.tree.map(lambda x: (x.shape, x.dtype), results)
+    assert types(actual) == types(expected)
+    for results, meant in zip(actual, expected, strict=True):
+        for name, result in results.items():
+            # Slots are exact.
+            dtype = "float64" if "slots" in name else result.dtype
+            assert_close(result, meant[name], dtype)
+
+
+NO_PADDING = ()
+PADDING = (("padding_idx", 3),)
+EVERYTHING = (*PADDING, ("max_norm", 1.5), ("scale_grad_by_freq", True))
+
+
+def hostile_ids(rng, slots, dtype, rows):
+    limits = np.iinfo(dtype)
+    strangers = [limits.min, limits.max, -1, -2, -3, rows, rows + 1, 2**31 - 1]
+    if limits.bits == 64:
+        strangers += [2**31, 2**32, 2**32 + 1, -(2**31) - 1, -(2**32)]
+    strangers = np.array([*strangers, *rng.integers(limits.min, limits.max, 4, dtype)])
+    known = rng.random(slots) < rng.choice([0.3, 0.8, 0.95])
+    return np.where(
+        known, rng.integers(0, rows, slots), rng.choice(strangers, slots)
+    ).astype(dtype)
+
+
+def hostile_offsets(rng, ends, slots, dtype):
+    limits = np.iinfo(dtype)
+    good = np.sort(rng.integers(0, slots + 1, ends))
+    good[0] = 0
+    one_off, swapped = good.copy(), good.copy()
+    one_off[rng.integers(ends)] = rng.choice([-1, slots + 1, limits.min, limits.max])
+    swapped[1:] = rng.permutation(good[1:])
+    return rng.choice(
+        [
+            good,
+            one_off,
+            swapped,
+            good[::-1],
+            good + rng.choice([-1, 1]),
+            -good,
+            good * 3,
+            rng.integers(-5, slots + 6, ends),
+            rng.integers(limits.min, limits.max, ends, dtype),
+            np.full(ends, rng.choice([0, -1, slots, slots + 1])),
+        ]
+    ).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rectangular", "options"),
+    [
+        ("int32", False, NO_PADDING),
+        ("int64", False, PADDING),
+        ("int32", False, EVERYTHING),
+        ("int64", True, PADDING),
+    ],
+)
+@pytest.mark.usefixtures("x64")
+def test_hostile_data_gives_the_same_as_in_xla(dtype, rectangular, options):
+    rng = np.random.default_rng(0)
+    rows, slots, bags, width = 7, 24, 6, 5
+    for _ in range(60):
+        table = jnp.asarray(rng.normal(size=(rows, width)), jnp.float32)
+        weights = jnp.asarray(rng.normal(size=slots), jnp.float32)
+        cotangent = jnp.asarray(rng.normal(size=(bags, width)), jnp.float32)
+        ids = jnp.asarray(hostile_ids(rng, slots, dtype, rows))
+        offsets = jnp.asarray(hostile_offsets(rng, bags + 1, slots, dtype))
+        if rectangular:
+            ids, weights = ids.reshape(bags, -1), weights.reshape(bags, -1)
+            offsets = None
+        operands = (table, weights, ids, offsets, cotangent)
+        actual = every_mode(*operands, "cpu", options)
+        expected = every_mode(*operands, "xla", options)
+        # NaNs must stand where they stand.
+        jax.tree.map(assert_close, actual, expected)
+
+
+@pytest.mark.parametrize("mode", ["sum", "max"])
+def test_the_compiled_program_of_each_shard_calls_the_kernel(mode):
+    if len(jax.devices()) < 4:
+        pytest.skip("needs 4 devices")
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(10, 3)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, 10, (8, 3)), jnp.int32)
+    pool = lambda t, i: jbag.embedding_bag(t, i, mode=mode)
+
+    def gradient(pool):
+        return jax.jit(jax.grad(lambda t, i: jnp.sin(pool(t, i)).sum()))
+
+    forward = "jbag_cpu_product" if mode == "sum" else "jbag_cpu_extremum"
+    expected = pool(table, ids), gradient(pool)(table, ids)
+    mesh = jax.make_mesh((4,), ("x",))
+    with jax.set_mesh(mesh):
+        split, whole = (jax.NamedSharding(mesh, spec) for spec in (P("x"), P()))
+        operands = jax.device_put(table, whole), jax.device_put(ids, split)
+        sharded = jax.shard_map(pool, in_specs=(P(), P("x")), out_specs=P("x"))
+        for function, result in zip(
+            (jax.jit(sharded), gradient(sharded)), expected, strict=True
+        ):
+            compiled = function.lower(*operands).compile()
+            text = compiled.as_text()
+            (call,) = (x for x in text.splitlines() if f'target="{forward}"' in x)
+            # Of its own two bags alone.
+            assert "f32[2,3]" in call
+            assert_close(jax.device_get(compiled(*operands)), jax.device_get(result))
+
+
+def test_under_jit_the_compiled_program_calls_the_kernel():
+    table, ids = jnp.ones((10, 3)), jnp.zeros((8, 3), int)
+    pool = lambda t, w: jbag.embedding_bag(t, ids, mode="sum", weights=w)
+    loss = lambda t, w: pool(t, w).sum()
+    for function, names in (
+        (pool, ["product"]),
+        (jax.grad(loss, (0, 1)), ["transposed_product", "sampled_dots"]),
+    ):
+        text = jax.jit(function).lower(table, jnp.ones((8, 3))).compile().as_text()
+        for name in names:
+            assert f'custom_call_target="jbag_cpu_{name}"' in text
+
+
+@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_array_of_slots_by_features_is_ever_made(mode, rectangular):
+    bags, length, width = 100, 500, 128
+    shape = (bags, length) if rectangular else (bags * length,)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32)
+    table = jax.ShapeDtypeStruct((50, width), jnp.float32)
+
+    def scratch(differentiated, implementation):
+        def pool(table, weights, ids):
+            offsets = None if rectangular else length * jnp.arange(bags)
+            return jbag.embedding_bag(
+                table,
+                ids,
+                offsets,
+                mode=mode,
+                weights=weights,
+                implementation=implementation,
+            )
+
+        function = pool
+        if differentiated:
+            function = jax.grad(lambda *args: jnp.sin(pool(*args)).sum(), (0, 1))
+        compiled = jax.jit(function).lower(table, weights, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    rows_of_slots = 4 * bags * length * width
+    assert scratch(False, "cpu") < rows_of_slots / 20
+    assert scratch(True, "cpu") < rows_of_slots / 20
+    if mode == "sum":
+        # The measure sees it where there is one.
+        assert scratch(True, "xla") >= rows_of_slots
+
+
+# Vectors of every size, and the overlapping ones of 24 and 31.
+VECTORS = (1, 2, 4, 8, 16, 24, 31)
+
+
+def check_bits(actual, expected, exact):
+    """Compare bit for bit, but NaN to NaN and zero to zero.
+
+    XLA's threads flush float32's subnormals to zero, which are the `exact` numbers
+    below its smallest normal: what is zero there needn't be what NumPy makes of them.
+    A sum starts at +0, so that -0 becomes that.
+    """
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    bits = f"uint{8 * actual.dtype.itemsize}"
+    flushed = (np.abs(exact) < np.finfo(np.float32).tiny) & (actual == 0)
+    same = actual.view(bits) == expected.view(bits)
+    both_nan = np.isnan(actual) & np.isnan(expected)
+    wrong = np.nonzero(~(same | both_nan | flushed))
+    assert not wrong[0].size, (exact[wrong][:5], actual[wrong][:5], expected[wrong][:5])
+
+
+@pytest.mark.parametrize("width", VECTORS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_16_bit_number_is_read_exactly(dtype, width):
+    numbers = np.arange(2**16, dtype=np.uint16)
+    numbers = np.resize(numbers, (-(-(2**16) // width), width))
+    table = numbers.view(jnp.dtype(dtype))
+    out = _product.product(
+        jnp.asarray(table),
+        jnp.arange(len(table), dtype=jnp.int32)[:, None],
+        None,
+        None,
+        empty=None,
+        implementation="cpu",
+    )
+    wide = table.astype(np.float32)
+    check_bits(out, wide, wide)
+
+
+def float32_samples(rng, dtype):
+    """Return numbers at random, and those about which `dtype` rounds up or down."""
+    step = 1 << (16 if dtype == "bfloat16" else 13)  # of its last bit
+    anything = rng.integers(0, 2**32, 2**17, dtype=np.uint32)
+    ties = [
+        (anything & ~np.uint32(step - 1)) + np.uint32(step // 2 + d) for d in (-1, 0, 1)
+    ]
+    info = jnp.finfo(dtype)
+    smallest, largest = float(info.smallest_subnormal), float(info.max)
+    subnormal = smallest * rng.uniform(0, float(info.tiny) / smallest, 2**16)
+    small_ties = smallest / 2 * np.arange(2**13)
+    overflow = np.minimum(largest * rng.uniform(0.99, 1.01, 2**14), 3.4e38)
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, largest, smallest, -smallest]
+    values = np.concatenate([subnormal, small_ties, overflow, special])
+    values = np.concatenate([values, -values]).astype(np.float32)
+    return np.concatenate([anything, *ties, values.view(np.uint32)]).view(np.float32)
+
+
+@pytest.mark.parametrize("width", VECTORS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_are_rounded_as_jax_rounds(dtype, width):
+    samples = float32_samples(np.random.default_rng(0), dtype)
+    cotangent = np.resize(samples, (-(-samples.size // width), width))
+    out = _product.transposed_product(
+        jnp.asarray(cotangent),
+        jnp.arange(len(cotangent), dtype=jnp.int32)[:, None],
+        None,
+        None,
+        num_embeddings=len(cotangent),
+        dtype=jnp.dtype(dtype),
+        empty=None,
+        implementation="cpu",
+    )
+    check_bits(out, jnp.asarray(cotangent).astype(dtype), cotangent)
