@@ -37,7 +37,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 def check_implementation(implementation: object) -> None:
-    """Raise ValueError unless `implementation` is None or names a kernel that's here."""
+    """Raise ValueError unless `implementation` is None or names an available kernel."""
     known = implementation is None or isinstance(implementation, str)
     if not known or (implementation is not None and implementation not in KERNELS):
         raise ValueError(
