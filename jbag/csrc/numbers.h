@@ -54,11 +54,11 @@ using Sum = typename Sums<T>::Type;
 template <typename A>
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(A));
 
-// `aligned` to one number and `may_alias`: rows start anywhere.
+// Rows start anywhere: vectors are read and written by memcpy, and so by one unaligned
+// instruction.
 template <typename A, int W>
 struct Vectors {
-  typedef A Type
-      __attribute__((vector_size(W * sizeof(A)), aligned(sizeof(A)), may_alias));
+  typedef A Type __attribute__((vector_size(W * sizeof(A))));
 };
 template <typename A, int W>
 using Vector = typename Vectors<A, W>::Type;
