@@ -265,18 +265,22 @@ def _pool(
     bags = (ids, offsets, weights, value_scale, gradient_scale)
     if mode in ("max", "min"):
         out = _product.extremum(table, *bags, largest=mode == "max", **options)
+    elif weights is None or mode == "sum":
+        average = None if mode == "sum" else mode
+        out = _product.product_scaled(
+            table, *bags, average=average, dtype=table.dtype, **options
+        )
     else:
         out = _product.product_scaled(table, *bags, **options)
-        if mode != "sum":
-            out = _divide(
-                out,
-                ids,
-                offsets,
-                weights,
-                mode=mode,
-                num_embeddings=num_embeddings,
-                **options,
-            )
+        out = _divide(
+            out,
+            ids,
+            offsets,
+            weights,
+            mode=mode,
+            num_embeddings=num_embeddings,
+            **options,
+        )
     return out.astype(table.dtype)
 
 
@@ -289,14 +293,14 @@ def _divide(
     total: Float[Array, "B D"],
     ids: Int[Array, "*slots"],
     offsets: Int[Array, " ends"] | None,
-    weights: Float[Array, "*slots"] | None,
+    weights: Float[Array, "*slots"],
     *,
     mode: str,
     num_embeddings: Size,
     empty: int | None,
     implementation: str | None,
 ) -> Float[Array, "B D"]:
-    """Divide the sums by what makes them means ("mean") or of unit scale ("sqrtn")."""
+    """Divide the sums by their weights' sum ("mean") or root of squares ("sqrtn")."""
 
     def tally(
         chosen: Bool[Array, "*slots"], coefficients: Float[Array, "*slots"] | None
@@ -314,16 +318,6 @@ def _divide(
         )
 
     filled = xla.filled(ids, empty)
-    if weights is None:
-        if empty is not None:
-            counts = tally(filled, None)
-        elif offsets is None:
-            counts = jnp.full((1, 1), ids.shape[1], total.dtype)
-        else:
-            counts = jnp.diff(offsets)[:, None].astype(total.dtype)
-        counts = jnp.maximum(counts, 1)
-        return total / (counts if mode == "mean" else jnp.sqrt(counts))
-
     if mode == "mean":
         sizes = tally(filled, weights)
     else:

@@ -2,7 +2,7 @@
 
 With A the sparse [B, V] matrix of the bags (ids, offsets, coefficients c):
 
-    product               A @ table              [B, D]
+    product               A @ table              [B, D], or averaged
     transposed_product    A.T @ cotangent        [V, D]
     sampled_dots          <table[id], cotangent[bag]>, one per slot
 
@@ -37,13 +37,26 @@ def product(
     ids: Ids,
     offsets: Offsets,
     coefficients: Slots | None,
+    *,
+    average: str | None = None,
+    dtype: jnp.dtype | None = None,
     **options: Any,
 ) -> Float[Array, "B D"]:
-    """Sum c[i] * table[ids[i]] over each bag, in the accumulation dtype.
+    """Sum c[i] * table[ids[i]] over each bag, or average; rounded once to `dtype`.
 
-    Here as below, `options` are the id that is `empty`, and the `implementation`.
+    Without a `dtype` it is the accumulation dtype. Here as below, `options` are the id
+    that is `empty`, and the `implementation`.
     """
-    return bind(_product, (table,), ids, offsets, coefficients, **options)
+    return bind(
+        _product,
+        (table,),
+        ids,
+        offsets,
+        coefficients,
+        average=average,
+        dtype=jnp.dtype(dtype or xla.accumulation_dtype(table.dtype)),
+        **options,
+    )
 
 
 def transposed_product(
@@ -87,16 +100,14 @@ def product_scaled(
     coefficients: Slots | None,
     value_scale: Slots | None,
     gradient_scale: Slots | None,
-    *,
-    empty: int | None,
-    implementation: str | None,
+    **options: Any,
 ) -> Float[Array, "B D"]:
     """Like `product`, with each slot's row scaled.
 
     `value_scale` is seen by the value and by the gradient to the coefficients,
     `gradient_scale` by the gradient to the table; both are constants to autodiff.
     """
-    pool = functools.partial(product, empty=empty, implementation=implementation)
+    pool: Callable = functools.partial(product, **options)
     if value_scale is None and gradient_scale is None:
         return pool(table, ids, offsets, coefficients)
     return _product_scaled(
@@ -124,13 +135,14 @@ def _product_scaled_jvp(
 ) -> tuple[Array, Array]:
     table, ids, offsets, coefficients, value_scale, gradient_scale = primals
     value = _product_scaled(pool, *primals)
-    tangent = jnp.zeros_like(value)
+    pool = functools.partial(pool, dtype=None)  # rounded when all is added up
+    tangent = jnp.zeros(value.shape, xla.accumulation_dtype(table.dtype))
     if _varies(tangents[0]):
         scaled = _times(coefficients, gradient_scale)
         tangent += pool(tangents[0], ids, offsets, scaled)
     if coefficients is not None and _varies(tangents[3]):
         tangent += pool(table, ids, offsets, _times(tangents[3], value_scale))
-    return value, tangent
+    return value, tangent.astype(value.dtype)
 
 
 def extremum(
@@ -236,16 +248,22 @@ def _jvp(
 ) -> tuple[Any, Any]:
     """Differentiate an operation that is linear in each floating operand."""
     value = primitive.bind(*equally_varying(*primals), **params)
+    moving = [
+        (position, moved)
+        for position, moved in enumerate(tangents)
+        if not isinstance(moved, ad.Zero) and moved.dtype != jax.dtypes.float0
+    ]
+    if not moving:
+        return value, ad.Zero(jax.typeof(value).to_tangent_aval())
+    if len(moving) > 1 and "dtype" in params:  # rounded when all is added up
+        params["dtype"] = xla.accumulation_dtype(value.dtype)
     tangent = None
-    for position, moved in enumerate(tangents):
-        if isinstance(moved, ad.Zero) or moved.dtype == jax.dtypes.float0:
-            continue
+    for position, moved in moving:
         operands = [*primals[:position], moved, *primals[position + 1 :]]
         term = primitive.bind(*equally_varying(*operands), **params)
         tangent = term if tangent is None else ad.add_tangents(tangent, term)
-    if tangent is None:
-        tangent = ad.Zero(jax.typeof(value).to_tangent_aval())
-    return value, tangent
+    assert tangent is not None
+    return value, tangent.astype(value.dtype)
 
 
 def _transpose(
@@ -271,17 +289,62 @@ def _transpose(
 # unknown among them is an `UndefinedPrimal`, of which the type alone is known.
 
 
-def _product_to_table(back: Array, dense: Any, *bags: Any, **options: Any) -> Array:
+def _product_to_table(
+    back: Array,
+    dense: Any,
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Any,
+    *,
+    average: str | None,
+    dtype: jnp.dtype,
+    **options: Any,
+) -> Array:
     table = dense[0].aval
     return transposed_product(
-        back, *bags, num_embeddings=table.shape[0], dtype=table.dtype, **options
+        _divided(back, ids, offsets, dtype, average, **options),
+        ids,
+        offsets,
+        coefficients,
+        num_embeddings=table.shape[0],
+        dtype=table.dtype,
+        **options,
     )
 
 
 def _product_to_coefficients(
-    back: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
+    back: Array,
+    dense: Any,
+    ids: Ids,
+    offsets: Offsets,
+    _: Any,
+    *,
+    average: str | None,
+    dtype: jnp.dtype,
+    **options: Any,
 ) -> Array:
-    return sampled_dots(dense[0], back, ids, offsets, **options)
+    shares = _divided(back, ids, offsets, dtype, average, **options)
+    return sampled_dots(dense[0], shares, ids, offsets, **options)
+
+
+def _divided(
+    back: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    dtype: jnp.dtype,
+    average: str | None,
+    *,
+    empty: int | None,
+    implementation: str | None,
+) -> Float[Array, "B D"]:
+    """Divide by what the average divided by, in the accumulation dtype."""
+    wide = xla.accumulation_dtype(dtype)
+    back = back.astype(wide)
+    if average is None:
+        return back
+    pool = functools.partial(product, implementation=implementation)
+    options: dict[str, Any] = {"empty": empty, "average": average}
+    return back / xla.divisors(pool, ids, offsets, wide, **options)
 
 
 def _transposed_to_cotangent(
@@ -315,7 +378,15 @@ def _dots_to_table(
     back: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
 ) -> Array:
     table, cotangent = dense
-    return _product_to_table(cotangent, [table], ids, offsets, back, **options)
+    return transposed_product(
+        cotangent,
+        ids,
+        offsets,
+        back,
+        num_embeddings=table.aval.shape[0],
+        dtype=table.aval.dtype,
+        **options,
+    )
 
 
 def _dots_to_cotangent(

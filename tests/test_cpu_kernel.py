@@ -488,3 +488,98 @@ def test_gradients_are_rounded_as_jax_rounds(dtype, width):
         implementation="cpu",
     )
     check_bits(out, jnp.asarray(cotangent).astype(dtype), cotangent)
+
+
+@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+def transposed_in_place(used, ids, offsets, cotangent):
+    """Return the transposed product, in the memory of `used`."""
+    return _product.transposed_product(
+        cotangent,
+        ids,
+        offsets,
+        None,
+        num_embeddings=used.shape[0],
+        dtype=used.dtype,
+        empty=None,
+        implementation="cpu",
+    )
+
+
+@pytest.mark.parametrize("num_slots", [0, 300, 200_000])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_large_result_is_zero_where_no_slot_is_in_new_memory_and_in_used(
+    dtype, num_slots
+):
+    # 16 or 32 MiB: the system clears new memory, and the kernel what was used.
+    rng = np.random.default_rng(num_slots)
+    num_embeddings, num_bags = 1 << 17, 64
+    cotangent = rng.integers(-2, 3, (num_bags, 64)).astype(np.float32)
+    ids = rng.integers(0, num_embeddings, num_slots).astype(np.int32)
+    ids[: num_slots // 3] %= 1000  # leaves long gaps, and gives long runs
+    offsets = np.linspace(0, num_slots, num_bags + 1).astype(np.int32)
+    expected = np.zeros((num_embeddings, 64), np.float32)
+    np.add.at(expected, ids, np.repeat(cotangent, np.diff(offsets), axis=0))
+    ids, offsets, cotangent = map(jnp.asarray, (ids, offsets, cotangent))
+    used = jnp.full(expected.shape, jnp.nan, dtype)
+    address = used.unsafe_buffer_pointer()
+    for _ in range(3):
+        used = transposed_in_place(used, ids, offsets, cotangent)
+        assert used.unsafe_buffer_pointer() == address
+        np.testing.assert_array_equal(used, expected)
+    table = jnp.zeros(expected.shape, dtype)
+    for _ in range(3):
+        value, pullback = jax.vjp(
+            lambda table: _product.product(
+                table, ids, offsets, None, empty=None, implementation="cpu"
+            ),
+            table,
+        )
+        new = pullback(cotangent.astype(value.dtype))[0]
+        np.testing.assert_array_equal(new, expected)
+        new.delete()
+
+
+@pytest.mark.parametrize("layout", ["ragged", "rectangular"])
+@pytest.mark.parametrize("average", [None, "mean", "sqrtn"])
+@pytest.mark.parametrize("empty", [None, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_averages_are_rounded_as_the_reference_rounds_them(
+    dtype, empty, average, layout
+):
+    rng = np.random.default_rng(5)
+    table = jnp.asarray(rng.normal(size=(9, 70)), dtype)
+    if layout == "ragged":
+        offsets = jnp.asarray(offsets_of([0, 1, 7, 4000, 0, 30, 5]), jnp.int32)
+        ids = rng.integers(0, 9, 4047)
+        ids[1:8] = 3  # a bag of nothing but empty slots, or of one row
+    else:
+        offsets, ids = None, rng.integers(0, 9, (11, 13))
+        ids[4] = 3
+    weights = jnp.asarray(rng.normal(size=ids.shape), jnp.float32)
+    cotangent = None
+    results = []
+    for implementation in ("cpu", "xla"):
+        pool = functools.partial(
+            _product.product,
+            ids=jnp.asarray(ids, jnp.int32),
+            offsets=offsets,
+            average=average,
+            dtype=jnp.dtype(dtype),
+            empty=empty,
+            implementation=implementation,
+        )
+        value, pullback = jax.vjp(
+            lambda t, w, pool=pool: pool(t, coefficients=w), table, weights
+        )
+        assert value.dtype == dtype
+        if cotangent is None:
+            cotangent = jnp.asarray(rng.normal(size=value.shape), dtype)
+        moved = jax.jvp(
+            lambda t, w, pool=pool: pool(t, coefficients=w),
+            (table, weights),
+            (table, weights),
+        )
+        results.append([value, *pullback(cotangent), *moved])
+    for ours, reference in zip(*results, strict=True):
+        assert ours.dtype == reference.dtype
+        assert_close(ours, np.asarray(reference, np.float64), dtype)

@@ -118,9 +118,9 @@ def test_a_primitive_is_lowered_to_the_kernel_of_its_platform(monkeypatch):
 
     class Native:
         @staticmethod
-        def product(*operands, empty):
+        def product(*operands, **options):
             calls.append(operands)
-            return xla.product(*operands, empty=empty)
+            return xla.product(*operands, **options)
 
     native = Kernel(Native, platforms=(jax.default_backend(),))
     monkeypatch.setattr(_kernels, "KERNELS", {"native": native, **KERNELS})
@@ -129,7 +129,13 @@ def test_a_primitive_is_lowered_to_the_kernel_of_its_platform(monkeypatch):
     )
     operands = jnp.ones((3, 2)), jnp.array([[0, 1]])
     bind = lambda **params: jax.jit(
-        functools.partial(primitive.bind, empty=None, **params)
+        functools.partial(
+            primitive.bind,
+            empty=None,
+            average=None,
+            dtype=jnp.dtype("float32"),
+            **params,
+        )
     )
     for implementation, expected in (("xla", 0), (None, 1), ("native", 2)):
         pool = bind(implementation=implementation)

@@ -26,12 +26,16 @@ def product(
     coefficients: Slots | None,
     *,
     empty: int | None,
+    average: str | None,
+    dtype: jnp.dtype,
 ) -> Float[Array, "B D"]:
     """Return out[b] = sum of c[i] * table[ids[i]] over the slots i of bag b."""
     shape = (_num_bags(ids, offsets), table.shape[1])
-    sums = jax.ShapeDtypeStruct(shape, accumulation_dtype(table.dtype))
+    pooled = jax.ShapeDtypeStruct(shape, dtype)
     bags = _bags(table, ids, offsets, coefficients)
-    return _call("product", sums, table, *bags, empty=empty)
+    return _call(
+        "product", pooled, table, *bags, empty=empty, average=average or "none"
+    )
 
 
 def transposed_product(
@@ -106,7 +110,11 @@ def _bags(
 
 
 def _call(
-    name: str, results: Any, *operands: Array, empty: int | None, **attributes: bool
+    name: str,
+    results: Any,
+    *operands: Array,
+    empty: int | None,
+    **attributes: bool | str,
 ) -> Any:
     call = jax.ffi.ffi_call(f"jbag_cpu_{name}", results)
     marked = {"has_empty": empty is not None, "empty": np.int64(empty or 0)}

@@ -15,6 +15,7 @@ malformed (see `bag_bounds`) is NaN and receives nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,20 +66,55 @@ def product(
     coefficients: Slots | None,
     *,
     empty: int | None,
+    average: str | None,
+    dtype: jnp.dtype,
 ) -> Float[Array, "B D"]:
-    """Return out[b] = sum of c[i] * table[ids[i]] over the slots i of bag b."""
+    """Return out[b] = sum of c[i] * table[ids[i]] over the slots i of bag b.
+
+    An `average` divides it by the number of filled slots ("mean"), or by the root of
+    that ("sqrtn"); see `divisors`. Rounds to `dtype` once.
+    """
     rows = _rows(table, ids)
     if coefficients is not None:
         rows = coefficients[..., None] * rows
     if empty is not None:
         rows = jnp.where((ids == empty)[..., None], 0, rows)
     if offsets is None:
-        return rows.sum(1)
-    bounds, malformed = bag_bounds(offsets, ids.size)
-    out = jax.ops.segment_sum(
-        rows, segment_ids(bounds, ids.size), offsets.size - 1, indices_are_sorted=True
-    )
-    return jnp.where(malformed[:, None], jnp.nan, out)
+        out = rows.sum(1)
+    else:
+        bounds, malformed = bag_bounds(offsets, ids.size)
+        bags = segment_ids(bounds, ids.size)
+        num_bags = offsets.size - 1
+        out = jax.ops.segment_sum(rows, bags, num_bags, indices_are_sorted=True)
+        out = jnp.where(malformed[:, None], jnp.nan, out)
+    if average is not None:
+        out /= divisors(product, ids, offsets, out.dtype, empty=empty, average=average)
+    return out.astype(dtype)
+
+
+def divisors(
+    pool: Callable,
+    ids: Ids,
+    offsets: Offsets,
+    dtype: jnp.dtype,
+    *,
+    empty: int | None,
+    average: str,
+) -> Float[Array, "#B 1"]:
+    """Return what an average divides by: counts of filled slots, or their roots.
+
+    A bag that has none divides by 1. `pool` is the product, which counts.
+    """
+    if empty is not None:
+        one = jnp.ones((1, 1), dtype)
+        rows = jnp.where(ids == empty, -1, 0)
+        counts = pool(one, rows, offsets, None, empty=-1, average=None, dtype=dtype)
+    elif offsets is None:
+        counts = jnp.full((1, 1), ids.shape[1], dtype)
+    else:
+        counts = jnp.diff(offsets)[:, None].astype(dtype)
+    counts = jnp.maximum(counts, 1)
+    return counts if average == "mean" else jnp.sqrt(counts)
 
 
 def transposed_product(

@@ -186,6 +186,23 @@ inline void VisitPartials(int64_t bag, int64_t start, int64_t end, int64_t block
   }
 }
 
+// Adds up the partial sums of a bag of several blocks, each a row of `width`, in
+// order; the first takes up the others, and is returned.
+template <typename A>
+inline A* AddPartials(A* partials, int64_t width, int64_t bag, int64_t start,
+                      int64_t end, int64_t block) {
+  A* sums = nullptr;
+  VisitPartials(bag, start, end, block, [&](int64_t partial) {
+    A* part = partials + partial * width;
+    if (sums == nullptr) {
+      sums = part;
+    } else {
+      for (int64_t i = 0; i < width; ++i) sums[i] += part[i];
+    }
+  });
+  return sums;
+}
+
 inline int64_t NumTasks(int64_t positions, const Cut& cut) {
   return CeilDiv(positions, cut.task);
 }

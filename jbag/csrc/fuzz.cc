@@ -192,6 +192,10 @@ struct Case {
         for (int n = 0; n < 3; ++n) offsets[Below(offsets.size())] = Anything();
       }
     }
+    const jbag::Average averages[] = {jbag::Average::kNone, jbag::Average::kMean,
+                                      jbag::Average::kSqrtN};
+    average = averages[Below(3)];
+    out_type = OneIn(2) ? type : SumType(type);
   }
 
   int64_t Below(int64_t n) {
@@ -216,7 +220,8 @@ struct Case {
   }
 
   std::mt19937_64 random;
-  Type type;
+  Type type, out_type;
+  jbag::Average average;
   int64_t width, rows, num_bags, length, num_slots, empty;
   bool has_empty, rectangular, hostile, wide_ids, wide_offsets, weighted;
   std::vector<int64_t> ids, offsets;
@@ -233,6 +238,18 @@ std::vector<char> Packed(const std::vector<int64_t>& values, bool wide) {
 }
 
 bool Same(double a, double b) { return isnan(a) ? isnan(b) : a == b; }
+
+// Whether a number is `exact` divided and rounded, or rounded alone.
+bool Rounded(double number, double exact, Type type) {
+  const int bits = type == Type::kFloat64    ? 52
+                   : type == Type::kFloat32  ? 23
+                   : type == Type::kBFloat16 ? 7
+                                             : 10;
+  // The root, the quotient and their rounding to 16 bits each err by half a unit.
+  const double halves = bits > 10 ? 2 : 1.001;
+  const double error = ldexp(fabs(exact), -bits) / 2 * halves + ldexp(1, -25);
+  return Same(number, exact) || fabs(number - exact) <= error;
+}
 
 void Check(const jbag::Kernels& kernels, uint64_t seed) {
   Case c(seed);
@@ -281,6 +298,7 @@ void Check(const jbag::Kernels& kernels, uint64_t seed) {
     for (int64_t slot = start; slot < end; ++slot) bag_of[slot] = bag;
   }
   std::vector<double> product(c.num_bags * c.width, 0);
+  std::vector<int64_t> filled(c.num_bags, 0);
   std::vector<double> best(c.num_bags * c.width, 0);
   std::vector<int64_t> winners(c.num_bags * c.width, c.num_slots);
   std::vector<double> transposed(c.rows * c.width, 0);
@@ -290,6 +308,7 @@ void Check(const jbag::Kernels& kernels, uint64_t seed) {
     const int64_t bag = bag_of[slot];
     const int64_t id = value(c.ids[slot], c.wide_ids);
     if (bag < 0 || malformed[bag] || (c.has_empty && id == c.empty)) continue;
+    ++filled[bag];
     const bool known = id >= 0 && id < c.rows;
     const double coefficient = c.weighted ? coefficients.Get(slot) : 1;
     for (int64_t d = 0; d < c.width; ++d) {
@@ -308,18 +327,22 @@ void Check(const jbag::Kernels& kernels, uint64_t seed) {
   }
   for (int64_t i = 0; i < c.num_bags * c.width; ++i) {
     if (malformed[i / c.width]) product[i] = best[i] = NAN;
+    const double count = std::max<double>(1, filled[i / c.width]);
+    if (c.average == jbag::Average::kMean) product[i] /= count;
+    if (c.average == jbag::Average::kSqrtN) product[i] /= sqrt(count);
   }
 
   std::vector<char> first_bytes;
   for (const int64_t threads : {int64_t{1}, 2 + c.Below(3)}) {
     ThreadPool pool(threads);
-    Numbers out(sums, c.num_bags * c.width);
+    Numbers out(c.out_type, c.num_bags * c.width);
     Numbers values(sums, c.num_bags * c.width);
     std::vector<int32_t> slots(c.num_bags * c.width);
     Numbers gradient(c.type, c.rows * c.width);
     Numbers slot_dots(sums, c.num_slots);
+    const jbag::Matrix pooled{out.data(), c.out_type, c.num_bags, c.width};
     const jbag::Matrix to{gradient.data(), c.type, c.rows, c.width};
-    if (kernels.product(pool, rows, bags, out.data()) != nullptr ||
+    if (kernels.product(pool, rows, bags, c.average, pooled) != nullptr ||
         kernels.extremum(pool, rows, bags, largest, values.data(), slots.data()) !=
             nullptr ||
         kernels.transposed_product(pool, bag_rows, bags, to) != nullptr ||
@@ -327,7 +350,7 @@ void Check(const jbag::Kernels& kernels, uint64_t seed) {
       Fail("out of memory", seed);
     }
     for (int64_t i = 0; i < c.num_bags * c.width; ++i) {
-      if (!Same(out.Get(i), product[i])) Fail("product", seed);
+      if (!Rounded(out.Get(i), product[i], c.out_type)) Fail("product", seed);
       if (!Same(values.Get(i), best[i])) Fail("extremum", seed);
       if (slots[i] != winners[i]) Fail("winners", seed);
     }

@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include <string>
+#include <string_view>
 
 #include "kernels.h"
 #include "xla/ffi/api/ffi.h"
@@ -70,6 +71,19 @@ bool ReadIntegers(const ffi::AnyBuffer& buffer, jbag::Integers* out) {
   return true;
 }
 
+bool ReadAverage(std::string_view average, jbag::Average* out) {
+  if (average == "none") {
+    *out = jbag::Average::kNone;
+  } else if (average == "mean") {
+    *out = jbag::Average::kMean;
+  } else if (average == "sqrtn") {
+    *out = jbag::Average::kSqrtN;
+  } else {
+    return false;
+  }
+  return true;
+}
+
 // The type that sums over a table of `type` run in.
 jbag::Type SumType(jbag::Type type) {
   return type == jbag::Type::kFloat64 ? type : jbag::Type::kFloat32;
@@ -114,21 +128,26 @@ const char* ReadBags(const ffi::AnyBuffer& ids, const ffi::AnyBuffer& offsets,
 
 ffi::Error Product(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer ids,
                    ffi::AnyBuffer offsets, ffi::AnyBuffer coefficients, bool has_empty,
-                   int64_t empty, ffi::Result<ffi::AnyBuffer> out) {
+                   int64_t empty, std::string_view average,
+                   ffi::Result<ffi::AnyBuffer> out) {
   XlaPool pool(threads);
   jbag::Matrix rows;
   jbag::Matrix sums;
+  jbag::Average kind;
   if (!ReadMatrix(table, &rows)) return Invalid("table must be [V, D], floating");
   if (!ReadMatrix(*out, &sums) || sums.width != rows.width ||
-      sums.type != SumType(rows.type)) {
-    return Invalid("out must be [B, D] of the type of sums");
+      (sums.type != rows.type && sums.type != SumType(rows.type))) {
+    return Invalid("out must be [B, D] of the table's type or that of sums");
+  }
+  if (!ReadAverage(average, &kind)) {
+    return Invalid("average must be none, mean or sqrtn");
   }
   jbag::Bags bags;
   if (const char* wrong = ReadBags(ids, offsets, &coefficients, has_empty, empty,
                                    rows.type, sums.rows, &bags)) {
     return Invalid(wrong);
   }
-  return Returned(jbag::BestKernels().product(pool, rows, bags, sums.data));
+  return Returned(jbag::BestKernels().product(pool, rows, bags, kind, sums));
 }
 
 ffi::Error TransposedProduct(ffi::ThreadPool threads, ffi::AnyBuffer cotangent,
@@ -147,7 +166,6 @@ ffi::Error TransposedProduct(ffi::ThreadPool threads, ffi::AnyBuffer cotangent,
                                    rows.type, bag_rows.rows, &bags)) {
     return Invalid(wrong);
   }
-  jbag::PreferHugePages(rows.data, static_cast<int64_t>(out->size_bytes()));
   return Returned(jbag::BestKernels().transposed_product(pool, bag_rows, bags, rows));
 }
 
@@ -221,6 +239,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_product, Product,
                                   .Arg<ffi::AnyBuffer>()  // coefficients
                                   .Attr<bool>("has_empty")
                                   .Attr<int64_t>("empty")
+                                  .Attr<std::string_view>("average")
                                   .Ret<ffi::AnyBuffer>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_transposed_product, TransposedProduct,

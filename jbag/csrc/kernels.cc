@@ -30,9 +30,14 @@ Error WithType(Type type, F f) {
   return "jbag: unknown type";
 }
 
-Error DoProduct(Pool& pool, const Matrix& table, const Bags& bags, void* out) {
+Error DoProduct(Pool& pool, const Matrix& table, const Bags& bags, Average average,
+                const Matrix& out) {
   return WithType(table.type, [&](auto number) {
-    return Product<decltype(number)>(pool, table, bags, out);
+    using Row = decltype(number);
+    if (out.type == table.type) {
+      return Product<Row>(pool, table, bags, average, static_cast<Row*>(out.data));
+    }
+    return Product<Row>(pool, table, bags, average, static_cast<Sum<Row>*>(out.data));
   });
 }
 

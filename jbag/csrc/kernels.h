@@ -67,6 +67,10 @@ void ParallelFor(Pool& pool, int64_t count, F function) {
       pool, count, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); }, &function);
 }
 
+// What a bag's sum is divided by: nothing, or the number of its filled slots (1
+// where there are none), or the root of that.
+enum class Average { kNone, kMean, kSqrtN };
+
 // What an operation returns: null, or what went wrong.
 using Error = const char*;
 constexpr Error kOutOfMemory = "jbag: not enough memory for the kernel's scratch space";
@@ -74,8 +78,9 @@ constexpr Error kOutOfMemory = "jbag: not enough memory for the kernel's scratch
 // The operations for one instruction set. Outputs are written whole.
 struct Kernels {
   const char* instruction_set;
-  // out [B, D] in the type of sums: out[b] = sum of c[i] table[ids[i]].
-  Error (*product)(Pool&, const Matrix& table, const Bags&, void* out);
+  // out [B, D] in the table's type or that of sums, rounded once:
+  // out[b] = sum of c[i] table[ids[i]], averaged.
+  Error (*product)(Pool&, const Matrix& table, const Bags&, Average, const Matrix& out);
   // out [V, D]: out[v] = sum of c[i] cotangent[bag of i] where ids[i] = v.
   Error (*transposed_product)(Pool&, const Matrix& cotangent, const Bags&,
                               const Matrix& out);
@@ -96,10 +101,21 @@ const Kernels* Avx2Kernels();
 const Kernels* Avx512Kernels();
 #endif
 
-// Asks the system for huge pages behind the whole ones of [data, data + bytes),
-// before they are first written: fewer page faults then, fewer page-table
-// misses ever after. Does nothing where the system refuses.
-void PreferHugePages(void* data, int64_t bytes);
+// Asks the system for huge pages behind [data, data + bytes), memory of the process's
+// own that is about to be written whole: fewer page faults then, fewer page-table
+// misses ever after. Nothing changes where the system refuses.
+//
+// Returns the part that holds zeros and needs none written, as it is new to the
+// process: the system clears a page where it is first written.
+struct Zeros {
+  const char* first;
+  const char* last;
+};
+Zeros PreferHugePages(void* data, int64_t bytes);
+
+// Has the system back the huge page around `place`, if it lies in the array whole, and
+// clear it where it is new. Nothing else is written.
+void BackHugePage(void* data, int64_t bytes, const void* place);
 
 // Copies, onto huge pages where the system grants them.
 void CopyToHugePages(Pool& pool, const void* from, void* to, int64_t bytes);

@@ -13,8 +13,13 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
+
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25  // Linux 6.1; older C libraries don't name it
+#endif
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23  // Linux 5.14
 #endif
 #endif
 
@@ -103,28 +108,82 @@ const Kernels& BestKernels() {
   return *best;
 }
 
-#if defined(__linux__)
 namespace {
 
-// Calls madvise on the whole huge pages of a range.
-void AdviseHugePages(void* data, int64_t bytes, int advice) {
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (start + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t last = (start + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
-  if (first >= last) return;
-  // An error means that the system has none to give: the pages stay as they
-  // are.
-  (void)madvise(reinterpret_cast<void*>(first), last - first, advice);
+constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+
+// The whole huge pages of a range of memory.
+struct HugePages {
+  HugePages(void* data, int64_t bytes) {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(data);
+    const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
+    first = (start + kHugePage - 1) & ~(kHugePage - 1);
+    count = first < end ? static_cast<int64_t>((end - first) / kHugePage) : 0;
+  }
+
+  char* page(int64_t i) const {
+    return reinterpret_cast<char*>(first + static_cast<uintptr_t>(i) * kHugePage);
+  }
+
+  // An error means that the system has none to give: the pages stay as they are.
+  void Advise([[maybe_unused]] int advice) const {
+#if defined(__linux__)
+    if (count > 0)
+      (void)madvise(page(0), static_cast<size_t>(count) * kHugePage, advice);
+#endif
+  }
+
+  uintptr_t first;
+  int64_t count;
+};
+
+#if defined(__linux__)
+// Whether the system has put memory behind any of the pages, or doesn't tell.
+bool AnyBacked(const HugePages& pages) {
+  constexpr int64_t kAtOnce = 16;
+  const size_t page_size = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  if (page_size < 4096 || page_size > kHugePage) return true;
+  unsigned char backed[kAtOnce * kHugePage / 4096];
+  for (int64_t i = 0; i < pages.count; i += kAtOnce) {
+    const int64_t some = pages.count - i < kAtOnce ? pages.count - i : kAtOnce;
+    const size_t bytes = static_cast<size_t>(some) * kHugePage;
+    if (mincore(pages.page(i), bytes, backed) != 0) return true;
+    for (size_t page = 0; page < bytes / page_size; ++page) {
+      if (backed[page] & 1) return true;
+    }
+  }
+  return false;
 }
+#endif
 
 }  // namespace
 
-void PreferHugePages(void* data, int64_t bytes) {
-  AdviseHugePages(data, bytes, MADV_HUGEPAGE);
+#if defined(__linux__)
+Zeros PreferHugePages(void* data, int64_t bytes) {
+  const HugePages pages(data, bytes);
+  if (pages.count == 0) return {nullptr, nullptr};
+  pages.Advise(MADV_HUGEPAGE);
+  const char* first = pages.page(0);
+  const char* last = pages.page(pages.count);
+  if (AnyBacked(pages)) return {nullptr, nullptr};
+  // They may be out on a swap device: forget those.
+  const size_t size = static_cast<size_t>(last - first);
+  if (madvise(pages.page(0), size, MADV_DONTNEED) != 0) return {nullptr, nullptr};
+  return {first, last};
+}
+
+void BackHugePage(void* data, int64_t bytes, const void* place) {
+  HugePages page(data, bytes);
+  const uintptr_t offset = reinterpret_cast<uintptr_t>(place) - page.first;
+  const int64_t which = static_cast<int64_t>(offset / kHugePage);
+  if (which >= page.count) return;
+  page.first += which * kHugePage;
+  page.count = 1;
+  page.Advise(MADV_POPULATE_WRITE);
 }
 #else
-void PreferHugePages(void*, int64_t) {}
+Zeros PreferHugePages(void*, int64_t) { return {nullptr, nullptr}; }
+void BackHugePage(void*, int64_t, const void*) {}
 #endif
 
 void CopyToHugePages(Pool& pool, const void* from, void* to, int64_t bytes) {
@@ -138,7 +197,7 @@ void CopyToHugePages(Pool& pool, const void* from, void* to, int64_t bytes) {
   });
 #if defined(__linux__)
   // What the allocator had used before was on small pages already.
-  AdviseHugePages(to, bytes, MADV_COLLAPSE);
+  HugePages(to, bytes).Advise(MADV_COLLAPSE);
 #endif
 }
 

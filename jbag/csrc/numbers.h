@@ -51,6 +51,16 @@ struct Sums<double> {
 template <typename T>
 using Sum = typename Sums<T>::Type;
 
+template <typename T>
+constexpr T kNaN = __builtin_nan("");
+template <>
+constexpr BFloat16 kNaN<BFloat16> = {0x7fc0};
+template <>
+constexpr Float16 kNaN<Float16> = {0x7e00};
+
+inline float SquareRoot(float x) { return __builtin_sqrtf(x); }
+inline double SquareRoot(double x) { return __builtin_sqrt(x); }
+
 template <typename A>
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(A));
 

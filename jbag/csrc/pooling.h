@@ -50,36 +50,42 @@ inline void ForEachBag(Pool& pool, const Bags& bags, const Bounds& bounds,
   });
 }
 
-template <typename Row>
-Error Product(Pool& pool, const Matrix& table, const Bags& bags, void* output) {
+template <typename Row, typename T>
+Error Product(Pool& pool, const Matrix& table, const Bags& bags, Average average,
+              T* out) {
   using A = Sum<Row>;
   const int64_t width = table.width;
   const Cut cut(width * sizeof(Row), width * sizeof(A));
   Bounds bounds;
   if (Error error = bounds.Read(bags)) return error;
   const int64_t size = bounds[bags.num_bags];
-  A* out = static_cast<A*>(output);
   Scratch<A> partials;
   if (bounds.longest() > cut.block &&
       !partials.Allocate(NumPartials(size + bags.num_bags, cut.block) * width)) {
     return kOutOfMemory;
   }
   WithSlots<Row>(table, bags, size, [&](const auto& slots) {
+    const auto divisor = [&](int64_t first, int64_t last) {
+      if (average == Average::kNone) return A{1};
+      const A count = static_cast<A>(Max(slots.NumFilled(first, last), 1));
+      return average == Average::kMean ? count : SquareRoot(count);
+    };
     ForEachBag(
         pool, bags, bounds, cut, [&](int64_t slot) { slots.FetchFirst(slot); },
         [&](const Block& block) {
-          A* sums = block.whole ? out + block.bag * width
-                                : partials.data() + block.partial * width;
-          SumOf(slots, block.first, block.last, sums);
+          const int64_t first = block.first;
+          const int64_t last = block.last;
+          if (block.whole) {
+            SumOf(slots, first, last, divisor(first, last), out + block.bag * width);
+          } else {
+            SumOf(slots, first, last, A{1}, partials.data() + block.partial * width);
+          }
         },
-        [&](int64_t bag) { Fill(out + bag * width, width, kNaN<A>); },
+        [&](int64_t bag) { Fill(out + bag * width, width, kNaN<T>); },
         [&](int64_t bag, int64_t start, int64_t end) {
-          A* sums = out + bag * width;
-          Fill(sums, width, A{0});
-          VisitPartials(bag, start, end, cut.block, [&](int64_t partial) {
-            const A* part = partials.data() + partial * width;
-            for (int64_t i = 0; i < width; ++i) sums[i] += part[i];
-          });
+          const A* sums =
+              AddPartials(partials.data(), width, bag, start, end, cut.block);
+          Divide(sums, width, divisor(start, end), out + bag * width);
         });
   });
   return nullptr;

@@ -20,8 +20,11 @@
 namespace jbag {
 namespace {
 
-template <typename A>
-constexpr A kNaN = __builtin_nan("");
+// Where vector j of K stands in a tile: the last one ends where the tile does.
+template <int W, int K>
+inline int64_t Offset(int j, int64_t last_offset) {
+  return j < K - 1 || K == 1 ? j * W : last_offset;
+}
 
 // The rows that slots name, and their coefficients.
 template <typename Row, typename Id>
@@ -33,7 +36,7 @@ class Slots {
   Slots(const Matrix& table, const Bags& bags, int64_t size)
       : table_(static_cast<const Row*>(table.data)),
         rows_(static_cast<uint64_t>(table.rows)),
-        stride_(table.width),
+        stride_(table.width * sizeof(Row)),
         width_(table.width),
         ids_(static_cast<const Id*>(bags.ids.data)),
         coefficients_(bags.coefficients == nullptr
@@ -43,34 +46,65 @@ class Slots {
         has_empty_(bags.has_empty),
         empty_(bags.has_empty ? static_cast<uint64_t>(bags.empty) : kNoRow),
         last_(size - 1),
-        fetched_(Min(RowBytes(), kMostFetched)),
-        ahead_(Clamp(kBytesAhead / Max(RowBytes(), 1), 8, 32)) {}
+        ahead_(Clamp(kBytesAhead / Max(stride_, 1), 8, 32)),
+        straddles_(Straddles(reinterpret_cast<uintptr_t>(table.data), stride_)) {}
 
   // The same slots, of a table of the columns [column, column + width) alone.
   Slots Columns(int64_t column, int64_t width) const {
     Slots some = *this;
     some.table_ += column;
     some.width_ = width;
-    some.fetched_ = Min(some.RowBytes(), kMostFetched);
+    return some;
+  }
+  // The same slots for a loop that ends before `last`, which must not fetch past
+  // the last slot of all.
+  Slots Until(int64_t last) const {
+    Slots some = *this;
+    some.ahead_ = Min(ahead_, last_ - (last - 1));
     return some;
   }
 
   int64_t width() const { return width_; }
   bool weighted() const { return mask_ != 0; }
   bool empty(int64_t slot) const { return has_empty_ && id(slot) == empty_; }
+  // The number of slots in [first, last) that aren't empty.
+  int64_t NumFilled(int64_t first, int64_t last) const {
+    int64_t count = last - first;
+    if (has_empty_) {
+      for (int64_t slot = first; slot < last; ++slot) count -= id(slot) == empty_;
+    }
+    return count;
+  }
   // The row of a slot, or null where there is none.
   const Row* row(int64_t slot) const {
     const uint64_t named = id(slot);
-    return __builtin_expect(named < rows_ && named != empty_, 1)
-               ? table_ + named * stride_
-               : nullptr;
+    if (__builtin_expect(named >= rows_ || named == empty_, 0)) return nullptr;
+    return reinterpret_cast<const Row*>(Address(named));
   }
   // Without coefficients the mask picks the one for every slot.
   A coefficient(int64_t slot) const { return coefficients_[slot & mask_]; }
 
-  // Fetches the row of the slot some slots ahead of this one. Inlined by force:
-  // GCC takes a function that only prefetches for one that does nothing, and
-  // drops the call.
+  // Fetches, of the row of the slot some slots ahead of this one, what a tile of
+  // K vectors of W reads. Inlined by force: GCC takes a function that only
+  // prefetches for one that does nothing, and drops the call.
+  template <int W, int K>
+  __attribute__((always_inline)) void FetchAhead(int64_t slot,
+                                                 int64_t last_offset) const {
+    const uintptr_t tile = Address(id(slot + ahead_));
+#pragma GCC unroll 8
+    for (int j = 0; j < K; ++j) {
+      if (j * W * sizeof(Row) % kLine == 0) {
+        Prefetch(tile + Offset<W, K>(j, last_offset) * sizeof(Row));
+      }
+    }
+    if (!straddles_) return;
+    // A line that isn't fetched yet; twice the same would be two page walks.
+    const uintptr_t start = tile + Offset<W, K>(K - 1, last_offset) * sizeof(Row);
+    const uintptr_t end = start + W * sizeof(Row) - 1;
+    const uintptr_t here = reinterpret_cast<uintptr_t>(ids_ + slot);
+    Prefetch(start / kLine == end / kLine ? here : end);
+  }
+  // Fetches the whole row of the slot some slots ahead.
   __attribute__((always_inline)) void FetchAhead(int64_t slot) const {
     Fetch(Min(slot + ahead_, last_));
   }
@@ -83,9 +117,6 @@ class Slots {
  private:
   static constexpr uintptr_t kLine = 64;
   static constexpr int64_t kBytesAhead = 1 << 12;
-  // What is longer is left to the hardware, which has seen by then where it
-  // leads.
-  static constexpr int64_t kMostFetched = 32 * kLine;
   static constexpr A kOne = 1;
   static constexpr uint64_t kNoRow = UINT64_MAX;
 
@@ -94,22 +125,34 @@ class Slots {
     return static_cast<uint64_t>(static_cast<int64_t>(ids_[slot]));
   }
 
-  int64_t RowBytes() const { return width_ * static_cast<int64_t>(sizeof(Row)); }
+  // Whether some row of a table starts within a line and ends in the next.
+  static bool Straddles(uintptr_t table, uintptr_t stride) {
+    return stride % kLine == 0
+               ? table % kLine != 0
+               : stride == 0 || kLine % stride != 0 || table % stride != 0;
+  }
+
+  // Where the row of an id is: an integer, as it may be none of the table's, which
+  // does no harm to what only fetches.
+  uintptr_t Address(uint64_t named) const {
+    return reinterpret_cast<uintptr_t>(table_) + named * stride_;
+  }
+
+  __attribute__((always_inline)) static void Prefetch(uintptr_t address) {
+    __builtin_prefetch(reinterpret_cast<const void*>(address));
+  }
 
   __attribute__((always_inline)) void Fetch(int64_t slot) const {
-    const uint64_t named = id(slot);
-    // An integer: there may be no table.
-    const uintptr_t row = reinterpret_cast<uintptr_t>(table_) +
-                          (named < rows_ ? named : 0) * stride_ * sizeof(Row);
-    const uintptr_t end = row + fetched_;
-    for (uintptr_t line = row & ~(kLine - 1); line < end; line += kLine) {
-      __builtin_prefetch(reinterpret_cast<const void*>(line));
-    }
+    const uintptr_t row = Address(id(slot));
+    const uintptr_t bytes = width_ * sizeof(Row);
+    // By distances: the address of a row that isn't there may wrap.
+    for (uintptr_t at = 0; at < bytes; at += kLine) Prefetch(row + at);
+    Prefetch(row + bytes - 1);
   }
 
   const Row* table_;
   uint64_t rows_;
-  int64_t stride_;
+  int64_t stride_;  // bytes
   int64_t width_;
   const Id* ids_;
   const A* coefficients_;
@@ -117,8 +160,8 @@ class Slots {
   bool has_empty_;
   uint64_t empty_;
   int64_t last_;
-  int64_t fetched_;  // bytes of a row
-  int64_t ahead_;    // slots
+  int64_t ahead_;   // slots
+  bool straddles_;  // whether rows may start within a line
 };
 template <typename Row, typename Id>
 constexpr Sum<Row> Slots<Row, Id>::kOne;
@@ -134,12 +177,6 @@ inline void WithSlots(const Matrix& table, const Bags& bags, int64_t size, F f) 
 }
 
 constexpr int kMostVectors = 8;
-
-// Where vector j of K stands in a tile: the last one ends where the tile does.
-template <int W, int K>
-inline int64_t Offset(int j, int64_t last_offset) {
-  return j < K - 1 ? j * W : last_offset;
-}
 
 template <int W, int K, typename F>
 inline void Tile(int vectors, int64_t column, int64_t last_offset, F& f) {
@@ -187,40 +224,50 @@ inline void Tiles(int64_t width, F& f) {
   }
 }
 
-// sums = the sum of the rows of the slots [first, last) times their
-// coefficients.
-template <typename Row, typename Id, bool kWeighted>
+// Writes a tile of sums divided by `divisor`, rounded once.
+template <int W, int K, typename V, typename A, typename T>
+inline void StoreQuotients(const V (&total)[K], A divisor, T* tile,
+                           int64_t last_offset) {
+#pragma GCC unroll 8
+  for (int j = 0; j < K; ++j) {
+    Store<W>(tile + Offset<W, K>(j, last_offset),
+             divisor == 1 ? total[j] : total[j] / divisor);
+  }
+}
+
+// out = the sum of the rows of the slots [first, last) times their coefficients,
+// divided by `divisor`.
+template <typename Row, typename Id, typename T, bool kWeighted>
 struct SumRows {
-  const Slots<Row, Id> slots;  // a copy, that what it holds stays in registers
+  const Slots<Row, Id>& slots;
   int64_t first;
   int64_t last;
-  Sum<Row>* sums;
+  Sum<Row> divisor;
+  T* out;
   bool unknown = false;  // set where an id names no row: then the sums are void
 
   template <int W, int K>
   void operator()(int64_t column, int64_t last_offset) {
     using V = Vector<Sum<Row>, W>;
     V total[K] = {};
+    // A copy, that what it holds stays in registers.
+    const Slots<Row, Id> tile = slots.Columns(column, last_offset + W).Until(last);
     for (int64_t slot = first; slot < last; ++slot) {
-      if (column == 0) slots.FetchAhead(slot);
-      const Row* row = slots.row(slot);
+      tile.template FetchAhead<W, K>(slot, last_offset);
+      const Row* row = tile.row(slot);
       if (row == nullptr) {
-        if (slots.empty(slot)) continue;
+        if (tile.empty(slot)) continue;
         unknown = true;
         return;
       }
-      row += column;
-      const V coefficient = slots.coefficient(slot) - V{};
+      const V coefficient = tile.coefficient(slot) - V{};
 #pragma GCC unroll 8
       for (int j = 0; j < K; ++j) {
         const V values = Load<W>(row + Offset<W, K>(j, last_offset));
         total[j] += kWeighted ? coefficient * values : values;
       }
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < K; ++j) {
-      Store<W>(sums + column + Offset<W, K>(j, last_offset), total[j]);
-    }
+    StoreQuotients<W, K>(total, divisor, out + column, last_offset);
   }
 };
 
@@ -229,18 +276,42 @@ inline void Fill(A* out, int64_t size, A value) {
   for (int64_t i = 0; i < size; ++i) out[i] = value;
 }
 
-template <typename Row, typename Id>
+template <typename Row, typename Id, typename T>
 inline void SumOf(const Slots<Row, Id>& slots, int64_t first, int64_t last,
-                  Sum<Row>* sums) {
+                  Sum<Row> divisor, T* out) {
   const auto run = [&](auto sum) {
     Tiles<Sum<Row>>(slots.width(), sum);
-    if (sum.unknown) Fill(sums, slots.width(), kNaN<Sum<Row>>);
+    if (sum.unknown) Fill(out, slots.width(), kNaN<T>);
   };
   if (slots.weighted()) {
-    run(SumRows<Row, Id, true>{slots, first, last, sums});
+    run(SumRows<Row, Id, T, true>{slots, first, last, divisor, out});
   } else {
-    run(SumRows<Row, Id, false>{slots, first, last, sums});
+    run(SumRows<Row, Id, T, false>{slots, first, last, divisor, out});
   }
+}
+
+template <typename T>
+struct DividedRow {
+  const Sum<T>* sums;
+  Sum<T> divisor;
+  T* out;
+
+  template <int W, int K>
+  void operator()(int64_t column, int64_t last_offset) const {
+    Vector<Sum<T>, W> total[K];
+#pragma GCC unroll 8
+    for (int j = 0; j < K; ++j) {
+      total[j] = Load<W>(sums + column + Offset<W, K>(j, last_offset));
+    }
+    StoreQuotients<W, K>(total, divisor, out + column, last_offset);
+  }
+};
+
+// out = sums / divisor, rounded once. The two don't overlap.
+template <typename T>
+inline void Divide(const Sum<T>* sums, int64_t width, Sum<T> divisor, T* out) {
+  DividedRow<T> row{sums, divisor, out};
+  Tiles<Sum<T>>(width, row);
 }
 
 template <typename A>
@@ -256,7 +327,7 @@ struct SlotNumber<double> {
 // 1 or -1, and its slot. NaN beats every number and no NaN.
 template <typename Row, typename Id>
 struct LargestRows {
-  const Slots<Row, Id> slots;
+  const Slots<Row, Id>& slots;
   int64_t first;  // a filled slot
   int64_t last;
   Sum<Row> sign;
@@ -271,23 +342,23 @@ struct LargestRows {
     using S = Vector<typename SlotNumber<A>::Type, W>;
     V best[K];
     S best_slots[K];
-    const Row* row = slots.row(first) + column;
-    V coefficient = sign * slots.coefficient(first) - V{};
+    const Slots<Row, Id> tile = slots.Columns(column, last_offset + W).Until(last);
+    const Row* row = tile.row(first);
+    V coefficient = sign * tile.coefficient(first) - V{};
 #pragma GCC unroll 8
     for (int j = 0; j < K; ++j) {
       best[j] = coefficient * Load<W>(row + Offset<W, K>(j, last_offset));
       best_slots[j] = S{} + static_cast<int32_t>(first);
     }
-    if (column == 0) slots.FetchAhead(first);
+    tile.template FetchAhead<W, K>(first, last_offset);
     for (end = first + 1; end < last; ++end) {
-      if (column == 0) slots.FetchAhead(end);
-      row = slots.row(end);
+      tile.template FetchAhead<W, K>(end, last_offset);
+      row = tile.row(end);
       if (row == nullptr) {
-        if (slots.empty(end)) continue;
+        if (tile.empty(end)) continue;
         break;
       }
-      row += column;
-      coefficient = sign * slots.coefficient(end) - V{};
+      coefficient = sign * tile.coefficient(end) - V{};
       const S slot = S{} + static_cast<int32_t>(end);
 #pragma GCC unroll 8
       for (int j = 0; j < K; ++j) {

@@ -109,6 +109,12 @@ class SortedSlots {
     return {{bags_.data(), false, size_}, {}, 0, 0, coefficients_.data(), false, 0};
   }
 
+  // The row that stands at a position: see Visit.
+  int64_t RowAt(int64_t position) const {
+    return position -
+           FirstWhere(0, size_, [&](int64_t i) { return i + row(i) >= position; });
+  }
+
   // A row and its slots stand as a bag and its slots do: position(row) is where
   // its slots start, plus the row. Visits what of [from, to) they take up, in
   // order: gap(first_row, last_row) where no slot names the rows, run(row,
@@ -171,41 +177,25 @@ class SortedSlots {
   Scratch<A> coefficients_;
 };
 
-template <typename T>
-struct Rounded {
-  const Sum<T>* sums;
-  T* out;
-
-  template <int W, int K>
-  void operator()(int64_t column, int64_t last_offset) const {
-#pragma GCC unroll 8
-    for (int j = 0; j < K; ++j) {
-      const int64_t at = column + Offset<W, K>(j, last_offset);
-      Store<W>(out + at, Load<W>(sums + at));
-    }
+// Writes zeros to [first, last), but for what holds them.
+inline void Clear(void* first, void* last, const Zeros& zeros) {
+  char* from = static_cast<char*>(first);
+  char* to = static_cast<char*>(last);
+  if (from < zeros.first || from >= zeros.last || to > zeros.last) {
+    memset(from, 0, static_cast<size_t>(to - from));
   }
-};
-
-template <typename T>
-inline void Round(const Sum<T>* sums, int64_t width, T* out) {
-  Rounded<T> rounded{sums, out};
-  Tiles<Sum<T>>(width, rounded);
 }
 
 template <typename T, typename Key>
 Error TransposedProduct(Pool& pool, const Matrix& cotangent, const Bags& bags,
                         const Matrix& output) {
   using A = Sum<T>;
-  constexpr bool kRounded = sizeof(T) != sizeof(A);
   const int64_t width = output.width;
   const int64_t num_rows = output.rows;
   const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
   if (num_rows == 0 || width == 0) return nullptr;
   Cut cut(width * sizeof(A), width * sizeof(A));
-  // Memory that is new is cleared by the system, a huge page at a time, where it is
-  // first written: threads that meet on one page would both clear it.
-  const int64_t task_bytes = Clamp(num_rows * row_bytes / 32, 1 << 18, 1 << 23);
-  cut.task = Max(task_bytes / row_bytes, 64);
+  cut.task = Max(Clamp(num_rows * row_bytes / 16, 1 << 18, 1 << 22) / row_bytes, 64);
   Bounds bounds;
   if (Error error = bounds.Read(bags)) return error;
   SortedSlots<Key, A> sorted;
@@ -221,32 +211,24 @@ Error TransposedProduct(Pool& pool, const Matrix& cotangent, const Bags& bags,
     return kOutOfMemory;
   }
   const auto reduce = [&](const Block& block) {
-    if (!block.whole) {
-      SumOf(slots, block.first, block.last, partials.data() + block.partial * width);
-      return;
-    }
-    T* sums = out + block.bag * width;
-    if constexpr (kRounded) {
-      constexpr int64_t kColumns = 1024;
-      A unrounded[kColumns];
-      for (int64_t column = 0; column < width; column += kColumns) {
-        const int64_t some = Min(kColumns, width - column);
-        SumOf(slots.Columns(column, some), block.first, block.last, unrounded);
-        Round(unrounded, some, sums + column);
-      }
+    if (block.whole) {
+      SumOf(slots, block.first, block.last, A{1}, out + block.bag * width);
     } else {
-      SumOf(slots, block.first, block.last, sums);
+      A* partial = partials.data() + block.partial * width;
+      SumOf(slots, block.first, block.last, A{1}, partial);
     }
   };
 
+  const Zeros zeros = PreferHugePages(out, num_rows * row_bytes);
   bool split = false;  // whether some row's slots take several blocks
   ParallelFor(pool, tasks, [&](int64_t task) {
     const int64_t from = task * cut.task;
-    const int64_t to = from + cut.task;
+    const int64_t to = Min(from + cut.task, positions);
+    BackHugePage(out, num_rows * row_bytes, out + sorted.RowAt(to) * width);
     sorted.Visit(
         num_rows, from, to,
         [&](int64_t first, int64_t last) {
-          memset(out + first * width, 0, (last - first) * row_bytes);
+          Clear(out + first * width, out + last * width, zeros);
         },
         [&](int64_t row, int64_t start, int64_t end) {
           if (end - start > cut.block) {
@@ -262,21 +244,9 @@ Error TransposedProduct(Pool& pool, const Matrix& cotangent, const Bags& bags,
         num_rows, from, from + cut.task, [](int64_t, int64_t) {},
         [&](int64_t row, int64_t start, int64_t end) {
           if (end - start <= cut.block || start + row < from) return;
-          // The first partial sum takes up the others.
-          A* sums = nullptr;
-          VisitPartials(row, start, end, cut.block, [&](int64_t partial) {
-            A* part = partials.data() + partial * width;
-            if (sums == nullptr) {
-              sums = part;
-            } else {
-              for (int64_t i = 0; i < width; ++i) sums[i] += part[i];
-            }
-          });
-          if constexpr (kRounded) {
-            Round(sums, width, out + row * width);
-          } else {
-            memcpy(out + row * width, sums, row_bytes);
-          }
+          const A* sums =
+              AddPartials(partials.data(), width, row, start, end, cut.block);
+          Divide(sums, width, A{1}, out + row * width);
         });
   });
   return nullptr;
