@@ -266,7 +266,11 @@ def test_vmap_over_more_rows_than_ids_can_name_runs_one_by_one(implementation):
 @pytest.mark.parametrize(
     ("primitive", "outputs", "options"),
     [
-        (_product._product, ("bags",), {}),
+        (
+            _product._product,
+            ("bags",),
+            {"average": "mean", "dtype": jnp.dtype("float32")},
+        ),
         (_product._extremum, ("bags", "winners"), {"largest": True}),
     ],
 )

@@ -1,13 +1,12 @@
-// How the slots of the bags are cut: into blocks that are summed in order, and
-// into tasks that threads take.
+// How the slots of the bags are cut: into blocks that are summed in order, and into
+// tasks that threads take.
 //
-// A bag is a row of blocks of a fixed size, counted from its first slot. Each
-// block is reduced on its own and a bag's blocks are then combined in order, so
-// that neither the threads nor the tasks have a say in the result. Tasks are
-// cut by work, a bag's overhead counting as one slot: position(bag) =
-// bounds[bag] + bag grows strictly, and task t does the blocks whose position
-// lies in [t * task, (t + 1) * task). One huge bag is so many tasks; many empty
-// bags are, too.
+// A bag is a row of blocks of a fixed size, counted from its first slot. Each block is
+// reduced on its own and a bag's blocks are then combined in order, so that neither the
+// threads nor the tasks have a say in the result. Tasks are cut by work, a bag's
+// overhead counting as one slot: position(bag) = bounds[bag] + bag grows strictly, and
+// task t does the blocks whose position lies in [t * task, (t + 1) * task). One huge
+// bag is so many tasks; many empty bags are, too.
 
 #ifndef JBAG_BLOCKS_H_
 #define JBAG_BLOCKS_H_
@@ -49,8 +48,8 @@ class Scratch {
   T* data_ = nullptr;
 };
 
-// The smallest i in [low, high) for which `holds`, which stays true once it is;
-// or high.
+// The smallest i in [low, high) for which `holds`, which stays true once it is; or
+// high.
 template <typename Predicate>
 inline int64_t FirstWhere(int64_t low, int64_t high, Predicate holds) {
   while (low < high) {
@@ -64,9 +63,8 @@ inline int64_t FirstWhere(int64_t low, int64_t high, Predicate holds) {
   return low;
 }
 
-// Bounds of the bags that partition the slots: the offsets as they are or,
-// where some are malformed, the running maximum of what of them lies within the
-// slots.
+// Bounds of the bags that partition the slots: the offsets as they are or, where some
+// are malformed, the running maximum of what of them lies within the slots.
 class Bounds {
  public:
   Error Read(const Bags& bags) {
@@ -149,9 +147,8 @@ struct Block {
   int64_t partial;  // else where its reduction goes
 };
 
-// Where the partial reductions of a bag of several blocks lie. Its first block
-// and its later ones are each more than `block` positions away from any other
-// bag's.
+// Where the partial reductions of a bag of several blocks lie. Its first block and its
+// later ones are each more than `block` positions away from any other bag's.
 inline int64_t PartialIndex(int64_t position, bool first, int64_t block) {
   return position / block * 2 + (first ? 0 : 1);
 }
@@ -159,8 +156,8 @@ inline int64_t NumPartials(int64_t positions, int64_t block) {
   return (positions / block + 1) * 2;
 }
 
-// Visits the blocks of bag `bag`, slots [start, end), whose positions lie in
-// [from, to).
+// Visits the blocks of bag `bag`, slots [start, end), whose positions lie in [from,
+// to).
 template <typename Visit>
 inline void VisitBlocks(int64_t bag, int64_t start, int64_t end, int64_t block,
                         int64_t from, int64_t to, Visit visit) {
@@ -186,8 +183,8 @@ inline void VisitPartials(int64_t bag, int64_t start, int64_t end, int64_t block
   }
 }
 
-// Adds up the partial sums of a bag of several blocks, each a row of `width`, in
-// order; the first takes up the others, and is returned.
+// Adds up the partial sums of a bag of several blocks, each a row of `width`, in order;
+// the first takes up the others, and is returned.
 template <typename A>
 inline A* AddPartials(A* partials, int64_t width, int64_t bag, int64_t start,
                       int64_t end, int64_t block) {

@@ -1,9 +1,7 @@
-// The kernels as XLA FFI handlers: shapes and types are checked, nothing else
-// is done.
+// The kernels as XLA FFI handlers: shapes and types are checked, nothing else is done.
 //
-// Operands: the dense arrays, ids [N] or [B, L], offsets [B + 1] ([0] with ids
-// [B, L]) and, where the operation takes them, coefficients of the shape of ids
-// ([0]: ones).
+// Operands: the dense arrays, ids [N] or [B, L], offsets [B + 1] ([0] with ids [B, L])
+// and, where the operation takes them, coefficients of the shape of ids ([0]: ones).
 
 #include <stdint.h>
 

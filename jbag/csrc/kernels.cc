@@ -1,10 +1,8 @@
-// The kernels for one instruction set: this file is compiled once for each,
-// with the compiler's flags for it and JBAG_KERNELS, the name of the function
-// that returns them.
+// The kernels for one instruction set: this file is compiled once for each, with the
+// compiler's flags for it and JBAG_KERNELS, the name of the function that returns them.
 //
-// No header of the C++ library with inline functions may come in here: the
-// linker keeps one copy of such a function, and it could be the one that this
-// machine can't run.
+// No header of the C++ library with inline functions may come in here: the linker keeps
+// one copy of such a function, and it could be the one that this machine can't run.
 
 #include <stdint.h>
 

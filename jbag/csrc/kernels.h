@@ -1,10 +1,8 @@
-// The operations of the embedding bag on a CPU, by plain pointers: no XLA, no
-// Python.
+// The operations of the embedding bag on a CPU, by plain pointers: no XLA, no Python.
 //
-// The meaning is that of jbag/_kernels/xla.py. Nothing is read or written
-// outside the arrays that are given, whatever the ids and offsets hold. Results
-// don't depend on the number of threads: sums run in an order that the bags
-// alone decide.
+// The meaning is that of jbag/_kernels/xla.py. Nothing is read or written outside the
+// arrays that are given, whatever the ids and offsets hold. Results don't depend on the
+// number of threads: sums run in an order that the bags alone decide.
 
 #ifndef JBAG_KERNELS_H_
 #define JBAG_KERNELS_H_
@@ -35,8 +33,7 @@ struct Integers {
   }
 };
 
-// Ragged: ids [N] and offsets [B + 1]. Rectangular: ids [B, length], no
-// offsets.
+// Ragged: ids [N] and offsets [B + 1]. Rectangular: ids [B, length], no offsets.
 struct Bags {
   Integers ids;
   Integers offsets;
@@ -55,9 +52,9 @@ class Pool {
   virtual void Schedule(void (*task)(void*), void* data) = 0;
 };
 
-// Calls function(context, i) once for every i in [0, count), on the calling
-// thread and those of the pool; returns when all are done. The caller does the
-// work itself where the pool is busy, so that it can't wait for ever.
+// Calls function(context, i) once for every i in [0, count), on the calling thread and
+// those of the pool; returns when all are done. The caller does the work itself where
+// the pool is busy, so that it can't wait for ever.
 void ParallelFor(Pool& pool, int64_t count, void (*function)(void*, int64_t),
                  void* context);
 
@@ -67,8 +64,8 @@ void ParallelFor(Pool& pool, int64_t count, F function) {
       pool, count, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); }, &function);
 }
 
-// What a bag's sum is divided by: nothing, or the number of its filled slots (1
-// where there are none), or the root of that.
+// What a bag's sum is divided by: nothing, or the number of its filled slots (1 where
+// there are none), or the root of that.
 enum class Average { kNone, kMean, kSqrtN };
 
 // What an operation returns: null, or what went wrong.
@@ -78,8 +75,8 @@ constexpr Error kOutOfMemory = "jbag: not enough memory for the kernel's scratch
 // The operations for one instruction set. Outputs are written whole.
 struct Kernels {
   const char* instruction_set;
-  // out [B, D] in the table's type or that of sums, rounded once:
-  // out[b] = sum of c[i] table[ids[i]], averaged.
+  // out [B, D] in the table's type or that of sums, rounded once: out[b] = sum of c[i]
+  // table[ids[i]], averaged.
   Error (*product)(Pool&, const Matrix& table, const Bags&, Average, const Matrix& out);
   // out [V, D]: out[v] = sum of c[i] cotangent[bag of i] where ids[i] = v.
   Error (*transposed_product)(Pool&, const Matrix& cotangent, const Bags&,

@@ -1,5 +1,4 @@
-// What the kernels need of the machine: its instruction set, its threads, its
-// pages.
+// What the kernels need of the machine: its instruction set, its threads, its pages.
 
 #include <stdint.h>
 #include <string.h>
@@ -26,13 +25,11 @@
 namespace jbag {
 namespace {
 
-// Shared by the caller and by the pool's threads, which may come when all is
-// done.
+// Shared by the caller and by the pool's threads, which may come when all is done.
 struct Work {
   int64_t count;
   void (*function)(void*, int64_t);
-  void* context;  // the caller's: touched only while there is something left to
-                  // do
+  void* context;  // the caller's: touched only while something is left to do
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> done{0};
   std::mutex mutex;
@@ -51,8 +48,7 @@ struct Work {
   }
 
   void Wait() {
-    // The others are at their last task: asleep, the caller would wake too
-    // late.
+    // The others are at their last task: asleep, the caller would wake too late.
     constexpr int kSpins = 1 << 14;
     for (int spin = 0; spin < kSpins; ++spin) {
       if (done.load(std::memory_order_acquire) == count) return;

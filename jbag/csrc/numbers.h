@@ -1,9 +1,8 @@
-// Vectors of W numbers of a table's type, read as (and rounded from) the type
-// that sums run in: float for float, bfloat16 and float16, double for double.
+// Vectors of W numbers of a table's type, read as (and rounded from) the type that sums
+// run in: float for float, bfloat16 and float16, double for double.
 //
-// W is 1, 2, 4, ... up to kWidth, the machine's. The compiler's vector
-// extension spells the arithmetic, so that one source serves every instruction
-// set.
+// W is 1, 2, 4, ... up to kWidth, the machine's. The compiler's vector extension spells
+// the arithmetic, so that one source serves every instruction set.
 
 #ifndef JBAG_NUMBERS_H_
 #define JBAG_NUMBERS_H_
@@ -83,6 +82,21 @@ inline To Bits(const From& from) {
 
 template <int W>
 inline Vector<uint32_t, W> Widened(const uint16_t* from) {
+  // GCC converts whole vectors by halves.
+#if defined(__AVX512F__)
+  if constexpr (W == 16) {
+    __m256i narrow;
+    memcpy(&narrow, from, sizeof(narrow));
+    return Bits<Vector<uint32_t, W>>(_mm512_cvtepu16_epi32(narrow));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (W == 8) {
+    __m128i narrow;
+    memcpy(&narrow, from, sizeof(narrow));
+    return Bits<Vector<uint32_t, W>>(_mm256_cvtepu16_epi32(narrow));
+  }
+#endif
   Vector<uint16_t, W> narrow;
   memcpy(&narrow, from, sizeof(narrow));
   return __builtin_convertvector(narrow, Vector<uint32_t, W>);
@@ -129,8 +143,8 @@ inline Vector<float, W> Load(const Float16* from) {
     return Bits<Vector<float, W>>(_mm256_cvtph_ps(half));
   }
 #endif
-  // By integers, and by no number that is subnormal as a float: XLA's threads
-  // flush those to zero. 113 and 15 are exponents of the smallest normal half.
+  // By integers, and by no number that is subnormal as a float: XLA's threads flush
+  // those to zero. 113 and 15 are exponents of the smallest normal half.
   using U = Vector<uint32_t, W>;
   using F = Vector<float, W>;
   const U half = Widened<W>(&from->bits);

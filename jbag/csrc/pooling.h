@@ -12,9 +12,9 @@
 namespace jbag {
 namespace {
 
-// Reduces the bags in parallel: begin(slot) where a task starts, reduce(block)
-// for each block, poison(bag) for a malformed bag, and in the end combine(bag,
-// start, end) for each bag of several blocks.
+// Reduces the bags in parallel: begin(slot) where a task starts, reduce(block) for each
+// block, poison(bag) for a malformed bag, and in the end combine(bag, start, end) for
+// each bag of several blocks.
 template <typename Begin, typename Reduce, typename Poison, typename Combine>
 inline void ForEachBag(Pool& pool, const Bags& bags, const Bounds& bounds,
                        const Cut& cut, Begin begin, Reduce reduce, Poison poison,

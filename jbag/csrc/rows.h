@@ -1,13 +1,11 @@
 // Reductions of gathered rows, feature by feature, in registers.
 //
 // A row of D features is read in vectors of W, the widest that fit in D and the
-// machine; the last one overlaps the one before where W doesn't divide D, so
-// that any D takes no masks and no scalar tail. Up to eight vectors make a
-// tile; wider rows take several passes over the slots, whose rows are in cache
-// by then.
+// machine; the last one overlaps the one before where W doesn't divide D, so that any D
+// takes no masks and no scalar tail. Up to eight vectors make a tile; wider rows take
+// several passes over the slots, whose rows are in cache by then.
 //
-// Traffic: each row once from memory, fetched some slots ahead; sums stay in
-// registers.
+// Traffic: each row once from memory, fetched some slots ahead; sums stay in registers.
 
 #ifndef JBAG_ROWS_H_
 #define JBAG_ROWS_H_
@@ -56,8 +54,8 @@ class Slots {
     some.width_ = width;
     return some;
   }
-  // The same slots for a loop that ends before `last`, which must not fetch past
-  // the last slot of all.
+  // The same slots for a loop that ends before `last`, which must not fetch past the
+  // last slot of all.
   Slots Until(int64_t last) const {
     Slots some = *this;
     some.ahead_ = Min(ahead_, last_ - (last - 1));
@@ -84,9 +82,9 @@ class Slots {
   // Without coefficients the mask picks the one for every slot.
   A coefficient(int64_t slot) const { return coefficients_[slot & mask_]; }
 
-  // Fetches, of the row of the slot some slots ahead of this one, what a tile of
-  // K vectors of W reads. Inlined by force: GCC takes a function that only
-  // prefetches for one that does nothing, and drops the call.
+  // Fetches, of the row of the slot some slots ahead of this one, what a tile of K
+  // vectors of W reads. Inlined by force: GCC takes a function that only prefetches for
+  // one that does nothing, and drops the call.
   template <int W, int K>
   __attribute__((always_inline)) void FetchAhead(int64_t slot,
                                                  int64_t last_offset) const {
@@ -108,8 +106,7 @@ class Slots {
   __attribute__((always_inline)) void FetchAhead(int64_t slot) const {
     Fetch(Min(slot + ahead_, last_));
   }
-  // Fetches what would have been fetched before `slot`, where a thread starts
-  // anew.
+  // Fetches what would have been fetched before `slot`, where a thread starts anew.
   __attribute__((always_inline)) void FetchFirst(int64_t slot) const {
     for (int64_t i = 0; i < ahead_ && slot + i <= last_; ++i) Fetch(slot + i);
   }
@@ -132,8 +129,8 @@ class Slots {
                : stride == 0 || kLine % stride != 0 || table % stride != 0;
   }
 
-  // Where the row of an id is: an integer, as it may be none of the table's, which
-  // does no harm to what only fetches.
+  // Where the row of an id is: an integer, as it may be none of the table's, which does
+  // no harm to what only fetches.
   uintptr_t Address(uint64_t named) const {
     return reinterpret_cast<uintptr_t>(table_) + named * stride_;
   }
@@ -189,8 +186,8 @@ inline void Tile(int vectors, int64_t column, int64_t last_offset, F& f) {
   f.template operator()<W, K>(column, last_offset);
 }
 
-// Calls f.operator()<W, K>(column, last_offset) for tiles that cover [0, width)
-// and don't overlap.
+// Calls f.operator()<W, K>(column, last_offset) for tiles that cover [0, width) and
+// don't overlap.
 template <typename A, int W = kWidth<A>, typename F>
 inline void Tiles(int64_t width, F& f) {
   if constexpr (W > 1) {
@@ -224,14 +221,19 @@ inline void Tiles(int64_t width, F& f) {
   }
 }
 
-// Writes a tile of sums divided by `divisor`, rounded once.
+// Writes a tile of sums divided by `divisor`, rounded once. Inlined by force: what is
+// passed by reference would be in memory, and not in registers, while it is summed.
 template <int W, int K, typename V, typename A, typename T>
-inline void StoreQuotients(const V (&total)[K], A divisor, T* tile,
-                           int64_t last_offset) {
+__attribute__((always_inline)) inline void StoreQuotients(V (&total)[K], A divisor,
+                                                          T* tile,
+                                                          int64_t last_offset) {
+  if (divisor != 1) {
+#pragma GCC unroll 8
+    for (int j = 0; j < K; ++j) total[j] /= divisor;
+  }
 #pragma GCC unroll 8
   for (int j = 0; j < K; ++j) {
-    Store<W>(tile + Offset<W, K>(j, last_offset),
-             divisor == 1 ? total[j] : total[j] / divisor);
+    Store<W>(tile + Offset<W, K>(j, last_offset), total[j]);
   }
 }
 
@@ -323,8 +325,8 @@ struct SlotNumber<double> {
   using Type = int64_t;
 };
 
-// The first largest of the rows times their coefficients times `sign`, which is
-// 1 or -1, and its slot. NaN beats every number and no NaN.
+// The first largest of the rows times their coefficients times `sign`, which is 1 or
+// -1, and its slot. NaN beats every number and no NaN.
 template <typename Row, typename Id>
 struct LargestRows {
   const Slots<Row, Id>& slots;
@@ -380,8 +382,7 @@ struct LargestRows {
   }
 };
 
-// Writes the extremes of the slots [first, last), or zeros and `none` if all
-// are empty.
+// Writes the extremes of the slots [first, last), or zeros and `none` if all are empty.
 template <typename Row, typename Id>
 inline void ExtremesOf(const Slots<Row, Id>& slots, int64_t first, int64_t last,
                        bool largest, int32_t none, Sum<Row>* values, int32_t* winners) {
@@ -402,8 +403,7 @@ inline void ExtremesOf(const Slots<Row, Id>& slots, int64_t first, int64_t last,
   LargestRows<Row, Id> best{slots, first, last, sign, values, winners};
   Tiles<A>(width, best);
   if (best.end >= last) return;
-  // A row of NaN, which beats all but the NaNs before it. Those after it are
-  // beaten.
+  // A row of NaN, which beats all but the NaNs before it. Those after it are beaten.
   for (int64_t i = 0; i < width; ++i) {
     if (values[i] != values[i]) continue;
     values[i] = kNaN<A>;

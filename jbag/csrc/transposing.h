@@ -1,9 +1,9 @@
 // The transposed product. Sorted by row, stably, the slots are the bags of the
-// transposed matrix: their "ids" are the bags they came from, and the product
-// does the rest.
+// transposed matrix: their "ids" are the bags they came from, and the product does the
+// rest.
 //
-// Traffic: the ids, a few bytes a slot for each pass of the sort, the
-// cotangent's rows (mostly from cache), and the output once.
+// Traffic: the ids, a few bytes a slot for each pass of the sort, the cotangent's rows
+// (mostly from cache), and the output once.
 
 #ifndef JBAG_TRANSPOSING_H_
 #define JBAG_TRANSPOSING_H_
@@ -26,9 +26,8 @@ struct Entry {
   A coefficient;
 };
 
-// A stable radix sort, by row, of the slots that lie in a bag and name a row.
-// There is only one stable order, so that how the slots are dealt to threads
-// can't show.
+// A stable radix sort, by row, of the slots that lie in a bag and name a row. There is
+// only one stable order, so that how the slots are dealt to threads can't show.
 template <typename Key, typename A>
 class SortedSlots {
  public:
@@ -115,10 +114,10 @@ class SortedSlots {
            FirstWhere(0, size_, [&](int64_t i) { return i + row(i) >= position; });
   }
 
-  // A row and its slots stand as a bag and its slots do: position(row) is where
-  // its slots start, plus the row. Visits what of [from, to) they take up, in
-  // order: gap(first_row, last_row) where no slot names the rows, run(row,
-  // start, end) where some do. A run may have started before `from`.
+  // A row and its slots stand as a bag and its slots do: position(row) is where its
+  // slots start, plus the row. Visits what of [from, to) they take up, in order:
+  // gap(first_row, last_row) where no slot names the rows, run(row, start, end) where
+  // some do. A run may have started before `from`.
   template <typename Gap, typename Run>
   void Visit(int64_t num_rows, int64_t from, int64_t to, Gap gap, Run run) const {
     int64_t start = FirstWhere(0, size_, [&](int64_t i) { return i + row(i) >= from; });
