@@ -194,6 +194,7 @@ Error TransposedProduct(Pool& pool, const Matrix& cotangent, const Bags& bags,
   const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
   if (num_rows == 0 || width == 0) return nullptr;
   Cut cut(width * sizeof(A), width * sizeof(A));
+  // A few huge pages each, that few are shared; many tasks, that threads end together.
   cut.task = Max(Clamp(num_rows * row_bytes / 16, 1 << 18, 1 << 22) / row_bytes, 64);
   Bounds bounds;
   if (Error error = bounds.Read(bags)) return error;
@@ -223,6 +224,8 @@ Error TransposedProduct(Pool& pool, const Matrix& cotangent, const Bags& bags,
   ParallelFor(pool, tasks, [&](int64_t task) {
     const int64_t from = task * cut.task;
     const int64_t to = Min(from + cut.task, positions);
+    // Two threads that met on a new page would both have it cleared: the one that two
+    // tasks share is cleared at the start of the first, long before either writes it.
     BackHugePage(out, num_rows * row_bytes, out + sorted.RowAt(to) * width);
     sorted.Visit(
         num_rows, from, to,
