@@ -292,20 +292,16 @@ def _transpose(
 def _product_to_table(
     back: Array,
     dense: Any,
-    ids: Ids,
-    offsets: Offsets,
-    coefficients: Any,
-    *,
+    *bags: Any,
     average: str | None,
     dtype: jnp.dtype,
     **options: Any,
 ) -> Array:
+    ids, offsets, _ = bags
     table = dense[0].aval
     return transposed_product(
         _divided(back, ids, offsets, dtype, average, **options),
-        ids,
-        offsets,
-        coefficients,
+        *bags,
         num_embeddings=table.shape[0],
         dtype=table.dtype,
         **options,
@@ -378,15 +374,8 @@ def _dots_to_table(
     back: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
 ) -> Array:
     table, cotangent = dense
-    return transposed_product(
-        cotangent,
-        ids,
-        offsets,
-        back,
-        num_embeddings=table.aval.shape[0],
-        dtype=table.aval.dtype,
-        **options,
-    )
+    options |= {"average": None, "dtype": cotangent.dtype}
+    return _product_to_table(cotangent, [table], ids, offsets, back, **options)
 
 
 def _dots_to_cotangent(
