@@ -20,7 +20,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int, Shaped, UInt32
+
+from jbag._kernels import rules
 
 # `slots` is N or B L, and `ends` is B + 1.
 # A size is an int, or symbolic under `jax.export`.
@@ -209,6 +211,102 @@ def extremum(
         values = jnp.where(malformed[:, None], jnp.nan, values)
         winners = jnp.where(malformed[:, None], none, winners)
     return values, winners
+
+
+def coalesce(
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    empty: int | None,
+    num_embeddings: Size,
+    capacity: Size,
+) -> tuple[Int[Array, " U"], Float[Array, "U D"]]:
+    """Return the rows of the transposed product that slots name: which, and their sums.
+
+    They come in order, each once. Behind them, up to the capacity, the index is V and
+    the sum zero.
+    """
+    rows, kept = _bag_rows(cotangent, ids, offsets)
+    if coefficients is not None:
+        rows = coefficients[..., None] * rows
+    named = jnp.minimum(ids, num_embeddings)
+    kept &= (ids >= 0) & filled(ids, empty)
+    named = jnp.where(kept, named, num_embeddings).reshape(-1)
+    order = jnp.argsort(named, stable=True)
+    named = named[order]
+    is_first = jnp.diff(named, prepend=-1) > 0
+    place = jnp.where(named < num_embeddings, jnp.cumsum(is_first) - 1, capacity)
+    rows = rows.reshape(ids.size, cotangent.shape[1])[order]
+    sums = jax.ops.segment_sum(rows, place, capacity, indices_are_sorted=True)
+    indices = jnp.full(capacity, num_embeddings, ids.dtype)
+    return indices.at[place].set(named, mode="drop"), sums
+
+
+def update_rows(
+    table: Float[Array, "V D"],
+    states: tuple[Array, ...],
+    scalars: Float[Array, " H"],
+    seed: UInt32[Array, "2"] | None,
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    empty: int | None,
+    rule: str,
+) -> tuple[Array, ...]:
+    """Move the rows that slots name by a rule; return the table and its states.
+
+    Their gradient is the transposed product. Other rows stay. The table is rounded
+    once; with a `seed`, up or down at random, so that it is right on average.
+    """
+    num_embeddings = table.shape[0]
+    indices, gradient = coalesce(
+        cotangent,
+        ids,
+        offsets,
+        coefficients,
+        empty=empty,
+        num_embeddings=num_embeddings,
+        capacity=min(ids.size, num_embeddings),
+    )
+    rows = take(table, indices, 0).astype(gradient.dtype)
+    before = [take(state, indices, 0) for state in states]
+    delta, after = rules.step(rule, rows, gradient, before, scalars)
+    rows += delta
+    if seed is None:
+        rows = rows.astype(table.dtype)
+    else:
+        rows = _round_at_random(rows, seed, indices)
+    return tuple(
+        x.at[indices].set(moved, mode="drop", indices_are_sorted=True)
+        for x, moved in zip((table, *states), (rows, *after), strict=True)
+    )
+
+
+def _round_at_random(
+    rows: Float32[Array, "U D"], seed: UInt32[Array, "2"], indices: Int[Array, " U"]
+) -> BFloat16[Array, "U D"]:
+    """Round to bfloat16, up or down with the odds that make it right on average.
+
+    The seed, the row's number and the column's alone decide.
+    """
+    columns = jnp.arange(rows.shape[1], dtype=jnp.uint32)
+    hashed = _mix(indices.astype(jnp.uint32) ^ seed[0])[:, None]
+    noise = _mix(hashed + columns * jnp.uint32(0x9E3779B9) + seed[1]) >> 16
+    bits = jax.lax.bitcast_convert_type(rows, jnp.uint32)
+    upper = ((bits + noise) >> 16).astype(jnp.uint16)
+    rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+    return jnp.where(jnp.isfinite(rows), rounded, rows.astype(jnp.bfloat16))
+
+
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Hash: every bit of x sways every bit of the result (C. Wellons, 2018)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 def take(
