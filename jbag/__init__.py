@@ -7,21 +7,25 @@ from typing import TYPE_CHECKING
 
 from jbag._bag import embedding_bag as embedding_bag
 from jbag._bags import Bags as Bags
+from jbag._gradient import grad as grad
+from jbag._gradient import value_and_grad as value_and_grad
 from jbag._norm import renorm as renorm
 from jbag._packing import bucket as bucket
 from jbag._pages import to_huge_pages as to_huge_pages
+from jbag._rows import RowSparse as RowSparse
 from jbag._segments import offsets_to_segment_ids as offsets_to_segment_ids
 from jbag._segments import segment_ids_to_offsets as segment_ids_to_offsets
 
 if TYPE_CHECKING:
     from jbag import linen as linen
     from jbag import nnx as nnx
+    from jbag import optim as optim
     from jbag.linen import EmbeddingBag as EmbeddingBag
     from jbag.linen import from_torch as from_torch
     from jbag.linen import to_torch as to_torch
 
-# Flax takes longer to import than the function needs: its modules are loaded on use.
-_MODULES = ("linen", "nnx")
+# Flax and Optax take longer to import than the function needs: loaded on use.
+_MODULES = ("linen", "nnx", "optim")
 _FROM_LINEN = ("EmbeddingBag", "from_torch", "to_torch")
 
 

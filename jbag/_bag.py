@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jbag import _product
 from jbag._bags import Bags
+from jbag._extremum import extremum
 from jbag._kernels import check_implementation, xla
 from jbag._kernels.xla import Size, accumulation_dtype, take
 from jbag._norm import check_norm, row_scale
@@ -86,8 +87,8 @@ def embedding_bag(
         scaling.
       norm_type: p of the norm that `max_norm` means, above 0; `math.inf` is allowed.
       scale_grad_by_freq: divide each row's gradient by how often the bags name it.
-      sparse: ask for a row-sparse gradient where the caller can take one. `jax.grad`
-        can't, and gives a dense array, as it always does; nothing here can yet.
+      sparse: ask for a row-sparse gradient where the caller can take one, as
+        `jbag.value_and_grad` can. `jax.grad` gives a dense array, as it always does.
       implementation: the kernel by name, "cpu" (C++) or "xla" (JAX's own operations),
         or None for the platform's best one.
 
@@ -140,6 +141,7 @@ def embedding_bag(
         padding_idx=padding_idx,
         norm_type=norm_type,
         scale_grad_by_freq=bool(scale_grad_by_freq),
+        sparse=bool(sparse),
         implementation=implementation,
     )
 
@@ -218,6 +220,7 @@ def _check_bags(
         "padding_idx",
         "norm_type",
         "scale_grad_by_freq",
+        "sparse",
         "implementation",
     ),
 )
@@ -232,6 +235,7 @@ def _pool(
     padding_idx: int | None,
     norm_type: float,
     scale_grad_by_freq: bool,
+    sparse: bool,
     implementation: str | None,
 ) -> Float[Array, "B D"]:
     num_embeddings = table.shape[0]
@@ -264,14 +268,19 @@ def _pool(
 
     bags = (ids, offsets, weights, value_scale, gradient_scale)
     if mode in ("max", "min"):
-        out = _product.extremum(table, *bags, largest=mode == "max", **options)
+        out = extremum(table, *bags, largest=mode == "max", sparse=sparse, **options)
     elif weights is None or mode == "sum":
         average = None if mode == "sum" else mode
         out = _product.product_scaled(
-            table, *bags, average=average, dtype=table.dtype, **options
+            table,
+            *bags,
+            sparse=sparse,
+            average=average,
+            dtype=table.dtype,
+            **options,
         )
     else:
-        out = _product.product_scaled(table, *bags, **options)
+        out = _product.product_scaled(table, *bags, sparse=sparse, **options)
         out = _divide(
             out,
             ids,

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Int, Shaped
 
 from jbag._kernels import KERNELS, Kernel, choose, special_platforms, xla
@@ -32,13 +32,28 @@ def define(
       outputs: what indexes each output, "rows", "bags", or "slots"; "winners" are
         indexed by bags and hold flat slots.
     """
-    primitive = Primitive(f"jbag_{name}")
-    primitive.multiple_results = several = len(outputs) > 1
 
     def call(kernel: Kernel, *operands: Array, **params: Any) -> Any:
         arrays, ids, offsets, weights = layout(len(dense), operands)
         structure = (ids, offsets, weights) if coefficients else (ids, offsets)
         return getattr(kernel.operations, name)(*arrays, *structure, **params)
+
+    primitive = dispatch(name, call, several=len(outputs) > 1)
+    batching.primitive_batchers[primitive] = functools.partial(
+        _batch, primitive, tuple(dense), tuple(outputs)
+    )
+    return primitive
+
+
+def dispatch(name: str, call: Callable, *, several: bool) -> Primitive:
+    """Make the primitive `name` that is `call(kernel, *operands, **params)`.
+
+    The kernel is the one of the parameter `implementation`. By default its derivatives
+    and its batches are those of the reference.
+    """
+    primitive = Primitive(f"jbag_{name}")
+    primitive.multiple_results = several
+    reference = functools.partial(call, KERNELS["xla"])
 
     @functools.cache
     def compiled(**params: Any) -> Callable:
@@ -53,9 +68,8 @@ def define(
     @primitive.def_abstract_eval
     def infer(*avals: Any, implementation: str | None, **params: Any) -> Any:
         del implementation
-        reference = functools.partial(call, KERNELS["xla"], **params)
-        inferred = jax.make_jaxpr(reference)(*avals).out_avals
-        return inferred if several else inferred[0]
+        inferred = jax.make_jaxpr(functools.partial(reference, **params))(*avals)
+        return inferred.out_avals if several else inferred.out_avals[0]
 
     def lowering(platform: str | None) -> Callable:
         def lower(
@@ -76,10 +90,65 @@ def define(
     for platform in special_platforms():
         mlir.register_lowering(primitive, lowering(platform), platform=platform)
 
-    batching.primitive_batchers[primitive] = functools.partial(
-        _batch, primitive, tuple(dense), tuple(outputs)
-    )
+    ad.primitive_jvps[primitive] = functools.partial(_jvp, reference)
+    batching.primitive_batchers[primitive] = functools.partial(_vmap, reference)
     return primitive
+
+
+def _jvp(
+    reference: Callable,
+    primals: Sequence,
+    tangents: Sequence,
+    *,
+    implementation: str | None,
+    **params: Any,
+) -> tuple[Any, Any]:
+    """Differentiate the reference."""
+    del implementation
+    moving = [
+        not isinstance(moved, ad.Zero) and moved.dtype != jax.dtypes.float0
+        for moved in tangents
+    ]
+
+    def moved(*movable: Array) -> Any:
+        rest = iter(movable)
+        operands = (
+            next(rest) if moves else x for x, moves in zip(primals, moving, strict=True)
+        )
+        return reference(*operands, **params)
+
+    out, out_tangents = jax.jvp(
+        moved,
+        *(
+            [x for x, moves in zip(xs, moving, strict=True) if moves]
+            for xs in (primals, tangents)
+        ),
+    )
+    return out, jax.tree.map(
+        lambda x, t: (
+            ad.Zero(jax.typeof(x).to_tangent_aval())
+            if t.dtype == jax.dtypes.float0
+            else t
+        ),
+        out,
+        out_tangents,
+    )
+
+
+def _vmap(
+    reference: Callable,
+    operands: Sequence,
+    dims: Sequence,
+    *,
+    implementation: str | None,
+    **params: Any,
+) -> tuple[Any, Any]:
+    """Batch the reference."""
+    del implementation
+    out = jax.vmap(functools.partial(reference, **params), in_axes=tuple(dims))(
+        *operands
+    )
+    return out, jax.tree.map(lambda _: 0, out)
 
 
 def bind(
@@ -143,11 +212,11 @@ def _batch(
     )
     slots = ids[0].size
     rows = params.get("num_embeddings", dense[0].shape[0 if shared else 1])
-    ids = _name(ids, params["empty"], rows)
-    params["empty"] = _EMPTY
+    ids = name_slots(ids, params["empty"], rows)
+    params["empty"] = EMPTY
     malformed = None
     if offsets is not None:
-        ids, offsets, malformed = _concatenate(ids, offsets)
+        ids, offsets, malformed = lay_end_to_end(ids, offsets)
     if not shared:
         total = size * rows
         # A size that is symbolic, under `jax.export`, is taken to fit.
@@ -159,10 +228,10 @@ def _batch(
 
     outputs = bind(
         primitive,
-        shared + [_merge(x) for x in dense[len(shared) :]],
-        _merge(ids),
+        shared + [merge(x) for x in dense[len(shared) :]],
+        merge(ids),
         offsets,
-        None if weights is None else _merge(weights),
+        None if weights is None else merge(weights),
         **params,
     )
     split = []
@@ -182,22 +251,24 @@ def _batch(
     return split[0], 0
 
 
-def _merge(x: Shaped[Array, "K first ..."]) -> Shaped[Array, "K*first ..."]:
+def merge(x: Shaped[Array, "K first ..."]) -> Shaped[Array, "K*first ..."]:
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-# What `_name` calls an empty slot, and an id that names no row.
-_EMPTY = -1
-_UNKNOWN = -2
+# What `name_slots` calls an empty slot, and an id that names no row.
+EMPTY = -1
+UNKNOWN = -2
 
 
-def _name(ids: Int[Array, "..."], empty: int | None, rows: Any) -> Int[Array, "..."]:
+def name_slots(
+    ids: Int[Array, "..."], empty: int | None, rows: Any
+) -> Int[Array, "..."]:
     """Return ids of which those in [0, V) are rows, and the negative ones tell why not.
 
     Rows may then be numbered anew, and slots emptied.
     """
-    named = jnp.where((ids < 0) | (ids >= rows), _UNKNOWN, ids)
-    return named if empty is None else jnp.where(ids == empty, _EMPTY, named)
+    named = jnp.where((ids < 0) | (ids >= rows), UNKNOWN, ids)
+    return named if empty is None else jnp.where(ids == empty, EMPTY, named)
 
 
 def _number_rows(ids: Int[Array, "K *slots"], rows: int) -> Int[Array, "K *slots"]:
@@ -207,7 +278,7 @@ def _number_rows(ids: Int[Array, "K *slots"], rows: int) -> Int[Array, "K *slots
     return jnp.where(ids < 0, ids, ids + shift)
 
 
-def _concatenate(
+def lay_end_to_end(
     ids: Int[Array, "K N"], offsets: Int[Array, "K ends"]
 ) -> tuple[Int[Array, "K N"], Int[Array, " all_ends"], Bool[Array, "K B"]]:
     """Return the offsets of K ragged batches laid end to end, and the malformed bags.
@@ -219,7 +290,7 @@ def _concatenate(
     bounds, malformed = jax.vmap(lambda o: xla.bag_bounds(o, capacity))(offsets)
     bags = jax.vmap(lambda o: xla.segment_ids(o, capacity))(bounds)
     outside = jnp.pad(malformed, ((0, 0), (0, 1)), constant_values=True)
-    ids = jnp.where(jnp.take_along_axis(outside, bags, axis=1), _EMPTY, ids)
+    ids = jnp.where(jnp.take_along_axis(outside, bags, axis=1), EMPTY, ids)
     shift = capacity * jnp.arange(size, dtype=offsets.dtype)[:, None]
     starts = (bounds[:, :-1] + shift).reshape(-1)
     end = jnp.full(1, size * capacity if num_bags else 0, offsets.dtype)

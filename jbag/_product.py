@@ -7,8 +7,7 @@ With A the sparse [B, V] matrix of the bags (ids, offsets, coefficients c):
     sampled_dots          <table[id], cotangent[bag]>, one per slot
 
 Each is linear in its arrays, and each one's derivatives are the other two, so that they
-are closed under differentiation. `extremum` is the product over (max, *) or (min, *);
-its derivative follows the winning slot.
+are closed under differentiation.
 """
 
 from __future__ import annotations
@@ -22,9 +21,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jbag._kernels import xla
+from jbag._marks import mark_pooled, mark_table
 from jbag._primitive import bind, define, equally_varying, layout
 
 Ids = xla.Ids
@@ -100,19 +100,30 @@ def product_scaled(
     coefficients: Slots | None,
     value_scale: Slots | None,
     gradient_scale: Slots | None,
+    *,
+    sparse: bool,
+    average: str | None = None,
     **options: Any,
 ) -> Float[Array, "B D"]:
     """Like `product`, with each slot's row scaled.
 
     `value_scale` is seen by the value and by the gradient to the coefficients,
-    `gradient_scale` by the gradient to the table; both are constants to autodiff.
+    `gradient_scale` by the gradient to the table; both are constants to autodiff. With
+    `sparse` it leaves marks: see `_marks`.
     """
-    pool: Callable = functools.partial(product, **options)
+    pool: Callable = functools.partial(product, average=average, **options)
+    bags = (ids, offsets, coefficients)
+    if sparse:
+        table = mark_table(table)
     if value_scale is None and gradient_scale is None:
-        return pool(table, ids, offsets, coefficients)
-    return _product_scaled(
-        pool, table, ids, offsets, coefficients, value_scale, gradient_scale
-    )
+        out = pool(table, *bags)
+    else:
+        out = _product_scaled(pool, table, *bags, value_scale, gradient_scale)
+    if not sparse:
+        return out
+    scaled = times(coefficients, gradient_scale)
+    options.pop("dtype", None)
+    return mark_pooled(out, table, ids, offsets, scaled, average=average, **options)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -126,7 +137,7 @@ def _product_scaled(
     gradient_scale: Slots | None,
 ) -> Float[Array, "B D"]:
     del gradient_scale
-    return pool(table, ids, offsets, _times(coefficients, value_scale))
+    return pool(table, ids, offsets, times(coefficients, value_scale))
 
 
 @functools.partial(_product_scaled.defjvp, symbolic_zeros=True)
@@ -137,97 +148,22 @@ def _product_scaled_jvp(
     value = _product_scaled(pool, *primals)
     pool = functools.partial(pool, dtype=None)  # rounded when all is added up
     tangent = jnp.zeros(value.shape, xla.accumulation_dtype(table.dtype))
-    if _varies(tangents[0]):
-        scaled = _times(coefficients, gradient_scale)
+    if varies(tangents[0]):
+        scaled = times(coefficients, gradient_scale)
         tangent += pool(tangents[0], ids, offsets, scaled)
-    if coefficients is not None and _varies(tangents[3]):
-        tangent += pool(table, ids, offsets, _times(tangents[3], value_scale))
+    if coefficients is not None and varies(tangents[3]):
+        tangent += pool(table, ids, offsets, times(tangents[3], value_scale))
     return value, tangent.astype(value.dtype)
 
 
-def extremum(
-    table: Float[Array, "V D"],
-    ids: Ids,
-    offsets: Offsets,
-    coefficients: Slots | None,
-    value_scale: Slots | None,
-    gradient_scale: Slots | None,
-    *,
-    largest: bool,
-    **options: Any,
-) -> Float[Array, "B D"]:
-    """Return the largest (smallest) c[i] * table[ids[i]] of each bag and feature.
-
-    The scales are those of `product_scaled`.
-    """
-    scaled = _times(coefficients, value_scale)
-    values, slots = bind(
-        _extremum,
-        (jax.lax.stop_gradient(table),),
-        ids,
-        offsets,
-        jax.lax.stop_gradient(scaled),
-        largest=largest,
-        **options,
-    )
-    return _follow(values, slots, table, ids, coefficients, value_scale, gradient_scale)
-
-
-@jax.custom_jvp
-def _follow(
-    values: Float[Array, "B D"],
-    slots: Int[Array, "B D"],
-    table: Float[Array, "V D"],
-    ids: Ids,
-    coefficients: Slots | None,
-    value_scale: Slots | None,
-    gradient_scale: Slots | None,
-) -> Float[Array, "B D"]:
-    """Return the values; derivatives follow the winning slots."""
-    del slots, table, ids, coefficients, value_scale, gradient_scale
-    return values
-
-
-@functools.partial(_follow.defjvp, symbolic_zeros=True)
-def _follow_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    _, slots, table, ids, coefficients, value_scale, gradient_scale = primals
-    values = _follow(*primals)
-    # A negative id that won names no row, and reads as one past the last.
-    known = jnp.where(ids < 0, table.shape[0], ids)
-    won = _at_slots(known, slots, empty=-1)
-    tangent = jnp.zeros_like(values)
-    if _varies(tangents[2]):
-        scale = _times(coefficients, gradient_scale)
-        rows = _pick(tangents[2], won)
-        tangent += rows if scale is None else _at_slots(scale, slots) * rows
-    if coefficients is not None and _varies(tangents[4]):
-        moved = tangents[4] if value_scale is None else tangents[4] * value_scale
-        tangent += _at_slots(moved, slots) * _pick(table, won)
-    return values, tangent
-
-
-def _pick(table: Float[Array, "V D"], rows: Int[Array, "B D"]) -> Float[Array, "B D"]:
-    """Return table[rows[b, d], d]: zero at a negative row, NaN past the last."""
-    # Cast first: the transpose then accumulates in float32 and rounds once.
-    wide = table.astype(xla.accumulation_dtype(table.dtype))
-    pick = functools.partial(xla.take, fill=jnp.nan)
-    picked = jax.vmap(pick, in_axes=1, out_axes=1)(wide, rows)
-    return jnp.where(rows < 0, 0, picked)
-
-
-def _at_slots(x: Array, slots: Int[Array, "B D"], empty: int = 0) -> Array:
-    """Return x at each flat slot, `empty` where the slot lies past the last."""
-    return xla.take(x.reshape(-1), slots, empty)
-
-
-def _times(a: Array | None, b: Array | None) -> Array | None:
+def times(a: Array | None, b: Array | None) -> Array | None:
     """Multiply where None stands for ones."""
     if a is None or b is None:
         return b if a is None else a
     return a * b
 
 
-def _varies(tangent: Any) -> bool:
+def varies(tangent: Any) -> bool:
     return not isinstance(tangent, SymbolicZero)
 
 
@@ -237,9 +173,6 @@ _transposed_product = define(
 )
 _sampled_dots = define(
     "sampled_dots", dense=["rows", "bags"], coefficients=False, outputs=["slots"]
-)
-_extremum = define(
-    "extremum", dense=["rows"], coefficients=True, outputs=["bags", "winners"]
 )
 
 
@@ -300,7 +233,7 @@ def _product_to_table(
     ids, offsets, _ = bags
     table = dense[0].aval
     return transposed_product(
-        _divided(back, ids, offsets, dtype, average, **options),
+        divided(back, ids, offsets, dtype, average, **options),
         *bags,
         num_embeddings=table.shape[0],
         dtype=table.dtype,
@@ -319,11 +252,11 @@ def _product_to_coefficients(
     dtype: jnp.dtype,
     **options: Any,
 ) -> Array:
-    shares = _divided(back, ids, offsets, dtype, average, **options)
+    shares = divided(back, ids, offsets, dtype, average, **options)
     return sampled_dots(dense[0], shares, ids, offsets, **options)
 
 
-def _divided(
+def divided(
     back: Float[Array, "B D"],
     ids: Ids,
     offsets: Offsets,

@@ -46,8 +46,8 @@ class EmbeddingBag(nnx.Module):
       max_norm: rows are used scaled down to this norm.
       norm_type: p of that norm.
       scale_grad_by_freq: divide each row's gradient by its count in the batch.
-      sparse: ask for a row-sparse gradient where the caller can take one; nothing
-        here can yet.
+      sparse: ask for a row-sparse gradient where the caller can take one, as
+        `jbag.value_and_grad` can.
       dtype: of the result; None for the table's own. Only the result is cast.
       param_dtype: of the table.
       embedding_init: the table's initializer, called with (key, shape, dtype); by

@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jbag._kernels.xla import Ids, Offsets, Size, Slots, accumulation_dtype
+from jbag._kernels.xla import coalesce as coalesce  # TEMP
+from jbag._kernels.xla import update_rows as update_rows
 
 
 def product(

@@ -133,7 +133,7 @@ def transposed_product(
 
     Accumulates in the dtype of `cotangent`; rounds to `dtype` once.
     """
-    rows, kept = _bag_rows(cotangent, ids, offsets)
+    rows, kept = bag_rows(cotangent, ids, offsets)
     if coefficients is not None:
         rows = coefficients[..., None] * rows
     # A 64-bit id must not wrap round to a row: see `take`.
@@ -154,7 +154,7 @@ def sampled_dots(
     empty: int | None,
 ) -> Slots:
     """Return out[i] = <table[ids[i]], cotangent[bag of i]>, zero at empty slots."""
-    rows, kept = _bag_rows(cotangent, ids, offsets)
+    rows, kept = bag_rows(cotangent, ids, offsets)
     dots = (_rows(table, ids) * rows).sum(-1)
     return jnp.where(kept & filled(ids, empty), dots, 0)
 
@@ -228,7 +228,7 @@ def coalesce(
     They come in order, each once. Behind them, up to the capacity, the index is V and
     the sum zero.
     """
-    rows, kept = _bag_rows(cotangent, ids, offsets)
+    rows, kept = bag_rows(cotangent, ids, offsets)
     if coefficients is not None:
         rows = coefficients[..., None] * rows
     named = jnp.minimum(ids, num_embeddings)
@@ -326,7 +326,7 @@ def _rows(table: Float[Array, "V D"], ids: Ids) -> Float[Array, "*slots D"]:
     return take(table, ids, jnp.nan).astype(accumulation_dtype(table.dtype))
 
 
-def _bag_rows(
+def bag_rows(
     cotangent: Float[Array, "B D"], ids: Ids, offsets: Offsets
 ) -> tuple[Float[Array, "*slots D"], Bool[Array, "*slots"]]:
     """Return the bag's row of each slot, and which slots lie in a well-formed bag."""

@@ -1,0 +1,223 @@
+"""How an optimizer moves the rows that a gradient names, and dense arrays alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from jbag._kernels.rules import RULES, step
+from jbag._kernels.xla import accumulation_dtype, take
+from jbag._rows import RowSparse, Term, is_rows
+from jbag._update import update_rows
+from jbag._validation import check_integer
+
+Rate = float | Array | Callable[[Int[Array, ""]], Any]
+
+
+class RowState(NamedTuple):
+    """The state of a row-wise optimizer.
+
+    Attributes:
+      count: the number of steps taken.
+      states: by the name that the rule gives them, trees like the parameters. Of a
+        parameter of shape [..., D], a state has that shape, or [...] if it is one
+        number a row; and the accumulation dtype.
+    """
+
+    count: Int[Array, ""]
+    states: dict[str, Any]
+
+
+def transformation(
+    rule: str,
+    learning_rate: Rate,
+    numbers: dict[str, Any],
+    weight_decay: float,
+    seed: int | None,
+    initial: dict[str, Any] | None = None,
+) -> optax.GradientTransformation:
+    """Make the optimizer that moves rows, and whole arrays, by a rule."""
+    narrow = RULES[rule].narrow
+    first = {name: (initial or {}).get(name, 0.0) for name in RULES[rule].states}
+    constants = {k: x for k, x in first.items() if not callable(x)}
+    check_at_least_zero(**numbers, weight_decay=weight_decay, **constants)
+    if seed is not None:
+        check_integer("stochastic_rounding", seed)
+
+    def init(params: Any) -> RowState:
+        def start(name: str, parameter: Array) -> Array:
+            wide = parameter.astype(accumulation_dtype(parameter.dtype))
+            if callable(first[name]):
+                return first[name](wide)
+            shape = wide.shape[:-1] if name in narrow else wide.shape
+            return jnp.full(shape, first[name], wide.dtype)
+
+        states = {
+            name: jax.tree.map(functools.partial(start, name), params) for name in first
+        }
+        return RowState(jnp.zeros((), jnp.int32), states)
+
+    def update(updates: Any, state: RowState, params: Any = None) -> Any:
+        gradients, tree = jax.tree.flatten(updates, is_leaf=is_rows)
+        parameters = [None] * len(gradients)
+        if params is not None:
+            parameters = tree.flatten_up_to(params)
+        elif rule == "ftrl" or not is_zero(weight_decay):
+            raise ValueError("`params` must be given to `update`; got None.")
+        columns = [tree.flatten_up_to(state.states[name]) for name in first]
+        results = []
+        for k, gradient in enumerate(gradients):
+            states = tuple(column[k] for column in columns)
+            dtype = accumulation_dtype(jnp.dtype(gradient.dtype))
+            scalars = _scalars(
+                rule, state.count, learning_rate, weight_decay, numbers, dtype
+            )
+            if not is_rows(gradient):
+                moved = _move(rule, gradient, parameters[k], states, scalars)
+            elif parameters[k] is None:
+                moved = _step_rows(rule, gradient, None, states, scalars)
+            else:
+                noise = None
+                if seed is not None and parameters[k].dtype == jnp.bfloat16:
+                    noise = _noise(seed, k, state.count)
+                moved = _move_rows(
+                    rule, gradient, parameters[k], states, scalars, noise
+                )
+            results.append(moved)
+        moved_states = {
+            name: tree.unflatten([states[i] for _, states in results])
+            for i, name in enumerate(first)
+        }
+        count = optax.safe_increment(state.count)
+        deltas = tree.unflatten([delta for delta, _ in results])
+        return deltas, RowState(count, moved_states)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _move_rows(
+    rule: str,
+    gradient: RowSparse,
+    table: Array,
+    states: tuple[Array, ...],
+    scalars: list[Array],
+    noise: Array | None,
+) -> tuple[RowSparse, tuple[Array, ...]]:
+    """Move the rows and their states, in place where they may be; return the update.
+
+    What it adds to the rows is there for whoever asks; compiled, it is left out.
+    """
+    if gradient.shape != table.shape:
+        raise ValueError(
+            f"A gradient must have the shape of its table, {table.shape}; "
+            f"got {gradient.shape}."
+        )
+    moved, *moved_states = gradient.joined().apply(
+        update_rows, table, states, scalars, noise, rule=rule
+    )
+    delta, _ = _step_rows(rule, gradient, table, states, scalars)
+    if noise is not None:
+        wide = [take(x, delta.indices, 0).astype(jnp.float32) for x in (table, moved)]
+        delta = dataclasses.replace(
+            delta, terms=(Term(wide[1] - wide[0], delta.indices[:, None]),)
+        )
+    return dataclasses.replace(delta, applied=(table, moved)), tuple(moved_states)
+
+
+def _step_rows(
+    rule: str,
+    gradient: RowSparse,
+    table: Array | None,
+    states: tuple[Array, ...],
+    scalars: list[Array],
+) -> tuple[RowSparse, tuple[Array, ...]]:
+    """Return what is added to the rows, and the new states."""
+    gradient = gradient.coalesce()
+    indices, values = gradient.indices, gradient.values
+    rows = jnp.zeros_like(values)
+    if table is not None:
+        rows = take(table, indices, 0).astype(values.dtype)
+    before = [take(state, indices, 0) for state in states]
+    delta, after = step(rule, rows, values, before, jnp.stack(scalars))
+    delta = jnp.where((indices < gradient.shape[0])[:, None], delta, 0)
+    moved = tuple(
+        state.at[indices].set(x, mode="drop", indices_are_sorted=True)
+        for state, x in zip(states, after, strict=True)
+    )
+    term = Term(delta, indices[:, None])
+    return dataclasses.replace(gradient, terms=(term,)), moved
+
+
+def _move(
+    rule: str,
+    gradient: Array,
+    parameter: Array | None,
+    states: tuple[Array, ...],
+    scalars: list[Array],
+) -> tuple[Array, tuple[Array, ...]]:
+    """Return what is added to a dense parameter, all rows of it, and the new states."""
+    dtype = scalars[0].dtype
+    wide = gradient.astype(dtype)
+    rows = jnp.zeros_like(wide) if parameter is None else parameter.astype(dtype)
+    shape = wide.shape
+    if not shape:  # a number is a row of one
+        wide, rows = wide[None], rows[None]
+        num_wide = len(RULES[rule].wide)
+        states = tuple(x[None] if i < num_wide else x for i, x in enumerate(states))
+    delta, moved = step(rule, rows, wide, states, jnp.stack(scalars))
+    if not shape:
+        moved = tuple(x.reshape(()) for x in moved)
+    return delta.reshape(shape).astype(gradient.dtype), moved
+
+
+def _scalars(
+    rule: str,
+    count: Int[Array, ""],
+    learning_rate: Rate,
+    weight_decay: Any,
+    numbers: dict[str, Any],
+    dtype: jnp.dtype,
+) -> list[Array]:
+    """Return the numbers of the rule for this step, in its order."""
+    values = {k: jnp.asarray(x, dtype) for k, x in numbers.items()}
+    values["rate"] = rate = rate_at(learning_rate, count, dtype)
+    values["decay"] = rate * jnp.asarray(weight_decay, dtype)
+    steps = (count + 1).astype(dtype)
+    if "b2" in values:  # as moments start from zero
+        values["rate"] *= jnp.sqrt(_filled(values["b2"], steps))
+    if "b1" in values:
+        values["rate"] /= _filled(values["b1"], steps)
+    return [values[name] for name in RULES[rule].scalars]
+
+
+def _filled(b: Array, steps: Array) -> Array:
+    """Return 1 - b ** steps, exactly where b is close to 1."""
+    return -jnp.expm1(steps * jnp.log1p(b - 1))
+
+
+def rate_at(learning_rate: Rate, count: Int[Array, ""], dtype: jnp.dtype) -> Array:
+    rate = learningrate_at(count) if callable(learning_rate) else learning_rate
+    return jnp.asarray(rate, dtype)
+
+
+def _noise(seed: Any, number: int, count: Int[Array, ""]) -> Array:
+    """Return the seed of a table, by its number in the tree, in a step."""
+    own = jnp.asarray(seed).astype(jnp.uint32) + jnp.uint32(number * 0x9E3779B9 % 2**32)
+    return jnp.stack([own, count.astype(jnp.uint32)])
+
+
+def is_zero(x: Any) -> bool:
+    return isinstance(x, int | float) and x == 0
+
+
+def check_at_least_zero(**numbers: Any) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, int | float) and not number >= 0:
+            raise ValueError(f"`{name}` must be at least 0; got {number}.")
