@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jbag import _program
@@ -99,10 +100,14 @@ def value_and_grad(
             aux[:] = [structure, is_array, kept]
             return out[0], [p for p, a in zip(parts, is_array, strict=True) if a]
 
-        value, arrays, gradients = _differentiate(traced, [leaves[k] for k in moving])
-        result = [_no_gradient(leaf) for leaf in leaves]
-        for k, gradient in zip(moving, gradients, strict=True):
-            result[k] = gradient
+        value, arrays, gradients = _differentiate(
+            traced, [jnp.asarray(leaves[k]) for k in moving]
+        )
+        found = dict(zip(moving, gradients, strict=True))
+        result = [
+            found[k] if k in found else _no_gradient(leaf)
+            for k, leaf in enumerate(leaves)
+        ]
         gradient = jax.tree.unflatten(tree, result)
         gradient = gradient[0] if isinstance(argnums, int) else tuple(gradient)
         if not has_aux:
@@ -175,7 +180,7 @@ def _check_moving(positions: list[int], chosen: list[Any]) -> None:
 def _no_gradient(leaf: Any) -> Any:
     if not _is_array(leaf):
         return None
-    return jnp.zeros(jnp.shape(leaf), jax.dtypes.float0)
+    return np.zeros(np.shape(leaf), jax.dtypes.float0)
 
 
 def _differentiate(

@@ -74,6 +74,7 @@ def _define(name: str) -> Primitive:
     mark.def_abstract_eval(_identity)
     mlir.register_lowering(mark, lambda _, x, *__, **___: [x])
     ad.primitive_jvps[mark] = functools.partial(_jvp, mark)
+    ad.primitive_transposes[mark] = _transpose
     return mark
 
 
@@ -81,6 +82,10 @@ def _jvp(
     mark: Primitive, primals: Sequence, tangents: Sequence, **params: Any
 ) -> tuple[Any, Any]:
     return mark.bind(*primals, **params), tangents[0]
+
+
+def _transpose(cotangent: Any, *operands: Any, **_: Any) -> list[Any]:
+    return [cotangent, *(None for _ in operands[1:])]
 
 
 def _batch_table(operands: Sequence, dims: Sequence) -> tuple[Any, Any]:

@@ -103,7 +103,7 @@ def _jvp(
     implementation: str | None,
     **params: Any,
 ) -> tuple[Any, Any]:
-    """Differentiate the reference."""
+    """Differentiate the reference of an operation with several results."""
     del implementation
     moving = [
         not isinstance(moved, ad.Zero) and moved.dtype != jax.dtypes.float0
@@ -117,22 +117,16 @@ def _jvp(
         )
         return reference(*operands, **params)
 
-    out, out_tangents = jax.jvp(
-        moved,
-        *(
-            [x for x, moves in zip(xs, moving, strict=True) if moves]
-            for xs in (primals, tangents)
-        ),
+    chosen, directions = (
+        [x for x, moves in zip(xs, moving, strict=True) if moves]
+        for xs in (primals, tangents)
     )
-    return out, jax.tree.map(
-        lambda x, t: (
-            ad.Zero(jax.typeof(x).to_tangent_aval())
-            if t.dtype == jax.dtypes.float0
-            else t
-        ),
-        out,
-        out_tangents,
-    )
+    out, out_tangents = jax.jvp(moved, chosen, directions)
+    still = jax.dtypes.float0
+    return out, [
+        ad.Zero(jax.typeof(x).to_tangent_aval()) if t.dtype == still else t
+        for x, t in zip(out, out_tangents, strict=True)
+    ]
 
 
 def _vmap(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jaxtyping import Array
 
@@ -38,6 +39,7 @@ class Program(NamedTuple):
     ins: tuple[int, ...]
     steps: list[Step]
     outs: tuple[Place, ...]
+    debug_info: Any
 
 
 class Tap(NamedTuple):
@@ -48,7 +50,7 @@ class Tap(NamedTuple):
 
     def zeros(self) -> Array:
         """Return zeros like what is pooled."""
-        pooled = self.equation.outvars[0].aval
+        pooled: Any = self.equation.outvars[0].aval
         zeros = jnp.zeros(pooled.shape, pooled.dtype)
         varying = pooled.manual_axis_type.varying  # under `shard_map`
         return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
@@ -66,7 +68,7 @@ def inline(closed: core.ClosedJaxpr) -> tuple[Program, dict[int, Any]]:
         places: dict[Any, Place] = dict(zip(jaxpr.invars, ins, strict=True))
         for variable, value in zip(jaxpr.constvars, consts, strict=True):
             places[variable] = next(new_place)
-            constants[places[variable]] = value
+            constants[places[variable]] = _as_array(value)
 
         def read(variables: Sequence) -> tuple[Place, ...]:
             return tuple(v if _is_literal(v) else places[v] for v in variables)
@@ -86,7 +88,7 @@ def inline(closed: core.ClosedJaxpr) -> tuple[Program, dict[int, Any]]:
             results = tuple(next(new_place) for _ in equation.outvars)
             places |= zip(equation.outvars, results, strict=True)
             steps.append(Step(equation, operands, results, body))
-        return Program(ins, steps, read(jaxpr.outvars))
+        return Program(ins, steps, read(jaxpr.outvars), jaxpr.debug_info)
 
     ins = tuple(next(new_place) for _ in closed.jaxpr.invars)
     return build(closed.jaxpr, closed.consts, ins), constants
@@ -94,6 +96,11 @@ def inline(closed: core.ClosedJaxpr) -> tuple[Program, dict[int, Any]]:
 
 def _is_literal(x: Any) -> bool:
     return isinstance(x, core.Literal)
+
+
+def _as_array(x: Any) -> Any:
+    """Return what a program holds as NumPy's array as one of JAX's."""
+    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
 
 
 def _marked(equation: core.JaxprEqn, calls: dict[str, str]) -> Any:
@@ -170,8 +177,9 @@ def plan(program: Program) -> Plan:
                 if not _is_literal(ins[1]) and ins[1] in cuts:
                     reached -= {("cut", ins[1])}
                     taps[outs[0]] = Tap(cuts[ins[1]], equation)
-            for out, variable in zip(outs, equation.outvars, strict=True):
-                if jnp.issubdtype(variable.aval.dtype, jnp.inexact):
+            avals: list[Any] = [variable.aval for variable in equation.outvars]
+            for out, aval in zip(outs, avals, strict=True):
+                if jnp.issubdtype(aval.dtype, jnp.inexact):
                     sources[out] = reached
 
     visit(program)
@@ -204,7 +212,7 @@ def run(
     bags: dict[int, Any] = {}
 
     def read_all(places: Sequence[Place]) -> list[Any]:
-        return [x.val if _is_literal(x) else environment[x] for x in places]
+        return [_as_array(x.val) if _is_literal(x) else environment[x] for x in places]
 
     for equation, ins, outs, body in program.steps:
         operands = read_all(ins)
@@ -217,10 +225,9 @@ def run(
             results = [tables[plan.cuts[outs[0]]]]
         elif outs[:1] and outs[0] in plan.taps:
             results = [operands[0] + zeros[outs[0]]]
-            arrays = read(operands, **equation.params)
-            bags[outs[0]] = jax.tree.map(jnp.asarray, arrays)
+            bags[outs[0]] = read(operands, **equation.params)
         else:
-            results = _evaluate(equation, operands)
+            results = _evaluate(equation, operands, program.debug_info)
         environment.update(zip(outs, results, strict=True))
     return read_all(program.outs), bags
 
@@ -247,9 +254,11 @@ def _run_checkpoint(
     return call(operands, {p: x for p, x in zeros.items() if p in inside})
 
 
-def _evaluate(equation: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+def _evaluate(
+    equation: core.JaxprEqn, operands: list[Any], debug_info: Any
+) -> list[Any]:
     """Evaluate an equation as a program of its own."""
-    variables = {
+    variables: dict[Any, Any] = {
         v: x
         for v, x in zip(equation.invars, operands, strict=True)
         if not _is_literal(v)
@@ -260,6 +269,6 @@ def _evaluate(equation: core.JaxprEqn, operands: list[Any]) -> list[Any]:
         equation.outvars,
         [equation],
         equation.effects,
-        debug_info=None,
+        debug_info=debug_info,
     )
     return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*variables.values())

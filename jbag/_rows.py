@@ -104,7 +104,7 @@ class RowSparse:
     """
 
     terms: tuple[Term, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: Any
     is_coalesced: bool = False
     # Of an update that an optimizer has made already: the table before and after.

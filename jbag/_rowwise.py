@@ -31,7 +31,7 @@ class RowState(NamedTuple):
         number a row; and the accumulation dtype.
     """
 
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # type: ignore[assignment]  # named as in Optax's states
     states: dict[str, Any]
 
 
@@ -65,32 +65,33 @@ def transformation(
         return RowState(jnp.zeros((), jnp.int32), states)
 
     def update(updates: Any, state: RowState, params: Any = None) -> Any:
+        tree: Any
         gradients, tree = jax.tree.flatten(updates, is_leaf=is_rows)
-        parameters = [None] * len(gradients)
+        parameters: list[Any] = [None] * len(gradients)
         if params is not None:
             parameters = tree.flatten_up_to(params)
         elif rule == "ftrl" or not is_zero(weight_decay):
             raise ValueError("`params` must be given to `update`; got None.")
         columns = [tree.flatten_up_to(state.states[name]) for name in first]
-        results = []
+        results: list[tuple[Any, tuple[Array, ...]]] = []
         for k, gradient in enumerate(gradients):
             states = tuple(column[k] for column in columns)
             dtype = accumulation_dtype(jnp.dtype(gradient.dtype))
             scalars = _scalars(
                 rule, state.count, learning_rate, weight_decay, numbers, dtype
             )
+            parameter = parameters[k]
             if not is_rows(gradient):
-                moved = _move(rule, gradient, parameters[k], states, scalars)
-            elif parameters[k] is None:
-                moved = _step_rows(rule, gradient, None, states, scalars)
-            else:
-                noise = None
-                if seed is not None and parameters[k].dtype == jnp.bfloat16:
-                    noise = _noise(seed, k, state.count)
-                moved = _move_rows(
-                    rule, gradient, parameters[k], states, scalars, noise
-                )
-            results.append(moved)
+                results.append(_move(rule, gradient, parameter, states, scalars))
+                continue
+            if parameter is None:
+                results.append(_step_rows(rule, gradient, None, states, scalars))
+                continue
+            at_random = seed is not None and parameter.dtype == jnp.bfloat16
+            noise = _noise(seed, k, state.count) if at_random else None
+            results.append(
+                _move_rows(rule, gradient, parameter, states, scalars, noise)
+            )
         moved_states = {
             name: tree.unflatten([states[i] for _, states in results])
             for i, name in enumerate(first)
@@ -203,7 +204,7 @@ def _filled(b: Array, steps: Array) -> Array:
 
 
 def rate_at(learning_rate: Rate, count: Int[Array, ""], dtype: jnp.dtype) -> Array:
-    rate = learningrate_at(count) if callable(learning_rate) else learning_rate
+    rate = learning_rate(count) if callable(learning_rate) else learning_rate
     return jnp.asarray(rate, dtype)
 
 

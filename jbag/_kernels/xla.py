@@ -327,8 +327,8 @@ def _rows(table: Float[Array, "V D"], ids: Ids) -> Float[Array, "*slots D"]:
 
 
 def bag_rows(
-    cotangent: Float[Array, "B D"], ids: Ids, offsets: Offsets
-) -> tuple[Float[Array, "*slots D"], Bool[Array, "*slots"]]:
+    cotangent: Shaped[Array, "B D"], ids: Ids, offsets: Offsets
+) -> tuple[Shaped[Array, "*slots D"], Bool[Array, "*slots"]]:
     """Return the bag's row of each slot, and which slots lie in a well-formed bag."""
     if offsets is None:
         rows = jnp.broadcast_to(cotangent[:, None], (*ids.shape, cotangent.shape[1]))

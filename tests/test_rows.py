@@ -1,0 +1,235 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.experimental.sparse import BCOO
+
+import jbag
+from jbag._kernels.xla import accumulation_dtype
+from jbag._rows import Term
+
+V, D = 9, 3
+RNG = np.random.default_rng(0)
+INDICES = np.array([7, 2, 7, -1, 0, 9, 2, 7], np.int32)  # two of them name no row
+VALUES = RNG.normal(size=(INDICES.size, D)).astype(np.float32)
+TABLE = RNG.normal(size=(V, D)).astype(np.float32)
+ROWS = jbag.RowSparse.from_rows(INDICES, VALUES, V)
+
+
+def dense(indices=INDICES, values=VALUES):
+    total = np.zeros((V, D))
+    for i, row in zip(indices, np.asarray(values, np.float64), strict=True):
+        if 0 <= i < V:
+            total[i] += row
+    return total
+
+
+def terms(implementation):
+    """Bags in every layout, malformed ones among them, and what they add up to."""
+    cotangent = RNG.normal(size=(3, D)).astype(np.float32)
+    coefficients = RNG.normal(size=6).astype(np.float32)
+    ids = np.array([4, 1, 4, 9, 4, 0], np.int32)
+    layouts = [  # and the bag of each slot
+        (ids, np.array([0, 2, 2, 5], np.int32), [0, 0, 2, 2, 2, None]),
+        # Falling: the first bag alone is well formed.
+        (ids, np.array([0, 4, 3, 6], np.int32), [0, 0, 0, 0, None, None]),
+        (ids.reshape(3, 2), None, [0, 0, 1, 1, 2, 2]),
+    ]
+    for (own, offsets, bags), weighted, empty in itertools.product(
+        layouts, [False, True], [None, 1]
+    ):
+        slots = [i for i in range(6) if bags[i] is not None and ids[i] != empty]
+        scale = coefficients if weighted else np.ones(6)
+        values = [scale[i] * cotangent[bags[i]] for i in slots]
+        expected = dense(ids[slots], np.reshape(values, (-1, D)))
+        shaped = jnp.asarray(coefficients.reshape(own.shape)) if weighted else None
+        yield (
+            Term(
+                jnp.asarray(cotangent),
+                jnp.asarray(own),
+                None if offsets is None else jnp.asarray(offsets),
+                shaped,
+                empty,
+                implementation,
+            ),
+            expected,
+            set(ids[slots]) - {9},
+        )
+
+
+def test_rows_are_summed_in_order(implementation):
+    every, total = (), 0
+    for term, expected, named in terms(implementation):
+        rows = jbag.RowSparse((term,), (V, D), jnp.dtype("float32"))
+        every, total = (*every, term), total + expected
+        unique = jax.jit(lambda x: x.coalesce())(rows)
+        assert unique.indices.shape == (6,)
+        assert unique.values.shape == (6, D)
+        padding = [V] * (6 - len(named))
+        assert unique.indices.tolist() == sorted(named) + padding
+        summed = dense(unique.indices, unique.values)
+        oracle.assert_close(summed, expected, "float32")
+        assert (unique.values[len(named) :] == 0).all()
+        oracle.assert_close(rows.todense(), expected)
+        summed = dense(rows.indices, rows.values)
+        oracle.assert_close(summed, expected, "float32")
+        oracle.assert_close(jnp.asarray(TABLE) + rows, TABLE + expected)
+        assert rows.num_rows == unique.num_rows == len(named)
+    rows = jbag.RowSparse(every, (V, D), jnp.dtype("float32"))
+    oracle.assert_close(rows.todense(), total)
+    oracle.assert_close(rows.coalesce().todense(), total)
+    assert rows.coalesce().indices.shape == (V,)
+
+
+@pytest.mark.parametrize("indices", [[], [-1, 9], [5] * 2000, list(range(9)) * 2])
+def test_corners_of_coalescing(indices, implementation):
+    indices = np.array(indices, np.int32)
+    values = RNG.normal(size=(indices.size, D)).astype(np.float32)
+    rows = jbag.RowSparse.from_rows(indices, values, V)
+    (term,) = rows.terms
+    terms = (Term(term.cotangent, term.ids, implementation=implementation),)
+    rows = jbag.RowSparse(terms, rows.shape, rows.dtype)
+    named = sorted({i for i in indices if 0 <= i < V})
+    assert rows.coalesce().indices.shape == (min(len(indices), V),)
+    assert rows.coalesce().indices.tolist()[: len(named)] == named
+    oracle.assert_close(rows.coalesce().todense(), dense(indices, values))
+    oracle.assert_close(jnp.asarray(TABLE) + rows, TABLE + dense(indices, values))
+
+
+def test_arithmetic():
+    table, total, scale = jnp.asarray(TABLE), dense(), np.arange(8)[:, None]
+    for found, expected in [
+        (ROWS + ROWS, 2 * total),
+        (sum([ROWS, ROWS * 3]), 4 * total),
+        (ROWS - ROWS * 0.5, total / 2),
+        (-ROWS, -total),
+        (ROWS * jnp.float32(2), 2 * total),
+        (np.float32(2) * ROWS, 2 * total),
+        (ROWS / 4, total / 4),
+        (ROWS.coalesce() + ROWS, 2 * total),
+        (
+            ROWS.scale_rows(jnp.arange(8.0)),
+            dense(values=VALUES * np.arange(8)[:, None]),
+        ),
+    ]:
+        assert isinstance(found, jbag.RowSparse)
+        oracle.assert_close(found.todense(), expected)
+    for found, expected in [
+        (table + ROWS, TABLE + total),
+        (ROWS + table, TABLE + total),
+        (table - ROWS, TABLE - total),
+        (ROWS - table, total - TABLE),
+        (TABLE + ROWS, TABLE + total),
+        (TABLE - ROWS, TABLE - total),
+        (jax.jit(lambda t, r: t + 2 * r)(table, ROWS), TABLE + 2 * total),
+    ]:
+        assert isinstance(found, jax.Array)
+        oracle.assert_close(found, expected)
+
+
+def test_what_arithmetic_can_not_mean_is_an_error():
+    for wrong in ("x", None, jnp.ones(3)):
+        with pytest.raises((TypeError, ValueError)):
+            ROWS * wrong
+    for wrong in ("x", None, 2):
+        with pytest.raises(TypeError):
+            ROWS + wrong
+    with pytest.raises(ValueError, match=r"Shapes must be equal; got \(8, 3\)"):
+        jnp.ones((V - 1, D)) + ROWS
+    with pytest.raises(ValueError, match="Shapes must be equal"):
+        ROWS + jbag.RowSparse.from_rows(INDICES, VALUES, V + 1)
+
+
+def test_rows_that_were_mapped_over_are_an_error():
+    scaled = jax.tree.map(lambda x: 0.5 * x.astype(jnp.float32), ROWS)
+    for use in (scaled.todense, scaled.coalesce, lambda: jnp.asarray(TABLE) + scaled):
+        with pytest.raises(TypeError, match="must be integers"):
+            use()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_dtypes(dtype, x64, implementation):
+    rows = jbag.RowSparse.from_rows(
+        INDICES.astype(np.int64), jnp.asarray(VALUES, dtype), V
+    )
+    (term,) = rows.terms
+    terms = (Term(term.cotangent, term.ids, implementation=implementation),)
+    rows = jbag.RowSparse(terms, rows.shape, rows.dtype)
+    expected = dense(values=jnp.asarray(VALUES, dtype))
+    assert rows.dtype == rows.todense().dtype == dtype
+    assert rows.values.dtype == accumulation_dtype(jnp.dtype(dtype))
+    assert rows.coalesce().indices.dtype == jnp.int64
+    oracle.assert_close(rows.todense(), expected)
+    oracle.assert_close(rows.coalesce().todense(), expected)
+    added = jnp.asarray(TABLE, dtype) + rows
+    assert added.dtype == dtype
+    oracle.assert_close(added, jnp.asarray(TABLE, dtype).astype("float64") + expected)
+
+
+def test_it_is_a_pytree_with_static_shapes():
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), ROWS)
+    _, total = jax.lax.scan(lambda c, rows: (c, rows.todense()), 0, stacked)
+    oracle.assert_close(total, np.stack([dense(), dense()]))
+    oracle.assert_close(jax.vmap(lambda r: r.coalesce().todense())(stacked), total)
+    same = jax.tree.unflatten(*reversed(jax.tree.flatten(ROWS)))
+    assert (same.shape, same.ndim, same.dtype) == ((V, D), 2, jnp.float32)
+
+
+def test_adding_rows_is_differentiable():
+    def loss(table, values):
+        added = table + jbag.RowSparse.from_rows(INDICES, values, V)
+        return (added**2).sum()
+
+    def plain(table, values):
+        added = table.at[jnp.where(INDICES < 0, V, INDICES)].add(values, mode="drop")
+        return (added**2).sum()
+
+    args = jnp.asarray(TABLE), jnp.asarray(VALUES)
+    for found, expected in zip(
+        jax.grad(loss, (0, 1))(*args), jax.grad(plain, (0, 1))(*args), strict=True
+    ):
+        oracle.assert_close(found, expected)
+
+
+def test_the_way_to_bcoo_and_back():
+    rows = ROWS.coalesce()
+    matrix = BCOO(
+        (rows.values, rows.indices[:, None]),
+        shape=rows.shape,
+        indices_sorted=True,
+        unique_indices=True,
+    )
+    oracle.assert_close(matrix.todense(), dense())
+    back = jbag.RowSparse.from_rows(matrix.indices[:, 0], matrix.data, matrix.shape[0])
+    oracle.assert_close(back.todense(), dense())
+
+
+def test_the_way_to_pytorch_and_back():
+    torch = pytest.importorskip("torch")
+    rows, n = ROWS.coalesce(), int(ROWS.num_rows)
+    tensor = torch.sparse_coo_tensor(
+        np.array(rows.indices[:n])[None],
+        np.array(rows.values[:n]),
+        rows.shape,
+        check_invariants=True,
+    ).coalesce()
+    oracle.assert_close(tensor.to_dense().numpy(), dense())
+    back = jbag.RowSparse.from_rows(
+        tensor.indices()[0].numpy(), tensor.values().numpy(), tensor.shape[0]
+    )
+    oracle.assert_close(back.todense(), dense())
+
+
+def test_bad_arguments_are_errors():
+    make = jbag.RowSparse.from_rows
+    with pytest.raises(TypeError, match="`indices`"):
+        make([0.5], jnp.ones((1, 2)), 3)
+    with pytest.raises(TypeError, match="`values` must be floating"):
+        make([0], jnp.ones((1, 2), int), 3)
+    with pytest.raises(ValueError, match=r"`values` \[N, D\]; got \(2,\) and \(1, 2\)"):
+        make([0, 1], jnp.ones((1, 2)), 3)
+    with pytest.raises(ValueError, match="`num_embeddings`"):
+        make([0], jnp.ones((1, 2)), -1)
