@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from jbag._kernels.xla import Ids, Offsets, Size, Slots, accumulation_dtype
 from jbag._kernels.xla import coalesce as coalesce  # TEMP
@@ -90,6 +90,67 @@ def extremum(
     return best[0], best[1]
 
 
+def coalesce(
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    empty: int | None,
+    num_embeddings: Size,
+    capacity: Size,
+) -> tuple[Int[Array, " U"], Float[Array, "U D"]]:
+    """Return the rows of the transposed product that slots name: which, and their sums.
+
+    They come in order, each once. Behind them, up to the capacity, the index is V and
+    the sum zero.
+    """
+    indices = jax.ShapeDtypeStruct((capacity,), ids.dtype)
+    sums = jax.ShapeDtypeStruct((capacity, cotangent.shape[1]), cotangent.dtype)
+    bags = _bags(cotangent, ids, offsets, coefficients)
+    # An operand, as a symbolic size can't be an attribute.
+    size = jnp.asarray(num_embeddings, ids.dtype)
+    found = _call("coalesce", (indices, sums), cotangent, *bags, size, empty=empty)
+    return found[0], found[1]
+
+
+def update_rows(
+    table: Float[Array, "V D"],
+    states: tuple[Array, ...],
+    scalars: Float[Array, " H"],
+    seed: UInt32[Array, "2"] | None,
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    empty: int | None,
+    rule: str,
+) -> tuple[Array, ...]:
+    """Move the rows that slots name by a rule; return the table and its states.
+
+    In place where XLA may: the rows that no slot names are neither read nor written.
+    """
+    if seed is None:
+        seed = jnp.zeros(0, jnp.uint32)
+    bags = _bags(table, ids, offsets, coefficients)
+    operands = (table, scalars, seed, cotangent, *bags)
+    moved = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (table, *states))
+    aliases = {0: 0}
+    aliases |= {len(operands) + i: 1 + i for i in range(len(states))}
+    return tuple(
+        _call(
+            "update_rows",
+            moved,
+            *operands,
+            *states,
+            empty=empty,
+            aliases=aliases,
+            rule=rule,
+        )
+    )
+
+
 def to_huge_pages(x: Array) -> Array:
     """Copy an array to huge pages, where the system grants them."""
     copy = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -116,9 +177,10 @@ def _call(
     results: Any,
     *operands: Array,
     empty: int | None,
+    aliases: dict[int, int] | None = None,
     **attributes: bool | str,
 ) -> Any:
-    call = jax.ffi.ffi_call(f"jbag_cpu_{name}", results)
+    call = jax.ffi.ffi_call(f"jbag_cpu_{name}", results, input_output_aliases=aliases)
     marked = {"has_empty": empty is not None, "empty": np.int64(empty or 0)}
     return call(*operands, **marked, **attributes)
 
@@ -128,6 +190,8 @@ OPERATIONS = (
     "transposed_product",
     "sampled_dots",
     "extremum",
+    "coalesce",
+    "update_rows",
     "to_huge_pages",
 )
 

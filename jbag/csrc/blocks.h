@@ -12,7 +12,6 @@
 #define JBAG_BLOCKS_H_
 
 #include <stdint.h>
-#include <stdlib.h>
 
 #include "kernels.h"
 
@@ -32,13 +31,13 @@ class Scratch {
  public:
   Scratch() = default;
   explicit Scratch(int64_t size) { Allocate(size); }
-  ~Scratch() { free(data_); }
+  ~Scratch() { GiveBack(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
   bool Allocate(int64_t size) {
-    free(data_);
-    data_ = static_cast<T*>(malloc(static_cast<size_t>(Max(size, 1)) * sizeof(T)));
+    GiveBack(data_);
+    data_ = static_cast<T*>(Borrow(Max(size, 1) * static_cast<int64_t>(sizeof(T))));
     return data_ != nullptr;
   }
   T* data() const { return data_; }
@@ -81,6 +80,8 @@ class Bounds {
     if (offsets_.data == nullptr) return bag * length_;
     return offsets_[bag];
   }
+  // No bag is malformed.
+  bool well_formed() const { return moved_.data() == nullptr; }
   // The bag's own bounds had to be repaired: it is NaN and receives nothing.
   bool malformed(int64_t bag) const {
     return moved_.data() != nullptr && (moved_[bag] || moved_[bag + 1]);

@@ -8,6 +8,7 @@
 
 #include "pooling.h"
 #include "transposing.h"
+#include "updating.h"
 
 namespace jbag {
 namespace {
@@ -42,11 +43,7 @@ Error DoProduct(Pool& pool, const Matrix& table, const Bags& bags, Average avera
 Error DoTransposedProduct(Pool& pool, const Matrix& cotangent, const Bags& bags,
                           const Matrix& out) {
   return WithType(out.type, [&](auto number) {
-    using T = decltype(number);
-    if (out.rows <= int64_t{UINT32_MAX}) {
-      return TransposedProduct<T, uint32_t>(pool, cotangent, bags, out);
-    }
-    return TransposedProduct<T, uint64_t>(pool, cotangent, bags, out);
+    return TransposedProduct<decltype(number)>(pool, cotangent, bags, out);
   });
 }
 
@@ -64,6 +61,32 @@ Error DoExtremum(Pool& pool, const Matrix& table, const Bags& bags, bool largest
   });
 }
 
+template <typename A>
+Error CoalesceAs(Pool& pool, const Matrix& cotangent, const Bags& bags,
+                 int64_t num_rows, void* indices, const Matrix& sums) {
+  if (bags.ids.wide) {
+    return Coalesce<A>(pool, cotangent, bags, num_rows, static_cast<int64_t*>(indices),
+                       sums);
+  }
+  return Coalesce<A>(pool, cotangent, bags, num_rows, static_cast<int32_t*>(indices),
+                     sums);
+}
+
+Error DoCoalesce(Pool& pool, const Matrix& cotangent, const Bags& bags,
+                 int64_t num_rows, void* indices, const Matrix& sums) {
+  if (sums.type == Type::kFloat64) {
+    return CoalesceAs<double>(pool, cotangent, bags, num_rows, indices, sums);
+  }
+  return CoalesceAs<float>(pool, cotangent, bags, num_rows, indices, sums);
+}
+
+Error DoUpdateRows(Pool& pool, const Matrix& table, const Update& update,
+                   const Matrix& cotangent, const Bags& bags) {
+  return WithType(table.type, [&](auto number) {
+    return UpdateRows<decltype(number)>(pool, table, update, cotangent, bags);
+  });
+}
+
 constexpr char kInstructionSet[] =
 #if defined(__AVX512F__)
     "AVX-512";
@@ -73,8 +96,9 @@ constexpr char kInstructionSet[] =
     "baseline";
 #endif
 
-constexpr Kernels kKernels = {kInstructionSet, DoProduct, DoTransposedProduct,
-                              DoSampledDots, DoExtremum};
+constexpr Kernels kKernels = {kInstructionSet, DoProduct,  DoTransposedProduct,
+                              DoSampledDots,   DoExtremum, DoCoalesce,
+                              DoUpdateRows};
 
 }  // namespace
 

@@ -68,6 +68,45 @@ void ParallelFor(Pool& pool, int64_t count, F function) {
 // there are none), or the root of that.
 enum class Average { kNone, kMean, kSqrtN };
 
+// How rows of a table move, given their gradient: jbag/_kernels/rules.py.
+enum class Rule {
+  kSgd,
+  kMomentum,
+  kAdagrad,
+  kRowwiseAdagrad,
+  kAdam,
+  kRowwiseAdam,
+  kRowwiseRmsprop,
+  kFtrl,
+};
+
+// A rule's name, how many numbers it takes, its wide states [V, D] and narrow ones [V].
+struct RuleShape {
+  const char* name;
+  Rule rule;
+  int numbers;
+  int wide;
+  int narrow;
+};
+constexpr RuleShape kRules[] = {
+    {"sgd", Rule::kSgd, 2, 0, 0},
+    {"momentum", Rule::kMomentum, 6, 1, 0},
+    {"adagrad", Rule::kAdagrad, 3, 1, 0},
+    {"rowwise_adagrad", Rule::kRowwiseAdagrad, 3, 0, 1},
+    {"adam", Rule::kAdam, 5, 2, 0},
+    {"rowwise_adam", Rule::kRowwiseAdam, 5, 1, 1},
+    {"rowwise_rmsprop", Rule::kRowwiseRmsprop, 4, 0, 1},
+    {"ftrl", Rule::kFtrl, 4, 2, 0},
+};
+
+// A rule with its numbers and states, all of the type that sums run in.
+struct Update {
+  Rule rule;
+  const void* numbers;
+  void* states[2];       // the wide ones first
+  const uint32_t* seed;  // [2] to round to bfloat16 at random; null: to nearest
+};
+
 // What an operation returns: null, or what went wrong.
 using Error = const char*;
 constexpr Error kOutOfMemory = "jbag: not enough memory for the kernel's scratch space";
@@ -87,6 +126,14 @@ struct Kernels {
   // values [B, D] in the type of sums, and the slots [B, D] that hold them.
   Error (*extremum)(Pool&, const Matrix& table, const Bags&, bool largest, void* values,
                     int32_t* winners);
+  // indices [U] in the type of the ids: the rows that slots name, in order, each once,
+  // then `num_rows`; sums [U, D] in the type of sums: those rows of the transposed
+  // product, then zeros.
+  Error (*coalesce)(Pool&, const Matrix& cotangent, const Bags&, int64_t num_rows,
+                    void* indices, const Matrix& sums);
+  // Moves the rows of the table that slots name, and those of the states, in place.
+  Error (*update_rows)(Pool&, const Matrix& table, const Update&,
+                       const Matrix& cotangent, const Bags&);
 };
 
 // The widest that this machine can run.
@@ -97,6 +144,12 @@ const Kernels* BaselineKernels();
 const Kernels* Avx2Kernels();
 const Kernels* Avx512Kernels();
 #endif
+
+// Memory of the kernels' own, on a cache line's bound; null where there is not enough.
+// Some that is given back is kept for the next call, as the system takes longer to put
+// pages behind new memory than a sort takes to fill them.
+void* Borrow(int64_t bytes);
+void GiveBack(void* data);
 
 // Asks the system for huge pages behind [data, data + bytes), memory of the process's
 // own that is about to be written whole: fewer page faults then, fewer page-table

@@ -1,6 +1,7 @@
 // What the kernels need of the machine: its instruction set, its threads, its pages.
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <atomic>
@@ -85,6 +86,54 @@ void ParallelFor(Pool& pool, int64_t count, void (*function)(void*, int64_t),
   }
   work->Run();
   work->Wait();
+}
+
+namespace {
+
+// Memory starts with a line that tells its size class: 2^class bytes, or 0 for any.
+constexpr int64_t kHeader = 64;
+constexpr int kSmallest = 16;
+constexpr int kLargest = 24;
+constexpr int kEach = 3;
+std::atomic<char*> kept[kLargest + 1][kEach];
+
+int SizeClass([[maybe_unused]] int64_t bytes) {
+#if !defined(__SANITIZE_ADDRESS__)  // which sees no access beside what is rounded up
+  for (int size = kSmallest; size <= kLargest; ++size) {
+    if (bytes > (int64_t{1} << size) / 2 && bytes <= int64_t{1} << size) return size;
+  }
+#endif
+  return 0;
+}
+
+}  // namespace
+
+void* Borrow(int64_t bytes) {
+  bytes += kHeader;
+  const int size = SizeClass(bytes);
+  char* memory = nullptr;
+  for (int i = 0; size > 0 && memory == nullptr && i < kEach; ++i) {
+    memory = kept[size][i].exchange(nullptr, std::memory_order_acquire);
+  }
+  if (memory == nullptr) {
+    if (size > 0) bytes = int64_t{1} << size;
+    bytes = (bytes + kHeader - 1) / kHeader * kHeader;
+    memory = static_cast<char*>(aligned_alloc(kHeader, static_cast<size_t>(bytes)));
+    if (memory == nullptr) return nullptr;
+    memcpy(memory, &size, sizeof(size));
+  }
+  return memory + kHeader;
+}
+
+void GiveBack(void* data) {
+  if (data == nullptr) return;
+  char* memory = static_cast<char*>(data) - kHeader;
+  int size;
+  memcpy(&size, memory, sizeof(size));
+  for (int i = 0; size > 0 && memory != nullptr && i < kEach; ++i) {
+    memory = kept[size][i].exchange(memory, std::memory_order_acq_rel);
+  }
+  free(memory);
 }
 
 const Kernels& BestKernels() {
