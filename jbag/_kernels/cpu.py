@@ -17,8 +17,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from jbag._kernels.xla import Ids, Offsets, Size, Slots, accumulation_dtype
-from jbag._kernels.xla import coalesce as coalesce  # TEMP
-from jbag._kernels.xla import update_rows as update_rows
 
 
 def product(
