@@ -210,7 +210,7 @@ def _differentiate(
         gradients[k] = gradient
     for k in sorted(pooled):
         terms = tuple(
-            _term(to_taps[place], *bags[place], **tap.equation.params)
+            _term(value, to_taps[place], *bags[place], **tap.equation.params)
             for place, tap in plan.taps.items()
             if tap.leaf == k
         )
@@ -220,6 +220,7 @@ def _differentiate(
 
 
 def _term(
+    value: Float[Array, ""],
     cotangent: Float[Array, "B D"],
     winners: Int[Array, "B D"] | None,
     ids: Ids,
@@ -232,6 +233,10 @@ def _term(
 ) -> Term:
     """Return the gradient of a table from the gradient of what was pooled."""
     del has_winners
+    if offsets is None:
+        ids = _after(value, ids)
+    else:
+        offsets = _after(value, offsets)
     rows = divided(cotangent, ids, offsets, cotangent.dtype, average, **options)
     if winners is None:
         return Term(rows, ids, offsets, coefficients, **options)
@@ -244,3 +249,15 @@ def _term(
         rows = rows * coefficients[..., None]
     ids = jnp.where(kept & xla.filled(ids, options["empty"]), ids, -1).reshape(-1, 1)
     return Term(rows.reshape(ids.size, -1), ids, **options | {"empty": None})
+
+
+def _after(value: Float[Array, ""], x: Int[Array, "..."]) -> Int[Array, "..."]:
+    """Return x, when the value is known and so the tables have been read.
+
+    XLA copies a table that is to be updated in place if nothing makes the update wait
+    for what reads the table, as with a loss that is linear. It can't see that no number
+    has more than 64 bits.
+    """
+    dtype = jnp.dtype(f"uint{8 * value.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(value, dtype)
+    return jnp.where(jax.lax.population_count(bits) <= 64, x, 0)
