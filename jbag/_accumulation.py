@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jbag._rows import is_rows
 from jbag._validation import check_integer
 
 
@@ -56,13 +57,13 @@ def accumulate_gradients(value_and_grad: Callable, steps: int) -> Callable:
         shapes, _ = jax.eval_shape(functools.partial(body, None), first)
         zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes]
         dense, (values, stacked) = jax.lax.scan(body, zeros, batches, length=steps)
-        tree, is_rows = places
+        tree, sparse = places
         rows = [
             sum(jax.tree.map(operator.itemgetter(k), x) for k in range(steps))
             for x in stacked
         ]
         left = {True: iter(rows), False: iter(dense)}
-        gradient = jax.tree.unflatten(tree, [next(left[x]) / steps for x in is_rows])
+        gradient = jax.tree.unflatten(tree, [next(left[x]) / steps for x in sparse])
         if isinstance(values, tuple):
             return (values[0].mean(), values[1]), gradient
         return values.mean(), gradient

@@ -47,7 +47,10 @@ def transformation(
     narrow = RULES[rule].narrow
     first = {name: (initial or {}).get(name, 0.0) for name in RULES[rule].states}
     constants = {k: x for k, x in first.items() if not callable(x)}
-    check_at_least_zero(**numbers, weight_decay=weight_decay, **constants)
+    check_at_least_zero(**numbers, weight_decay=weight_decay)
+    for start in constants.values():
+        check_at_least_zero(initial_accumulator_value=start)
+    _check_below_one(**{k: x for k, x in numbers.items() if k in ("b1", "b2")})
     if seed is not None:
         check_integer("stochastic_rounding", seed)
 
@@ -216,6 +219,12 @@ def _noise(seed: Any, number: int, count: Int[Array, ""]) -> Array:
 
 def is_zero(x: Any) -> bool:
     return isinstance(x, int | float) and x == 0
+
+
+def _check_below_one(**numbers: Any) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, int | float) and not number < 1:
+            raise ValueError(f"`{name}` must be below 1; got {number}.")
 
 
 def check_at_least_zero(**numbers: Any) -> None:

@@ -77,6 +77,8 @@ def sgd(
         return transformation(
             "sgd", learning_rate, {}, weight_decay, stochastic_rounding
         )
+    if isinstance(dampening, int | float) and not dampening <= 1:
+        raise ValueError(f"`dampening` must be at most 1; got {dampening}.")
     numbers = {
         "momentum": momentum,
         "fresh": 1 - dampening,

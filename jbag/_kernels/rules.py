@@ -143,7 +143,7 @@ def _decayed(delta: Rows, w: Rows, decay: Array) -> Rows:
     return delta - jnp.where(decay == 0, 0, decay * w)
 
 
-def _ratio(a: Rows, b: Rows) -> Rows:
+def _ratio(a: Rows, b: Float[Array, "*rows #D"]) -> Rows:
     """Divide; by zero, as where a row had no gradient yet, nothing moves."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
