@@ -27,6 +27,11 @@ inline uint32_t Mix(uint32_t x) {
   return x ^ (x >> 16);
 }
 
+template <typename T>
+constexpr bool kIsBFloat16 = false;
+template <>
+constexpr bool kIsBFloat16<BFloat16> = true;
+
 // How numbers are rounded to a row of a table.
 struct ToNearest {
   ToNearest(const uint32_t*, int64_t) {}
@@ -65,7 +70,7 @@ struct AtRandom {
   uint32_t hash;
 };
 
-// The sum of the squares of scale * x[i], in four running vectors, lanes by halves.
+// Adds up the lanes by halves.
 template <int W, typename A>
 inline A SumOfLanes(const Vector<A, W>& v) {
   if constexpr (W == 1) {
@@ -77,6 +82,7 @@ inline A SumOfLanes(const Vector<A, W>& v) {
   }
 }
 
+// The sum of the squares of scale * x[i].
 template <typename A, int W = kWidth<A>>
 inline A SumOfSquares(const A* x, A scale, int64_t width) {
   using V = Vector<A, W>;
@@ -110,60 +116,40 @@ constexpr RuleShape ShapeOf(Rule rule) {
   return {};
 }
 
-// Moves one row at a time.
-template <typename T, typename Step, typename Rounding>
+// Moves a row; its gradient is `scale` times what is given.
+template <typename A>
+using MoveRow = void (*)(const Matrix& table, const Update&, int64_t row,
+                         const A* gradient, A scale);
+
+template <typename T, template <typename> class RuleOf, typename Rounding>
 class RowMover {
  public:
   using A = Sum<T>;
 
-  RowMover(const Matrix& table, const Update& update)
-      : width_(table.width),
-        table_(static_cast<T*>(table.data)),
-        states_{static_cast<A*>(update.states[0]), static_cast<A*>(update.states[1])},
-        seed_(update.seed) {
-    memcpy(&step_, update.numbers, sizeof(step_));
-  }
-
-  // The row's gradient is `scale` times what is given.
-  void Move(int64_t row, const A* gradient, A scale) const {
+  static void Move(const Matrix& table, const Update& update, int64_t row,
+                   const A* gradient, A scale) {
+    A* states[2];
+    for (int i = 0; i < 2; ++i) states[i] = static_cast<A*>(update.states[i]);
+    RuleOf<A> rule;
+    memcpy(&rule, update.numbers, sizeof(rule));
     A divisor = 1;
     if constexpr (kShape.narrow > 0) {
-      const A squares = SumOfSquares(gradient, scale, width_);
-      divisor = step_.Divisor(squares / static_cast<A>(width_), states_[kWide] + row);
+      const A squares = SumOfSquares(gradient, scale, table.width);
+      const A mean = squares / static_cast<A>(table.width);
+      divisor = rule.Divisor(mean, states[kWide] + row);
     }
-    const Row place{*this, row};
-    MoveColumns<kWidth<A>>(place, gradient, scale, divisor);
-  }
-
-  __attribute__((always_inline)) void Fetch(int64_t row) const {
-    FetchRow(table_ + row * width_, width_ * static_cast<int64_t>(sizeof(T)));
-    for (int i = 0; i < kWide; ++i) {
-      FetchRow(states_[i] + row * width_, width_ * static_cast<int64_t>(sizeof(A)));
-    }
-    if (kShape.narrow > 0) __builtin_prefetch(states_[kWide] + row, 1);
-  }
-
-  // Rows of the table and the states that are fetched ahead.
-  int64_t ahead() const {
-    const int64_t bytes = static_cast<int64_t>(sizeof(T) + kWide * sizeof(A)) * width_;
-    return Clamp(kBytesAhead / Max(bytes, 1), 8, 32);
+    for (int i = 0; i < kWide; ++i) states[i] += row * table.width;
+    T* numbers = static_cast<T*>(table.data) + row * table.width;
+    const RowMover mover{
+        rule,     divisor, Rounding(update.seed, row), numbers, {states[0], states[1]},
+        gradient, scale};
+    mover.MoveColumns<kWidth<A>>(table.width);
   }
 
  private:
-  static constexpr RuleShape kShape = ShapeOf(Step::kRule);
+  static constexpr RuleShape kShape = ShapeOf(RuleOf<A>::kRule);
   static constexpr int kWide = kShape.wide;
-  static_assert(sizeof(Step) == kShape.numbers * sizeof(A), "a number is missing");
-  static constexpr int64_t kBytesAhead = 1 << 13;
-
-  struct Row {
-    Row(const RowMover& mover, int64_t row)
-        : table(mover.table_ + row * mover.width_), rounding(mover.seed_, row) {
-      for (int i = 0; i < kWide; ++i) states[i] = mover.states_[i] + row * mover.width_;
-    }
-    T* table;
-    A* states[kWide + 1];
-    Rounding rounding;
-  };
+  static_assert(sizeof(RuleOf<A>) == kShape.numbers * sizeof(A), "all its numbers");
 
   template <int W>
   struct Columns {
@@ -173,153 +159,187 @@ class RowMover {
   };
 
   template <int W>
-  static Columns<W> Read(const Row& from, const A* gradient, A scale, int64_t column) {
+  Columns<W> Read(int64_t column) const {
     Columns<W> columns;
-    columns.row = Load<W>(from.table + column);
+    columns.row = Load<W>(row + column);
     columns.gradient = scale * Load<W>(gradient + column);
-    for (int i = 0; i < kWide; ++i) {
-      columns.states[i] = Load<W>(from.states[i] + column);
-    }
+    for (int i = 0; i < kWide; ++i) columns.states[i] = Load<W>(states[i] + column);
     return columns;
   }
 
   template <int W>
-  static void Write(const Step& step, Columns<W> columns, A divisor, const Row& to,
-                    int64_t column) {
+  void Write(int64_t column, Columns<W> columns) const {
     const auto moved =
-        step.Moved(columns.row, columns.gradient, columns.states, divisor);
-    to.rounding.template Put<W>(to.table, column, moved);
-    for (int i = 0; i < kWide; ++i) {
-      Store<W>(to.states[i] + column, columns.states[i]);
-    }
+        rule.Moved(columns.row, columns.gradient, columns.states, divisor);
+    rounding.template Put<W>(row, column, moved);
+    for (int i = 0; i < kWide; ++i) Store<W>(states[i] + column, columns.states[i]);
   }
 
   // Where W doesn't divide the width the last vector overlaps the one before, so it is
   // read before that is written.
   template <int W>
-  void MoveColumns(const Row& row, const A* gradient, A scale, A divisor) const {
+  void MoveColumns(int64_t width) const {
     if constexpr (W > 1) {
-      if (width_ < W) {
-        MoveColumns<W / 2>(row, gradient, scale, divisor);
+      if (width < W) {
+        MoveColumns<W / 2>(width);
         return;
       }
     }
-    const int64_t last = width_ - W;
+    const int64_t last = width - W;
     if (last < 0) return;
-    // Copies, that what they hold stays in registers.
-    const Step step = step_;
-    const Row place = row;
-    const auto tail = Read<W>(place, gradient, scale, last);
+    const RowMover mover = *this;  // a copy, that what it holds stays in registers
+    const auto tail = mover.template Read<W>(last);
     for (int64_t column = 0; column < last; column += W) {
-      Write<W>(step, Read<W>(place, gradient, scale, column), divisor, place, column);
+      mover.template Write<W>(column, mover.template Read<W>(column));
     }
-    Write<W>(step, tail, divisor, place, last);
+    mover.template Write<W>(last, tail);
   }
 
-  __attribute__((always_inline)) static void FetchRow(const void* row, int64_t bytes) {
-    const char* from = static_cast<const char*>(row);
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 1);
-    __builtin_prefetch(from + bytes - 1, 1);
+ public:
+  RuleOf<A> rule;
+  A divisor;
+  Rounding rounding;
+  T* row;
+  A* states[2];
+  const A* gradient;
+  A scale;
+};
+
+// What is read and written where a row moves.
+class MovingRows {
+ public:
+  MovingRows(const Matrix& table, int64_t number, const Update& update, int64_t sum) {
+    const RuleShape shape = ShapeOf(update.rule);
+    Add(table.data, table.width * number);
+    for (int i = 0; i < shape.wide + shape.narrow; ++i) {
+      Add(update.states[i], i < shape.wide ? table.width * sum : sum);
+    }
+    int64_t bytes = 0;
+    for (int i = 0; i < size_; ++i) bytes += parts_[i].bytes;
+    ahead_ = Clamp(kBytesAhead / Max(bytes, 1), 8, 32);
   }
 
-  int64_t width_;
-  T* table_;
-  A* states_[2];
-  const uint32_t* seed_;
-  Step step_;
+  // Inlined by force: see Slots.
+  __attribute__((always_inline)) void Fetch(int64_t row) const {
+    for (int i = 0; i < size_; ++i) {
+      const int64_t bytes = parts_[i].bytes;
+      const char* from = parts_[i].first + row * bytes;
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 1);
+      __builtin_prefetch(from + bytes - 1, 1);
+    }
+  }
+
+  // How many rows ahead of the one that moves are fetched.
+  int64_t ahead() const { return ahead_; }
+
+ private:
+  static constexpr int64_t kBytesAhead = 1 << 13;
+
+  struct Part {
+    const char* first;
+    int64_t bytes;  // a row
+  };
+
+  void Add(const void* first, int64_t bytes) {
+    if (bytes > 0) parts_[size_++] = {static_cast<const char*>(first), bytes};
+  }
+
+  Part parts_[3];
+  int size_ = 0;
+  int64_t ahead_;
 };
 
 // Moves the rows of runs.
-template <typename A, typename Mover>
+template <typename A>
 struct RunMover {
   const SortedSlots<A>& sorted;
   const Slots<A, int32_t>& slots;
-  const Mover& mover;
-  int64_t ahead;
+  const Matrix& table;
+  const Update& update;
+  const MovingRows& rows;
+  MoveRow<A> move;
   A* gradient;  // scratch, a row
 
-  // Fetches what follows on a slot, where a thread starts.
-  void FetchFirst(int64_t slot) const {
-    for (int64_t i = slot; i < Min(slot + ahead, sorted.size()); ++i) {
-      mover.Fetch(sorted.row(i));
-    }
-  }
   void gap(int64_t, int64_t) const {}
   void whole(int64_t row, int64_t start, int64_t end) const {
-    for (int64_t slot = Max(start, end - ahead); slot < end; ++slot) {
-      mover.Fetch(sorted.row(Min(slot + ahead, sorted.size() - 1)));
+    for (int64_t slot = Max(start, end - rows.ahead()); slot < end; ++slot) {
+      rows.Fetch(sorted.row(Min(slot + rows.ahead(), sorted.size() - 1)));
     }
     if (end - start == 1) {
       slots.FetchAhead(start);
-      mover.Move(row, slots.row(start), slots.coefficient(start));
+      move(table, update, row, slots.row(start), slots.coefficient(start));
     } else {
       SumOf(slots, start, end, A{1}, gradient);
-      mover.Move(row, gradient, A{1});
+      move(table, update, row, gradient, A{1});
     }
   }
-  void joined(int64_t row, const A* sums) const { mover.Move(row, sums, A{1}); }
+  void joined(int64_t row, const A* sums) const {
+    move(table, update, row, sums, A{1});
+  }
   void passed() const {}
 };
 
-template <typename T, template <typename> class Step, typename Rounding>
-Error UpdateBy(Pool& pool, const Matrix& table, const Update& update,
-               const Matrix& cotangent, const Bags& bags) {
-  using A = Sum<T>;
-  using Mover = RowMover<T, Step<A>, Rounding>;
-  const int64_t width = table.width;
+template <typename A>
+Error UpdateRowsBy(MoveRow<A> move, int64_t number, Pool& pool, const Matrix& table,
+                   const Update& update, const Matrix& cotangent, const Bags& bags) {
   if (table.rows == 0) return nullptr;
   Bounds bounds;
   if (Error error = bounds.Read(bags)) return error;
   SortedSlots<A> sorted;
   if (Error error = sorted.Sort(pool, bags, bounds, table.rows)) return error;
-  const Cut cut(width * sizeof(A), width * sizeof(A));
+  const int64_t size = sorted.size();
+  const Cut cut(table.width * sizeof(A), table.width * sizeof(A));
   // Apart, that no two threads write the same line.
-  const int64_t stride = CeilDiv(width, 64) * 64;
+  const int64_t stride = CeilDiv(table.width, 64) * 64;
   Scratch<A> gradients;
-  if (!gradients.Allocate(NumTasks(sorted.size(), cut) * stride)) return kOutOfMemory;
-  const Slots<A, int32_t> slots(cotangent, sorted.transposed(), sorted.size());
-  const Mover mover(table, update);
+  if (!gradients.Allocate(NumTasks(size, cut) * stride)) return kOutOfMemory;
+  const Slots<A, int32_t> slots(cotangent, sorted.transposed(), size);
+  const MovingRows rows(table, number, update, sizeof(A));
   return WalkRuns(pool, sorted, slots, 0, cut, [&](int64_t from, int64_t) {
+    const int64_t fetched = Min(from + rows.ahead(), size);
+    for (int64_t slot = from; slot < fetched; ++slot) rows.Fetch(sorted.row(slot));
+    slots.FetchFirst(from);
     A* gradient = gradients.data() + from / cut.task * stride;
-    RunMover<A, Mover> runs{sorted, slots, mover, mover.ahead(), gradient};
-    runs.FetchFirst(from);
-    return runs;
+    return RunMover<A>{sorted, slots, table, update, rows, move, gradient};
   });
 }
 
-template <typename T, template <typename> class Step>
-Error UpdateWith(Pool& pool, const Matrix& table, const Update& update,
-                 const Matrix& cotangent, const Bags& bags) {
-  if constexpr (sizeof(T) == sizeof(BFloat16)) {
-    if (update.seed != nullptr && table.type == Type::kBFloat16) {
-      return UpdateBy<BFloat16, Step, AtRandom>(pool, table, update, cotangent, bags);
-    }
+template <typename T, template <typename> class RuleOf>
+MoveRow<Sum<T>> MoverBy(const Update& update) {
+  if constexpr (kIsBFloat16<T>) {
+    if (update.seed != nullptr) return RowMover<T, RuleOf, AtRandom>::Move;
   }
-  return UpdateBy<T, Step, ToNearest>(pool, table, update, cotangent, bags);
+  return RowMover<T, RuleOf, ToNearest>::Move;
+}
+
+template <typename T>
+MoveRow<Sum<T>> MoverOf(const Update& update) {
+  switch (update.rule) {
+    case Rule::kSgd:
+      return MoverBy<T, Sgd>(update);
+    case Rule::kMomentum:
+      return MoverBy<T, Momentum>(update);
+    case Rule::kAdagrad:
+      return MoverBy<T, Adagrad>(update);
+    case Rule::kRowwiseAdagrad:
+      return MoverBy<T, RowwiseAdagrad>(update);
+    case Rule::kAdam:
+      return MoverBy<T, Adam>(update);
+    case Rule::kRowwiseAdam:
+      return MoverBy<T, RowwiseAdam>(update);
+    case Rule::kRowwiseRmsprop:
+      return MoverBy<T, RowwiseRmsprop>(update);
+    case Rule::kFtrl:
+      return MoverBy<T, Ftrl>(update);
+  }
+  return nullptr;
 }
 
 template <typename T>
 Error UpdateRows(Pool& pool, const Matrix& table, const Update& update,
                  const Matrix& cotangent, const Bags& bags) {
-  switch (update.rule) {
-    case Rule::kSgd:
-      return UpdateWith<T, Sgd>(pool, table, update, cotangent, bags);
-    case Rule::kMomentum:
-      return UpdateWith<T, Momentum>(pool, table, update, cotangent, bags);
-    case Rule::kAdagrad:
-      return UpdateWith<T, Adagrad>(pool, table, update, cotangent, bags);
-    case Rule::kRowwiseAdagrad:
-      return UpdateWith<T, RowwiseAdagrad>(pool, table, update, cotangent, bags);
-    case Rule::kAdam:
-      return UpdateWith<T, Adam>(pool, table, update, cotangent, bags);
-    case Rule::kRowwiseAdam:
-      return UpdateWith<T, RowwiseAdam>(pool, table, update, cotangent, bags);
-    case Rule::kRowwiseRmsprop:
-      return UpdateWith<T, RowwiseRmsprop>(pool, table, update, cotangent, bags);
-    case Rule::kFtrl:
-      return UpdateWith<T, Ftrl>(pool, table, update, cotangent, bags);
-  }
-  return "jbag: unknown rule";
+  return UpdateRowsBy<Sum<T>>(MoverOf<T>(update), sizeof(T), pool, table, update,
+                              cotangent, bags);
 }
 
 }  // namespace
