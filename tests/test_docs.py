@@ -10,6 +10,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy
+import optax
 import pytest
 
 import jbag
@@ -33,6 +34,7 @@ def strict_promotion():
 def test_docstring_examples_run(name):
     module = importlib.import_module(name)
     names = {"jbag": jbag, "jax": jax, "jnp": jnp, "numpy": numpy, "flax": flax}
+    names["optax"] = optax
     results = doctest.testmod(module, extraglobs=names, optionflags=FLAGS)
     assert results.failed == 0
     source = pathlib.Path(str(module.__file__)).read_text()

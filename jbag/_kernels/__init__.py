@@ -1,7 +1,7 @@
 """The implementations by name, and which one a platform gets.
 
-A kernel is a module with the four operations of `xla`: `product`,
-`transposed_product`, `sampled_dots` and `extremum`.
+A kernel is a module with the six operations of `xla`: `product`, `transposed_product`,
+`sampled_dots`, `extremum`, `coalesce` and `update_rows`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Kernel:
     runs only where jbag itself is loaded, which an exported program can't count on.
     """
 
-    operations: Any  # a module, or what has the same four functions
+    operations: Any  # a module, or what has the same six functions
     platforms: tuple[str, ...] | None = None
     missing: str | None = None
     portable: bool = False
