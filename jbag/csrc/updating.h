@@ -122,9 +122,16 @@ using MoveRow = void (*)(const Matrix& table, const Update&, int64_t row,
                          const A* gradient, A scale);
 
 template <typename T, template <typename> class RuleOf, typename Rounding>
-class RowMover {
- public:
+struct RowMover {
   using A = Sum<T>;
+
+  RuleOf<A> rule;
+  A divisor;
+  Rounding rounding;
+  T* row;
+  A* states[2];
+  const A* gradient;
+  A scale;
 
   static void Move(const Matrix& table, const Update& update, int64_t row,
                    const A* gradient, A scale) {
@@ -146,7 +153,6 @@ class RowMover {
     mover.MoveColumns<kWidth<A>>(table.width);
   }
 
- private:
   static constexpr RuleShape kShape = ShapeOf(RuleOf<A>::kRule);
   static constexpr int kWide = kShape.wide;
   static_assert(sizeof(RuleOf<A>) == kShape.numbers * sizeof(A), "all its numbers");
@@ -194,15 +200,6 @@ class RowMover {
     }
     mover.template Write<W>(last, tail);
   }
-
- public:
-  RuleOf<A> rule;
-  A divisor;
-  Rounding rounding;
-  T* row;
-  A* states[2];
-  const A* gradient;
-  A scale;
 };
 
 // What is read and written where a row moves.
