@@ -1,0 +1,144 @@
+"""The example that trains a recommender, run as a user would."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PATH = Path(__file__).parent.parent / "examples" / "train_recommender.py"
+TINY = "--rows 300 --steps 200 --batch-size 1024 --features 8 --test-examples 20000"
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses, and so Flax, look up the module of a class by its name.
+    sys.modules[PATH.stem] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[PATH.stem]
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    """Optax's Adam relies on JAX's defaults."""
+
+
+@pytest.fixture(scope="module")
+def drawn(example):
+    teacher = example.make_teacher(rows=1000, seed=0)
+    return teacher, example.draw_batch(teacher, 100_000, (0, 1, 2))
+
+
+@pytest.mark.parametrize("levels", [2, 20, 10**6], ids="{} levels".format)
+def test_auc_is_the_share_of_pairs_in_order(example, levels):
+    rng = np.random.default_rng(levels)
+    clicks = rng.integers(0, 2, 300).astype(np.float32)
+    scores = rng.integers(0, levels, 300) + clicks
+    positive, negative = scores[clicks == 1][:, None], scores[clicks == 0]
+    expected = np.mean((positive > negative) + 0.5 * (positive == negative))
+    assert example.auc(clicks, scores) == pytest.approx(expected, abs=1e-12)
+
+
+def test_auc_of_one_class_is_no_number(example):
+    scores = np.arange(3.0)
+    assert math.isnan(example.auc(np.ones(3), scores))
+    assert math.isnan(example.auc(np.zeros(3), scores))
+
+
+def test_log_loss_is_that_of_the_probabilities(example):
+    log_odds = np.log([0.8 / 0.2, 0.3 / 0.7])
+    expected = -np.log([0.8, 0.7]).mean()
+    assert example.log_loss(np.array([1, 0]), log_odds) == pytest.approx(expected)
+
+
+def test_the_teacher_is_calibrated(drawn):
+    _, batch = drawn
+    probabilities = 1 / (1 + np.exp(-batch.log_odds))
+    for part in np.array_split(np.argsort(probabilities), 20):
+        p = probabilities[part]
+        noise = np.sqrt(np.sum(p * (1 - p))) / len(p)
+        assert abs(batch.clicks[part].mean() - p.mean()) < 4 * noise
+
+
+def test_log_odds_are_dot_products_of_the_factors(drawn):
+    teacher, batch = drawn
+    history, tags = batch.history.to_lists(), batch.tags.to_lists()
+    assert any(not ids for ids in history)
+    for i in range(50):
+        user = teacher.every_user[0] + teacher.countries[batch.country[i, 0]]
+        user = user + np.tanh(2 * batch.dense[i]) @ teacher.dense
+        if history[i]:
+            user = user + np.mean([teacher.items[j % 4096] for j in history[i]], 0)
+        user = user + sum(teacher.tags[j] for j in tags[i])
+        shown = teacher.every_item[0] + teacher.items[batch.item[i, 0] % 4096]
+        shown = shown + teacher.categories[batch.category[i, 0]]
+        assert batch.log_odds[i] == pytest.approx(user @ shown - 1, abs=1e-5)
+
+
+def test_ids_are_as_popular_as_promised(example):
+    rows = 10_000_000
+    ids = example.draw_ids(np.random.default_rng(0), rows, 100_000)
+    assert ids.dtype == np.int32
+    assert ids.min() >= 0
+    assert ids.max() < rows
+    ranks = np.arange(16_000) * 2_654_435_761 % rows
+    assert len(np.unique(ranks)) == 16_000
+    assert np.isin(ids, ranks[:230]).mean() == pytest.approx(0.5, abs=0.01)
+    assert np.isin(ids, ranks).mean() == pytest.approx(0.9, abs=0.01)
+
+
+def test_batches_have_one_shape(example, drawn):
+    def shapes(number):
+        batch = example.draw_batch(drawn[0], 256, (0, 1, number))
+        return batch.history.capacity, batch.tags.capacity
+
+    assert len({shapes(number) for number in range(50)}) == 1
+
+
+def test_batches_come_in_order_and_differ(example):
+    teacher = example.make_teacher(rows=100, seed=0)
+    stream = list(example.batches(teacher, 8, (0, 1), 6))
+    assert len(stream) == 6
+    for number, batch in enumerate(stream):
+        alone = example.draw_batch(teacher, 8, (0, 1, number))
+        np.testing.assert_array_equal(batch.dense, alone.dense)
+        np.testing.assert_array_equal(batch.history.indices, alone.history.indices)
+    assert len({batch.dense.tobytes() for batch in stream}) == 6
+    assert list(example.batches(teacher, 8, (0, 1), 0)) == []
+
+
+def test_model_learns_and_is_measured_beside_its_teacher(example, capsys):
+    reached, best = example.main(TINY.split())
+    assert 0.75 < reached < best
+    output = capsys.readouterr()
+    assert f"the model             {reached:.4f}" in output.out
+    assert f"the best there is     {best:.4f}" in output.out
+    assert "examples/s" in output.err
+
+
+def test_tables_learn_by_other_optimizers(example):
+    reached, best = example.main([*TINY.split(), "--optimizer", "adam"])
+    assert 0.75 < reached < best
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--rows", "0"],
+        ["--rows", "2147483648"],
+        ["--steps", "-1"],
+        ["--optimizer", "best"],
+        ["--learning-rate", "nan"],
+        ["--seed", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_options_that_make_no_sense_are_refused(example, options, capsys):
+    with pytest.raises(SystemExit):
+        example.main(options)
+    assert "error: " in capsys.readouterr().err
