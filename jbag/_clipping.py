@@ -30,7 +30,7 @@ def add_decayed_weights(weight_decay: float) -> optax.GradientTransformation:
         rows = take(parameter, gradient.indices, 0).astype(gradient.values.dtype)
         values = gradient.values + weight_decay * rows
         return dataclasses.replace(
-            gradient, terms=(Term(values, gradient.indices[:, None]),)
+            gradient, terms=(Term(values, gradient.indices[:, None]),), applied=None
         )
 
     def update(updates: Any, params: Any) -> Any:

@@ -51,7 +51,7 @@ def transformation(
     for start in constants.values():
         check_at_least_zero(initial_accumulator_value=start)
     _check_below_one(**{k: x for k, x in numbers.items() if k in ("b1", "b2")})
-    if seed is not None:
+    if seed is not None and not isinstance(seed, jax.Array):  # as Optax injects it
         check_integer("stochastic_rounding", seed)
 
     def init(params: Any) -> RowState:
