@@ -78,6 +78,10 @@ def start(dtype="float32"):
     return {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
 
 
+def draw(rng, scale, *shape):
+    return jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+
+
 def batch(step, dtype="float32"):
     """Return what two pools and the dense parameters are given in a step."""
     rng = np.random.default_rng(step)
@@ -87,7 +91,7 @@ def batch(step, dtype="float32"):
     flat[4:6] = -1, V
     padded = rng.choice(some, (2, 3))
     padded[0, 0], padded[1, :2] = V + 5, padded[1, 2]
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    normal = lambda *shape: draw(rng, 1, *shape).astype(dtype)
     weights = jnp.asarray(rng.uniform(0.5, 1.5, size=14), dtype)
     cotangents = (normal(4, D), normal(2, D))
     dense = {name: normal(*shape) for name, shape in DENSE.items()}
@@ -192,10 +196,8 @@ def test_each_step_follows_the_formula_on_named_rows_alone(case, implementation)
     ("case", "dtype"),
     [
         ("adam", "float64"),
-        ("ftrl", "float64"),
         ("rowwise_adagrad", "bfloat16"),
-        ("nesterov", "bfloat16"),
-        ("adagrad", "float16"),
+        ("nesterov", "float16"),
     ],
 )
 def test_other_dtypes_follow_it_with_states_in_32_bits_at_least(
@@ -217,9 +219,7 @@ def test_other_dtypes_follow_it_with_states_in_32_bits_at_least(
         (optim.adam(0.3, 0.8, 0.9), "SparseAdam", {"lr": 0.3, "betas": (0.8, 0.9)}),
     ],
 )
-def test_each_step_equals_pytorch_with_sparse_gradients(
-    ours, theirs, options, implementation
-):
+def test_each_step_equals_pytorch_with_sparse_gradients(ours, theirs, options):
     torch = pytest.importorskip("torch")
     torch.sparse.check_sparse_tensor_invariants.disable()  # or it warns to be asked
     table = start()["table"]
@@ -231,14 +231,14 @@ def test_each_step_equals_pytorch_with_sparse_gradients(
         optimizer.zero_grad()
         (peer(torch.tensor(ids)) ** 2).sum().backward()
         optimizer.step()
-        gradient = squares_gradient(table, jnp.asarray(ids), implementation)
+        gradient = squares_gradient(table, jnp.asarray(ids))
         table, state = step(gradient, state, table)
         oracle.assert_close(table, peer.weight.detach().numpy())
 
 
 @functools.partial(jax.jit, static_argnums=2)
 @jbag.grad
-def squares_gradient(table, ids, implementation):
+def squares_gradient(table, ids, implementation=None):
     options = {"padding_idx": PADDING, "sparse": True, "implementation": implementation}
     return (jbag.embedding_bag(table, ids, **options) ** 2).sum()
 
@@ -248,30 +248,20 @@ def labels(params):
 
 
 ROOTS = {"initial_accumulator_value": 0.1, "eps": 0.0}
-
-
 # By name: made of ours and made of Optax's, and whether every row must be named.
 PEERS = {
-    "sgd": (lambda x: x.sgd(decreasing), False),
-    "momentum": (lambda x: x.sgd(0.1, 0.9), True),
     "nesterov": (lambda x: x.sgd(0.1, 0.9, nesterov=True), True),
-    "adagrad": (lambda x: x.adagrad(0.1, **ROOTS), False),
-    "adam": (lambda x: x.adam(decreasing, eps=0), True),
     "adamw": (
-        lambda x: (
-            optax.adamw(0.1, eps=0, weight_decay=0.1)
-            if x is optax
-            else optim.adam(0.1, eps=0, weight_decay=0.1)
-        ),
+        lambda x: getattr(x, "adamw", optim.adam)(decreasing, eps=0, weight_decay=0.1),
         True,
     ),
     "clipped": (lambda x: optax.chain(x.clip_by_global_norm(0.5), x.sgd(0.1)), False),
-    "not clipped": (
-        lambda x: optax.chain(x.clip_by_global_norm(1e3), x.sgd(0.1)),
-        False,
-    ),
-    "decayed": (
+    "decay first": (
         lambda x: optax.chain(x.add_decayed_weights(0.5), x.sgd(0.1, 0.9)),
+        True,
+    ),
+    "decay last": (
+        lambda x: optax.chain(x.sgd(0.1), x.add_decayed_weights(0.1)),
         True,
     ),
     "partition": (
@@ -304,13 +294,11 @@ def test_each_step_equals_optax_with_dense_gradients(case):
     trees = (start(), start())
     states = (ours.init(trees[0]), theirs.init(trees[1]))
     rng = np.random.default_rng(0)
-    for _ in range(4):
+    for scale in (1, 1, 0.01, 1):  # the third isn't clipped
+        normal = functools.partial(draw, rng, scale)
         ids = np.r_[np.arange(V) if every_row else [2, 5, 7], rng.integers(0, 9, 5)]
-        rows = jnp.asarray(rng.normal(size=(len(ids), D)), jnp.float32)
-        gradient = {
-            k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in DENSE.items()
-        }
-        gradient["table"] = jbag.RowSparse.from_rows(ids, rows, V)
+        gradient = {name: normal(*shape) for name, shape in DENSE.items()}
+        gradient["table"] = jbag.RowSparse.from_rows(ids, normal(ids.size, D), V)
         trees, states = step(trees, states, gradient)
         jax.tree.map(oracle.assert_close, *trees)
 
@@ -318,10 +306,9 @@ def test_each_step_equals_optax_with_dense_gradients(case):
 def test_norms_are_of_rows_whose_duplicates_are_summed(implementation):
     gradient = gradient_of(start(), batch(0), implementation)
     table, _ = table_gradient(batch(0))
-    squares = [(table**2).sum()] + [
-        (np.float64(g) ** 2).sum() for g in batch(0)[-1].values()
-    ]
-    oracle.assert_close(jax.jit(optim.global_norm)(gradient), np.sqrt(sum(squares)))
+    every = [table, *(np.asarray(x, np.float64) for x in batch(0)[-1].values())]
+    norm = np.sqrt(sum((x**2).sum() for x in every))
+    oracle.assert_close(jax.jit(optim.global_norm)(gradient), norm)
     clip = optim.clip_by_row_norm(0.7)
     clipped, _ = jax.jit(clip.update)(gradient, clip.init(None))
     norms = np.linalg.norm(table, axis=1, keepdims=True)
@@ -338,31 +325,8 @@ def squares(params, ids):
     return ((pooled + params["bias"]) ** 2).sum()
 
 
-@pytest.mark.parametrize("has_aux", [False, True])
-def test_accumulated_gradients_are_those_of_the_mean_over_batches(has_aux):
-    params = start()
-    batches = jnp.asarray(np.random.default_rng(0).integers(0, 9, (3, 2, 4)))
-    losses = jax.vmap(squares, in_axes=(None, 0))
-    value, expected = jax.value_and_grad(lambda p: losses(p, batches).mean())(params)
-    loss = lambda p, ids: (
-        (squares(p, ids), {"ids": ids}) if has_aux else squares(p, ids)
-    )
-    both = jbag.value_and_grad(loss, has_aux=has_aux)
-    got, gradient = jax.jit(optim.accumulate_gradients(both, 3))(params, batches)
-    if has_aux:
-        got, aux = got
-        np.testing.assert_array_equal(aux["ids"], batches)
-    oracle.assert_close(got, value)
-    own = sum(both(params, ids)[1]["table"] for ids in batches) / 3
-    for rows in (gradient["table"], own):
-        assert isinstance(rows, jbag.RowSparse)
-        oracle.assert_close(rows.todense(), expected["table"])
-    for name in DENSE:
-        oracle.assert_close(gradient[name], expected[name])
-
-
 @pytest.mark.parametrize(("dtype", "seed"), [("float32", None), ("bfloat16", 0)])
-def test_an_update_is_what_is_added(dtype, seed, implementation):
+def test_an_update_is_what_is_added(dtype, seed):
     optimizer = optim.adam(0.1, weight_decay=0.1, stochastic_rounding=seed)
 
     @jax.jit
@@ -373,7 +337,7 @@ def test_an_update_is_what_is_added(dtype, seed, implementation):
 
     params, gradients = start(dtype), batch(0, dtype)
     others = jax.tree.map(lambda x: -x, params)
-    gradient = gradient_of(params, gradients, implementation)
+    gradient = gradient_of(params, gradients)
     updates, *moved = step(gradient, optimizer.init(params), params, others)
     assert isinstance(updates["table"], jbag.RowSparse)
     change = {k: x.todense() if k == "table" else x for k, x in updates.items()}
@@ -384,7 +348,7 @@ def test_an_update_is_what_is_added(dtype, seed, implementation):
     oracle.assert_close(again["table"], others["table"] + change["table"])
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 2)])
+@pytest.mark.parametrize("shape", [(3, 0), (2, 2)])
 def test_a_batch_that_names_no_row_moves_none(shape, implementation):
     optimizer, table = make("adam"), start()["table"]
     gradient = squares_gradient(table, jnp.full(shape, PADDING), implementation)
@@ -394,12 +358,11 @@ def test_a_batch_that_names_no_row_moves_none(shape, implementation):
     assert state.count == 1
 
 
-@pytest.mark.parametrize("case", ["nesterov", "rowwise_adam"])
-def test_rules_that_need_no_parameters_do_without(case):
-    optimizer = make(case)
+def test_rules_that_need_no_parameters_do_without():
+    optimizer = make("rowwise_adam")
     gradient, state = gradient_of(start(), batch(0)), optimizer.init(start())
-    updates, _ = jax.jit(optimizer.update)(gradient, state, start())
-    without, _ = jax.jit(optimizer.update)(gradient, state)
+    both = jax.jit(lambda *args: (optimizer.update(*args), optimizer.update(*args[:2])))
+    (updates, _), (without, _) = both(gradient, state, start())
     oracle.assert_close(without["table"].todense(), updates["table"].todense())
     oracle.assert_close(without["kernel"], updates["kernel"])
 
@@ -413,7 +376,7 @@ def test_rules_that_need_parameters_ask_for_them(optimizer):
         optimizer.update(gradient, optimizer.init(start()))
 
 
-@pytest.mark.parametrize("case", ["sgd", "rowwise_adagrad", "adam", "ftrl"])
+@pytest.mark.parametrize("case", ["rowwise_adagrad", "adam"])
 def test_a_donated_table_moves_in_place(case, require):
     require("cpu")
     size = 4 * 200_000 * 16
@@ -436,45 +399,6 @@ def test_a_donated_table_moves_in_place(case, require):
     assert memory.alias_size_in_bytes >= size
     program = compiled.as_text().splitlines()
     assert not [x for x in program if "[200000,16]" in x and " copy(" in x]
-
-
-def drift(dtype, seed, implementation=None):
-    """Take 200 steps of 1e-4 down from one with two tables; return them."""
-    optimizer = optim.sgd(1e-4, stochastic_rounding=seed)
-    ids, start = jnp.arange(8)[None], jnp.ones((10, 64), dtype)
-
-    def loss(tables):
-        options = {"mode": "sum", "sparse": True, "implementation": implementation}
-        return sum(jbag.embedding_bag(t, ids, **options).sum() for t in tables)
-
-    def step(carry, _):
-        tables, state = carry
-        updates, state = optimizer.update(jbag.grad(loss)(tables), state, tables)
-        return (optax.apply_updates(tables, updates), state), None
-
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=200)[0][0])
-    return run(([start, start], optimizer.init([start, start])))
-
-
-def test_rounding_at_random_is_right_on_average(implementation):
-    expected = 1 - 200 * 1e-4
-    np.testing.assert_array_equal(drift("bfloat16", None, implementation)[0], 1)
-    tables = drift("bfloat16", 3, implementation)
-    for table in tables:
-        assert table.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(table[8:], 1)
-        moved = np.asarray(table[:8], np.float64)
-        # Each of the 512 numbers strays by 0.009, and their mean by 0.0004.
-        assert abs(moved.mean() - expected) < 0.0016
-        assert 0.006 < moved.std() < 0.012
-    assert (tables[0] != tables[1]).any()
-    for a, b in zip(tables, drift("bfloat16", 3, "xla"), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert (tables[0] != drift("bfloat16", 4, "xla")[0]).any()
-
-
-def test_rounding_at_random_leaves_other_dtypes():
-    np.testing.assert_array_equal(drift("float32", 3)[0], drift("float32", None)[0])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Training with row-sparse gradients: Flax's loops, and checkpoints."""
+"""Training with row-sparse gradients: accumulation, Flax's loops, checkpoints."""
 
 import functools
 
@@ -22,6 +22,36 @@ BAGS = jbag.Bags.from_lists([[0, 1, 2, 3], [4, 5], [6, 0, 7, 8]])
 @pytest.fixture(autouse=True)
 def strict_promotion():
     """Optax relies on JAX's default promotion."""
+
+
+def squares(params, ids):
+    pooled = jbag.embedding_bag(params["table"], ids, sparse=True)
+    return ((pooled + params["bias"]) ** 2).sum()
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_accumulated_gradients_are_those_of_the_mean_over_batches(has_aux):
+    params = {
+        "table": jax.random.normal(jax.random.key(0), (12, 8)),
+        "bias": jnp.ones(8),
+    }
+    batches = jnp.asarray(np.random.default_rng(0).integers(0, 9, (3, 2, 4)))
+    losses = jax.vmap(squares, in_axes=(None, 0))
+    value, expected = jax.value_and_grad(lambda p: losses(p, batches).mean())(params)
+    loss = lambda p, ids: (
+        (squares(p, ids), {"ids": ids}) if has_aux else squares(p, ids)
+    )
+    both = jbag.value_and_grad(loss, has_aux=has_aux)
+    got, gradient = jax.jit(optim.accumulate_gradients(both, 3))(params, batches)
+    if has_aux:
+        got, aux = got
+        np.testing.assert_array_equal(aux["ids"], batches)
+    oracle.assert_close(got, value)
+    own = sum(both(params, ids)[1]["table"] for ids in batches) / 3
+    for rows in (gradient["table"], own):
+        assert isinstance(rows, jbag.RowSparse)
+        oracle.assert_close(rows.todense(), expected["table"])
+    oracle.assert_close(gradient["bias"], expected["bias"])
 
 
 def cross_entropy(logits):
