@@ -1,22 +1,25 @@
 """The benchmarks, run as a user would, on tiny tables. No time decides a test."""
 
+import contextlib
 import importlib.util
 import json
 import shutil
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-PATH = Path(__file__).parent.parent / "examples" / "benchmarks" / "embedding_bag.py"
+FOLDER = Path(__file__).parent.parent / "examples" / "benchmarks"
 QUICK = ["--quick", "--workload", "text classifier"]
+QUICK_STEP = ["--quick", "--workload", "step"]
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    name = "embedding_bag_benchmark"
-    spec = importlib.util.spec_from_file_location(name, PATH)
+@contextlib.contextmanager
+def program(file):
+    name = f"{file}_benchmark"
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{file}.py")
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look up the module of a class by its name.
     sys.modules[name] = module
@@ -25,10 +28,22 @@ def benchmark():
     del sys.modules[name]
 
 
+@pytest.fixture(scope="module")
+def benchmark():
+    with program("embedding_bag") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def steps():
+    with program("training_step") as module:
+        yield module
+
+
 @pytest.fixture
 def no_torch(monkeypatch):
     find = importlib.util.find_spec
-    absent = lambda name: None if name == "torch" else find(name)
+    absent = lambda name: None if name in ("torch", "fbgemm_gpu") else find(name)
     monkeypatch.setattr(importlib.util, "find_spec", absent)
 
 
@@ -150,4 +165,89 @@ def test_plot_is_a_picture(benchmark, tmp_path):
 def test_options_that_make_no_sense_are_refused(benchmark, options, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(options)
+    assert "error: " in capsys.readouterr().err
+
+
+def sides_of_steps(row):
+    """Return the names of the sides that were measured, after checking the row."""
+    times = {name: cell for name, cell in row.items() if name.endswith(" (ms)")}
+    measured = {name for name, cell in times.items() if cell != "-"}
+    assert all(float(times[name]) >= 0 for name in measured)
+    assert float(row["extra (MB)"]) >= 0
+    return {name.removesuffix(" (ms)") for name in measured}
+
+
+def test_steps_of_every_side_agree(steps, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torch", reason="one of the sides is PyTorch")
+    for side in ("fbgemm", "linen", "nnx"):
+        monkeypatch.delitem(steps.SIDES, side)
+    monkeypatch.delitem(steps.PEERS, "fbgemm")
+    path = tmp_path / "a.json"
+    names = ["row-wise Adagrad", "Adam"]
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it.
+        steps.main([*QUICK_STEP, "--optimizer", *names, "--json", str(path)])
+    out = capsys.readouterr().out
+    assert "table 10000 x 64" in out
+    rows = {row["optimizer"]: row for row in rows_of_table(out)}
+    assert {name: sides_of_steps(row) for name, row in rows.items()} == {
+        "row-wise Adagrad": {"jbag"},
+        "Adam": {"jbag", "torch", "optax"},
+    }
+    assert rows["row-wise Adagrad"]["x peer"] == "-"
+    assert float(rows["Adam"]["x peer"]) >= 0
+    results = json.loads(path.read_text())
+    assert [result["optimizer"] for result in results] == names
+    assert all(result["milliseconds"]["jbag"] > 0 for result in results)
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_steps_through_flax_agree_and_missing_peers_have_no_columns(
+    steps, monkeypatch, capsys
+):
+    monkeypatch.delitem(steps.SIDES, "optax")
+    steps.main([*QUICK_STEP, "--optimizer", "SGD"])
+    out = capsys.readouterr().out
+    (row,) = rows_of_table(out)
+    assert sides_of_steps(row) == {"jbag", "linen", "nnx"}
+    assert not [column for column in row if "torch" in column or "fbgemm" in column]
+    assert "no column of torch" in out
+    assert "no column of fbgemm" in out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of FBGEMM's own parts
+def test_steps_of_fbgemm_agree(steps, monkeypatch, capsys):
+    pytest.importorskip("fbgemm_gpu", reason="one of the sides is FBGEMM")
+    for side in ("torch", "optax", "linen", "nnx"):
+        monkeypatch.delitem(steps.SIDES, side)
+    monkeypatch.delitem(steps.PEERS, "torch")
+    steps.main([*QUICK_STEP, "--optimizer", "SGD", "Adagrad", "row-wise Adagrad"])
+    for row in rows_of_table(capsys.readouterr().out):
+        assert sides_of_steps(row) == {"jbag", "fbgemm"}
+
+
+def test_step_to_another_place_is_named(steps, monkeypatch):
+    sides = {"jbag": constant_side(0), "optax": constant_side(1)}
+    monkeypatch.setattr(steps, "SIDES", sides)
+    monkeypatch.setattr(steps, "PEERS", {})
+    with pytest.raises(SystemExit, match="optax and jbag differ"):
+        steps.main([*QUICK_STEP, "--optimizer", "SGD"])
+
+
+def constant_side(value):
+    """Return a side of the steps whose table is constant."""
+    return lambda case: lambda _: np.full((case.workload.V, 1), value, np.float32)
+
+
+def test_steps_that_take_long_are_fewer(steps, monkeypatch):
+    monkeypatch.setattr(steps, "PATIENCE", 0.0)
+    called = []
+    times = steps.time_in_turns({"slow": called.append}, rounds=3)
+    assert called == [1, 2, 7, 8, 13, 14]
+    assert times["slow"] >= 0
+
+
+@pytest.mark.parametrize("options", [["--rounds", "0"], ["--optimizer", "speed"]])
+def test_options_of_steps_that_make_no_sense_are_refused(steps, options, capsys):
+    with pytest.raises(SystemExit):
+        steps.main(options)
     assert "error: " in capsys.readouterr().err
