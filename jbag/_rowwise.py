@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 
 from jbag._kernels.rules import RULES, step
 from jbag._kernels.xla import accumulation_dtype, take
+from jbag._pages import to_huge_pages
 from jbag._rows import RowSparse, Term, is_rows
 from jbag._update import update_rows
 from jbag._validation import check_integer
@@ -65,7 +66,7 @@ def transformation(
         states = {
             name: jax.tree.map(functools.partial(start, name), params) for name in first
         }
-        return RowState(jnp.zeros((), jnp.int32), states)
+        return RowState(jnp.zeros((), jnp.int32), to_huge_pages(states))
 
     def update(updates: Any, state: RowState, params: Any = None) -> Any:
         tree: Any
