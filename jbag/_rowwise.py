@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int
 
@@ -39,7 +41,7 @@ class RowState(NamedTuple):
 def transformation(
     rule: str,
     learning_rate: Rate,
-    numbers: dict[str, Any],
+    constants: dict[str, Any],
     weight_decay: float,
     seed: int | None,
     initial: dict[str, Any] | None = None,
@@ -47,21 +49,24 @@ def transformation(
     """Make the optimizer that moves rows, and whole arrays, by a rule."""
     narrow = RULES[rule].narrow
     first = {name: (initial or {}).get(name, 0.0) for name in RULES[rule].states}
-    constants = {k: x for k, x in first.items() if not callable(x)}
-    check_at_least_zero(**numbers, weight_decay=weight_decay)
-    for start in constants.values():
-        check_at_least_zero(initial_accumulator_value=start)
-    _check_below_one(**{k: x for k, x in numbers.items() if k in ("b1", "b2")})
-    if seed is not None and not isinstance(seed, jax.Array):  # as Optax injects it
-        check_integer("stochastic_rounding", seed)
+    check_at_least_zero(**constants, weight_decay=weight_decay)
+    for start in first.values():
+        if not callable(start):
+            check_at_least_zero(initial_accumulator_value=start)
+    _check_below_one(**{k: x for k, x in constants.items() if k in ("b1", "b2")})
+    if not callable(learning_rate):
+        _check_number("learning_rate", learning_rate)
+    if seed is not None:
+        seed = _check_seed(seed)
 
     def init(params: Any) -> RowState:
         def start(name: str, parameter: Array) -> Array:
-            wide = parameter.astype(accumulation_dtype(parameter.dtype))
+            dtype = accumulation_dtype(jnp.asarray(parameter).dtype)
             if callable(first[name]):
-                return first[name](wide)
-            shape = wide.shape[:-1] if name in narrow else wide.shape
-            return jnp.full(shape, first[name], wide.dtype)
+                return first[name](jnp.asarray(parameter).astype(dtype))
+            if name in narrow:
+                return jnp.full(jnp.shape(parameter)[:-1], first[name], dtype)
+            return jnp.full_like(parameter, first[name], dtype)
 
         states = {
             name: jax.tree.map(functools.partial(start, name), params) for name in first
@@ -82,7 +87,7 @@ def transformation(
             states = tuple(column[k] for column in columns)
             dtype = accumulation_dtype(jnp.dtype(gradient.dtype))
             scalars = _scalars(
-                rule, state.count, learning_rate, weight_decay, numbers, dtype
+                rule, state.count, learning_rate, weight_decay, constants, dtype
             )
             parameter = parameters[k]
             if not is_rows(gradient):
@@ -187,11 +192,11 @@ def _scalars(
     count: Int[Array, ""],
     learning_rate: Rate,
     weight_decay: Any,
-    numbers: dict[str, Any],
+    constants: dict[str, Any],
     dtype: jnp.dtype,
 ) -> list[Array]:
     """Return the numbers of the rule for this step, in its order."""
-    values = {k: jnp.asarray(x, dtype) for k, x in numbers.items()}
+    values = {k: jnp.asarray(x, dtype) for k, x in constants.items()}
     values["rate"] = rate = rate_at(learning_rate, count, dtype)
     values["decay"] = rate * jnp.asarray(weight_decay, dtype)
     steps = (count + 1).astype(dtype)
@@ -214,21 +219,41 @@ def rate_at(learning_rate: Rate, count: Int[Array, ""], dtype: jnp.dtype) -> Arr
 
 def _noise(seed: Any, number: int, count: Int[Array, ""]) -> Array:
     """Return the seed of a table, by its number in the tree, in a step."""
-    own = jnp.asarray(seed).astype(jnp.uint32) + jnp.uint32(number * 0x9E3779B9 % 2**32)
+    shift = number * 0x9E3779B9 % 2**32
+    own = jnp.asarray(seed, jnp.uint32) + jnp.uint32(shift)
     return jnp.stack([own, count.astype(jnp.uint32)])
 
 
+def _check_seed(seed: Any) -> Any:
+    if isinstance(seed, jax.Array):  # as Optax injects it
+        return seed
+    return check_integer("stochastic_rounding", seed) % 2**32
+
+
 def is_zero(x: Any) -> bool:
-    return isinstance(x, int | float) and x == 0
+    """Return whether a number is known to be 0; a traced one isn't."""
+    return _is_known(x) and x == 0
 
 
-def _check_below_one(**numbers: Any) -> None:
-    for name, number in numbers.items():
-        if isinstance(number, int | float) and not number < 1:
+def check_at_least_zero(**named: Any) -> None:
+    """Raise unless the numbers, where they are known, are at least 0."""
+    for name, number in named.items():
+        _check_number(name, number)
+        if _is_known(number) and not number >= 0:
+            raise ValueError(f"`{name}` must be at least 0; got {number}.")
+
+
+def _check_below_one(**named: Any) -> None:
+    for name, number in named.items():
+        if _is_known(number) and not number < 1:
             raise ValueError(f"`{name}` must be below 1; got {number}.")
 
 
-def check_at_least_zero(**numbers: Any) -> None:
-    for name, number in numbers.items():
-        if isinstance(number, int | float) and not number >= 0:
-            raise ValueError(f"`{name}` must be at least 0; got {number}.")
+def _check_number(name: str, number: Any) -> None:
+    is_array = isinstance(number, jax.Array | np.ndarray)  # as Optax injects it
+    if isinstance(number, bool) or not (_is_known(number) or is_array):
+        raise TypeError(f"`{name}` must be a number; got {number!r}.")
+
+
+def _is_known(number: Any) -> bool:
+    return isinstance(number, numbers.Real)

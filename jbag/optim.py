@@ -55,7 +55,7 @@ def sgd(
 
     It is `torch.optim.SGD` and `optax.sgd`. With momentum it is lazy: the velocity
     :math:`m \leftarrow \mu m + (1 - \tau) g` takes V rows, and decays, and moves a row,
-    only in the steps that name the row.
+    only in the steps that name the row. (PyTorch doesn't damp the first step.)
 
     Args:
       learning_rate: :math:`\eta`.

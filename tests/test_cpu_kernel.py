@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from oracle import MODES, assert_close
 
 import jbag
-from jbag import _product
+from jbag import _extremum, _product
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -47,7 +47,7 @@ def operations(table, weights, ids, offsets, cotangent, implementation="cpu"):
     results = {"sum": value, "to_table": to_table, "to_weights": to_weights}
     bags = (ids, weights) if offsets is None else (ids, offsets, weights)
     for mode in ("max", "min"):
-        results[mode], results[f"slots of {mode}"] = _product._extremum.bind(
+        results[mode], results[f"slots of {mode}"] = _extremum._extremum.bind(
             table, *bags, largest=mode == "max", **options
         )
     return results

@@ -376,8 +376,16 @@ def test_rules_that_need_parameters_ask_for_them(optimizer):
         optimizer.update(gradient, optimizer.init(start()))
 
 
-@pytest.mark.parametrize("case", ["rowwise_adagrad", "adam"])
-def test_a_donated_table_moves_in_place(case, require):
+def linear(params, ids):
+    # What it gives the table doesn't depend on what is pooled.
+    pooled = jbag.embedding_bag(params["table"], ids, sparse=True)
+    return (pooled + params["bias"]).sum()
+
+
+@pytest.mark.parametrize(
+    ("case", "loss"), [("rowwise_adagrad", squares), ("adam", linear), ("sgd", linear)]
+)
+def test_a_donated_table_moves_in_place(case, loss, require):
     require("cpu")
     size = 4 * 200_000 * 16
     params = {
@@ -387,7 +395,7 @@ def test_a_donated_table_moves_in_place(case, require):
     optimizer = make(case)
 
     def step(params, state, ids):
-        gradient = jbag.grad(squares)(params, ids)
+        gradient = jbag.grad(loss)(params, ids)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -429,9 +437,23 @@ def test_bad_arguments_are_named(function, args, options, message):
         function(*args, **options)
 
 
-def test_a_seed_must_be_an_integer():
+def test_numbers_must_be_numbers():
     with pytest.raises(TypeError, match="`stochastic_rounding` must be an integer"):
         optim.adam(0.1, stochastic_rounding=0.5)
+    for wrong in ("0.1", None, True):
+        with pytest.raises(TypeError, match="`learning_rate` must be a number"):
+            optim.adam(wrong)
+    with pytest.raises(ValueError, match="`eps` must be at least 0"):
+        optim.adam(0.1, eps=np.float32(-1))
+
+
+@pytest.mark.parametrize("case", ["sgd", "rowwise_adagrad", "rowwise_adam"])
+def test_rows_of_no_features_do_not_move(case, implementation):
+    optimizer, table, ids = make(case), jnp.ones((V, 0)), jnp.array([[1, 2]])
+    gradient = squares_gradient(table, ids, implementation)
+    updates, state = optimizer.update(gradient, optimizer.init(table), table)
+    assert optax.apply_updates(table, updates).shape == (V, 0)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
 def test_a_gradient_of_another_table_is_refused():

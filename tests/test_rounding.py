@@ -48,6 +48,12 @@ def test_rounding_at_random_leaves_other_dtypes():
     np.testing.assert_array_equal(drift("float32", 3)[0], drift("float32", None)[0])
 
 
+def test_any_integer_is_a_seed():
+    np.testing.assert_array_equal(
+        drift("bfloat16", 2**40 + 3)[0], drift("bfloat16", 3)[0]
+    )
+
+
 def test_the_seed_may_be_injected():
     optimizer = optax.inject_hyperparams(optim.sgd)(0.1, stochastic_rounding=3)
     table = jnp.ones((5, 2), jnp.bfloat16)

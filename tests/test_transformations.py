@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 from oracle import MODES
 
 import jbag
-from jbag import _primitive, _product
+from jbag import _extremum, _primitive, _product
 from jbag._kernels import KERNELS
 
 IDS = jnp.array([4, 1, 2, 4, 4, 0, 3, 1, 2], jnp.int32)
@@ -271,7 +271,7 @@ def test_vmap_over_more_rows_than_ids_can_name_runs_one_by_one(implementation):
             ("bags",),
             {"average": "mean", "dtype": jnp.dtype("float32")},
         ),
-        (_product._extremum, ("bags", "winners"), {"largest": True}),
+        (_extremum._extremum, ("bags", "winners"), {"largest": True}),
     ],
 )
 def test_batches_run_one_by_one_give_the_same(

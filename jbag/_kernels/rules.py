@@ -149,7 +149,7 @@ def _ratio(a: Rows, b: Float[Array, "*rows #D"]) -> Rows:
 
 
 def _mean_square(g: Rows) -> Array:
-    return (g * g).mean(-1)
+    return (g * g).sum(-1) / max(g.shape[-1], 1)
 
 
 _COMMON = ("rate", "decay")

@@ -142,7 +142,7 @@ struct RowMover {
     A divisor = 1;
     if constexpr (kShape.narrow > 0) {
       const A squares = SumOfSquares(gradient, scale, table.width);
-      const A mean = squares / static_cast<A>(table.width);
+      const A mean = squares / static_cast<A>(Max(table.width, 1));
       divisor = rule.Divisor(mean, states[kWide] + row);
     }
     for (int i = 0; i < kWide; ++i) states[i] += row * table.width;
