@@ -236,8 +236,8 @@ def make_state(args: argparse.Namespace, batch: Batch) -> TrainState:
         lambda path, _: "tables" if path[-1].key == "embedding" else "networks", params
     )
     tx = optax.partition(optimizers, labels)
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-    return jbag.to_huge_pages(state)  # Rows are read at random: faster from there.
+    params = jbag.to_huge_pages(params)  # Rows are read at random: faster from there.
+    return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
 
 # Donated, the tables are updated where they are: ten million rows are never copied.

@@ -177,9 +177,9 @@ def plan(program: Program) -> Plan:
                 if not _is_literal(ins[1]) and ins[1] in cuts:
                     reached -= {("cut", ins[1])}
                     taps[outs[0]] = Tap(cuts[ins[1]], equation)
-            avals: list[Any] = [variable.aval for variable in equation.outvars]
-            for out, aval in zip(outs, avals, strict=True):
-                if jnp.issubdtype(aval.dtype, jnp.inexact):
+            for out, variable in zip(outs, equation.outvars, strict=True):
+                dtype = getattr(variable.aval, "dtype", jnp.int32)
+                if jnp.issubdtype(dtype, jnp.inexact):
                     sources[out] = reached
 
     visit(program)

@@ -197,24 +197,24 @@ def linen_call(case: Case) -> Call:
 
 
 def nnx_call(case: Case) -> Call:
-    """Use jbag's module for NNX, and NNX's optimizer."""
+    """Use jbag's module for NNX, and NNX's optimizer; `nnx.jit` splits every time."""
     table = case.uniform(case.workload.V)
     bag = jbag.nnx.EmbeddingBag.from_pretrained(table, False, sparse=True, **OPTIONS)
     optimizer = nnx.Optimizer(bag, case.optimizer.jbag, wrt=nnx.Param)
+    graph, state = nnx.split((bag, optimizer))
 
-    @functools.partial(nnx.jit, donate_argnums=(0, 1))
-    def move(bag: Any, optimizer: Any, cotangent: jax.Array, *batch: jax.Array) -> Any:
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: Any, cotangent: jax.Array, *batch: jax.Array) -> Any:
+        bag, optimizer = nnx.merge(graph, state)
+
         def loss(bag: Any) -> jax.Array:
             return jnp.vdot(bag(*batch), cotangent)
 
         value, gradient = jbag.value_and_grad(loss)(bag)
         optimizer.update(bag, gradient)
-        return value
+        return nnx.state((bag, optimizer)), value
 
-    def step(trained: Any, *batch: jax.Array) -> Any:
-        return trained, move(*trained, *batch)
-
-    return jax_call(case, step, (bag, optimizer), lambda t: t[0].embedding)
+    return jax_call(case, step, state, lambda state: state[0]["embedding"])
 
 
 def torch_call(case: Case) -> Call:
