@@ -172,7 +172,7 @@ void CheckUpdates(const Kernels& kernels, uint64_t seed) {
       double squares = 0;
       for (const double x : g) squares += x * x;
       double& state = after[1 + shape.wide][row];
-      squares /= static_cast<double>(c.width);
+      squares /= static_cast<double>(std::max<int64_t>(c.width, 1));
       row_state = state = MovedRow(shape.rule, state, squares, n);
     }
     for (int64_t d = 0; d < c.width; ++d) {
