@@ -20,6 +20,12 @@ def add_decayed_weights(weight_decay: float) -> optax.GradientTransformation:
 
     Of a table with a row-sparse gradient, to the rows that the batch names. It stands
     before an optimizer, in `optax.chain`, and needs the parameters.
+
+    Example:
+      >>> decay = jbag.optim.add_decayed_weights(0.5)
+      >>> rows = jbag.RowSparse.from_rows([3], jnp.ones((1, 2)), num_embeddings=5)
+      >>> decay.update(rows, decay.init(None), jnp.ones((5, 2)))[0].values
+      Array([[1.5, 1.5]], dtype=float32)
     """
     check_at_least_zero(weight_decay=weight_decay)
 
@@ -42,7 +48,14 @@ def add_decayed_weights(weight_decay: float) -> optax.GradientTransformation:
 
 
 def clip_by_row_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scale each row of a row-sparse gradient down to a norm; leave other gradients."""
+    """Scale each row of a row-sparse gradient down to a norm; leave other gradients.
+
+    Example:
+      >>> clip = jbag.optim.clip_by_row_norm(1.0)
+      >>> rows = jbag.RowSparse.from_rows([3], jnp.array([[3.0, 4.0]]), 5)
+      >>> clip.update(rows, clip.init(None))[0].values.round(3)
+      Array([[0.6, 0.8]], dtype=float32)
+    """
     check_at_least_zero(max_norm=max_norm)
 
     def clip(gradient: Any) -> Any:
@@ -61,6 +74,11 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Scale all gradients down to a norm over all of them, `global_norm`.
 
     It is `optax.clip_by_global_norm` for trees in which some leaves are `RowSparse`.
+
+    Example:
+      >>> optimizer = optax.chain(
+      ...     jbag.optim.clip_by_global_norm(1.0), jbag.optim.adagrad(0.1)
+      ... )
     """
     check_at_least_zero(max_norm=max_norm)
 

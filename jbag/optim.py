@@ -116,6 +116,11 @@ def adagrad(
     References:
       Duchi et al., Adaptive Subgradient Methods for Online Learning and Stochastic
       Optimization, 2011.
+
+    Example:
+      >>> state = jbag.optim.adagrad(0.5).init(jnp.ones((5, 2)))
+      >>> state.states["total"].shape
+      (5, 2)
     """
     return transformation(
         "adagrad",
@@ -145,6 +150,11 @@ def rowwise_adagrad(
     References:
       Naumov et al., Deep Learning Recommendation Model for Personalization and
       Recommendation Systems, 2019. FBGEMM, `EXACT_ROWWISE_ADAGRAD`.
+
+    Example:
+      >>> state = jbag.optim.rowwise_adagrad(0.5).init(jnp.ones((5, 2)))
+      >>> state.states["total"].shape
+      (5,)
     """
     return transformation(
         "rowwise_adagrad",
@@ -186,6 +196,10 @@ def adam(
 
     References:
       Kingma and Ba, Adam: A Method for Stochastic Optimization, 2014.
+
+    Example:
+      >>> schedule = optax.linear_schedule(0.01, 0.0, transition_steps=1000)
+      >>> optimizer = jbag.optim.adam(schedule, weight_decay=0.1)
     """
     numbers = {"eps": eps, "b1": b1, "b2": b2}
     return transformation(
@@ -209,6 +223,11 @@ def rowwise_adam(
 
     References:
       FBGEMM, `PARTIAL_ROWWISE_ADAM`.
+
+    Example:
+      >>> state = jbag.optim.rowwise_adam(0.01, b1=0).init(jnp.ones((5, 2)))
+      >>> {name: x.shape for name, x in state.states.items()}
+      {'v': (5,)}
     """
     numbers = {"eps": eps, "b1": b1, "b2": b2}
     rule = "rowwise_rmsprop" if is_zero(b1) else "rowwise_adam"
@@ -247,6 +266,9 @@ def ftrl(
 
     References:
       McMahan et al., Ad Click Prediction: a View from the Trenches, 2013.
+
+    Example:
+      >>> optimizer = jbag.optim.ftrl(0.1, l1=1e-4)
     """
 
     def first_z(w: Array) -> Array:
