@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jbag._kernels.xla import accumulation_dtype, take
-from jbag._rows import RowSparse, Term, is_rows
+from jbag._rows import RowSparse, is_rows
 from jbag._rowwise import check_at_least_zero
 
 
@@ -34,10 +33,7 @@ def add_decayed_weights(weight_decay: float) -> optax.GradientTransformation:
             return gradient + weight_decay * parameter
         gradient = gradient.coalesce()
         rows = take(parameter, gradient.indices, 0).astype(gradient.values.dtype)
-        values = gradient.values + weight_decay * rows
-        return dataclasses.replace(
-            gradient, terms=(Term(values, gradient.indices[:, None]),), applied=None
-        )
+        return gradient.with_values(gradient.values + weight_decay * rows)
 
     def update(updates: Any, params: Any) -> Any:
         if params is None:

@@ -183,12 +183,15 @@ class RowSparse:
             transposed_product, num_embeddings=num_embeddings, dtype=self.dtype
         )
 
+    def with_values(self, values: Float[Array, "N D"]) -> RowSparse:
+        """Return it with other rows at the same indices."""
+        term = Term(values, self.indices[:, None])
+        return dataclasses.replace(self, terms=(term,), applied=None)
+
     def scale_rows(self, scale: Float[Array, " N"]) -> RowSparse:
         """Return it with each of the `values` times its number."""
-        indices, values = self._rows()
-        scaled = values * scale.astype(values.dtype)[:, None]
-        term = Term(scaled, indices[:, None])
-        return dataclasses.replace(self, terms=(term,), applied=None)
+        values = self.values
+        return self.with_values(values * scale.astype(values.dtype)[:, None])
 
     def joined(self) -> Term:
         """Return one term that is the sum of all."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 from jbag._kernels.rules import RULES, step
 from jbag._kernels.xla import accumulation_dtype, take
 from jbag._pages import to_huge_pages
-from jbag._rows import RowSparse, Term, is_rows
+from jbag._rows import RowSparse, is_rows
 from jbag._update import update_rows
 from jbag._validation import check_integer
 
@@ -135,9 +135,7 @@ def _move_rows(
     delta, _ = _step_rows(rule, gradient, table, states, scalars)
     if noise is not None:
         wide = [take(x, delta.indices, 0).astype(jnp.float32) for x in (table, moved)]
-        delta = dataclasses.replace(
-            delta, terms=(Term(wide[1] - wide[0], delta.indices[:, None]),)
-        )
+        delta = delta.with_values(wide[1] - wide[0])
     return dataclasses.replace(delta, applied=(table, moved)), tuple(moved_states)
 
 
@@ -161,8 +159,7 @@ def _step_rows(
         state.at[indices].set(x, mode="drop", indices_are_sorted=True)
         for state, x in zip(states, after, strict=True)
     )
-    term = Term(delta, indices[:, None])
-    return dataclasses.replace(gradient, terms=(term,)), moved
+    return gradient.with_values(delta), moved
 
 
 def _move(
