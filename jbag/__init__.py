@@ -17,6 +17,7 @@ from jbag._segments import offsets_to_segment_ids as offsets_to_segment_ids
 from jbag._segments import segment_ids_to_offsets as segment_ids_to_offsets
 
 if TYPE_CHECKING:
+    from jbag import data as data
     from jbag import linen as linen
     from jbag import nnx as nnx
     from jbag import optim as optim
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from jbag.linen import to_torch as to_torch
 
 # Flax and Optax take longer to import than the function needs: loaded on use.
-_MODULES = ("linen", "nnx", "optim")
+_MODULES = ("data", "linen", "nnx", "optim")
 _FROM_LINEN = ("EmbeddingBag", "from_torch", "to_torch")
 
 
