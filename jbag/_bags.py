@@ -361,7 +361,7 @@ def _flat_ids(indices: Integers) -> AnyArray:
     if ids.ndim != 1:
         raise ValueError(f"`indices` must be [N]; got shape {ids.shape}.")
     narrow = to_index_dtype(ids)
-    if on_host(ids) and not np.array_equal(narrow, ids):
+    if narrow is not ids and on_host(ids) and not np.array_equal(narrow, ids):
         at = int(np.argmax(narrow != ids))
         raise IndexError(
             f"`indices` must fit in {narrow.dtype}; got {ids[at]} at position {at}."

@@ -26,11 +26,12 @@ Nothing is dropped unless asked for: the last batch is filled up with empty bags
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -77,9 +78,9 @@ def batches(
       start: how many items of the epoch to skip, as after a restart.
       capacity: N. None takes one for all epochs: the mean size of a batch and six
         standard deviations, rounded up by `jbag.bucket`; or more in an epoch that has
-        a larger batch. A number is that capacity. A function of the number of ids, such
-        as `jbag.bucket`, is called for each item: less to copy, a few more shapes. Or a
-        tree of these, as `bags` is.
+        a larger batch, which few have, if any. A number is that capacity. A function of
+        the number of ids, such as `jbag.bucket`, is called for each item: fewer empty
+        slots, a few more shapes. Or a tree of these, as `bags` is.
       drop_remainder: leave out the last batch, and the last stack, unless it is full.
       steps: None yields batches; K yields stacks of K of them, to `jax.lax.scan` over,
         the last one filled up with batches of empty bags; "epoch" yields one stack.
@@ -205,7 +206,7 @@ class Batches:
         make = functools.partial(self._make, x64=x64)
         items = range(self._start, len(self._positions))
         if self._options.prefetch:
-            return _prefetched(make, items, self._options.prefetch)
+            return _Prefetched(make, items, self._options.prefetch)
         return map(make, items)
 
     def _capacity(self, leaf: int) -> _batching.Capacity:
@@ -241,24 +242,38 @@ class Batches:
             return jax.device_put(batch, self._options.device)
 
 
-def _prefetched(
-    make: Callable[[int], Batch], items: range, ahead: int
-) -> Iterator[Batch]:
+class _Prefetched:
     """Yield `make(item)` of each, made by a thread, `ahead` of them before their time.
 
-    The thread ends with the generator.
+    The thread ends with the iterator. It is a class, as a generator that is left behind
+    in a cycle or at the end of the program is closed on any thread, and too late.
     """
-    with contextlib.ExitStack() as stack:
-        executor = concurrent.futures.ThreadPoolExecutor(1, "jbag.data")
-        stack.callback(executor.shutdown, cancel_futures=True)
-        futures: collections.deque[concurrent.futures.Future[Batch]]
-        futures = collections.deque()
-        for item in items:
-            futures.append(executor.submit(make, item))
-            if len(futures) > ahead:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
+
+    def __init__(
+        self, make: Callable[[int], Batch], items: Iterable[int], ahead: int
+    ) -> None:
+        self._make, self._items, self._ahead = make, iter(items), ahead
+        self._futures: deque[concurrent.futures.Future[Batch]] = deque()
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "jbag.data")
+        self._end = weakref.finalize(
+            self, self._executor.shutdown, wait=False, cancel_futures=True
+        )
+
+    def __iter__(self) -> _Prefetched:
+        return self
+
+    def __next__(self) -> Batch:
+        for item in itertools.islice(self._items, self._ahead + 1 - len(self._futures)):
+            self._futures.append(self._executor.submit(self._make, item))
+        try:
+            if self._futures:
+                return self._futures.popleft().result()
+            raise StopIteration
+        except BaseException:
+            self._items = iter(())
+            self._futures.clear()
+            self._end()
+            raise
 
 
 def _check_shard(shard: Any) -> tuple[int, int]:

@@ -1,0 +1,721 @@
+"""Batches of a data set: what is in them, their shapes, and the way through Grain."""
+
+import copy
+import gc
+import itertools
+import math
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+
+import jbag
+from jbag import Bags
+from jbag.data import Batch, Collate, Example, Source, batches
+
+
+def make_lists(size, mean_length, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.geometric(1 / (mean_length + 1), size) - 1
+    lists = [rng.integers(0, 1000, length).tolist() for length in lengths]
+    weights = [np.round(rng.random(len(row)), 3).tolist() for row in lists]
+    return lists, weights
+
+
+LISTS, WEIGHTS = make_lists(23, 4)
+LABELS = np.arange(23) * 10
+BAGS = Bags.from_lists(LISTS, WEIGHTS)
+
+
+def flat(batch):
+    """Return (ids, weights, label, position) of each example in a batch."""
+    offsets = batch.bags.offsets.tolist()
+    rows = []
+    for b, (start, end) in enumerate(itertools.pairwise(offsets)):
+        if batch.mask[b]:
+            rows.append(
+                (
+                    batch.bags.indices[start:end].tolist(),
+                    batch.bags.weights[start:end].tolist(),
+                    int(batch.arrays[b]),
+                    int(batch.positions[b]),
+                )
+            )
+    return rows
+
+
+def expected(position, lists=LISTS, weights=WEIGHTS, labels=LABELS):
+    rounded = np.asarray(weights[position], np.float32).tolist()
+    return lists[position], rounded, int(labels[position]), position
+
+
+def same(actual, other):
+    assert jax.tree.structure(actual) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, actual, other)
+
+
+def shapes(tree):
+    return jax.tree.leaves(jax.tree.map(lambda x: f"{x.dtype}{x.shape}", tree))
+
+
+def test_without_a_seed_the_order_is_that_of_the_data_set():
+    stream = batches(BAGS, LABELS, batch_size=5)
+    assert len(stream) == 5
+    for number, batch in enumerate(stream):
+        positions = range(number * 5, min(number * 5 + 5, 23))
+        assert flat(batch) == [expected(i) for i in positions]
+    same(list(stream), list(stream))
+
+
+@pytest.mark.parametrize("steps", [None, 3, "epoch"])
+@pytest.mark.parametrize("mean_length", [0, 1, 7, 300])
+@pytest.mark.parametrize("seed", [None, 0])
+def test_batches_hold_what_numpy_shuffled(mean_length, seed, steps):
+    lists, weights = make_lists(47, mean_length)
+    labels = np.arange(47) + 5
+    bags = Bags.from_lists(lists, weights).pad_to(20_000)
+    order = np.arange(47)
+    if seed is not None:
+        order = np.random.default_rng((seed, 4)).permutation(47)
+    stream = batches(bags, labels, batch_size=6, seed=seed, epoch=4, steps=steps)
+    items = list(stream)
+    assert len(items) == len(stream) == {None: 8, 3: 3, "epoch": 1}[steps]
+    if steps is not None:
+        items = [
+            jax.tree.map(lambda x, k=k: x[k], s)
+            for s in items
+            for k in range(len(s.mask))
+        ]
+    found = [flat(batch) for batch in items]
+    wanted = [expected(int(i), lists, weights, labels) for i in order]
+    assert found[:8] == [wanted[i : i + 6] for i in range(0, 47, 6)]
+    assert not any(found[8:])
+
+
+def test_filled_up_batches_are_empty_where_nothing_is():
+    pad = jnp.bfloat16
+    arrays = {"x": np.ones((23, 2, 3), pad), "y": (np.ones(23, bool), LABELS + 1)}
+    *_, last = batches(BAGS, arrays, batch_size=10, seed=3, capacity=100)
+    np.testing.assert_array_equal(last.mask, [True] * 3 + [False] * 7)
+    np.testing.assert_array_equal(last.positions[3:], -1)
+    assert last.arrays["x"].shape == (10, 2, 3)
+    assert last.arrays["x"].dtype == pad
+    for array in jax.tree.leaves(last.arrays):
+        assert array[:3].all()
+        assert not array[3:].any()
+    used = last.bags.offsets[3]
+    assert used == sum(len(LISTS[i]) for i in last.positions[:3])
+    np.testing.assert_array_equal(last.bags.offsets[3:], used)
+    assert not last.bags.indices[used:].any()
+    assert not last.bags.weights[used:].any()
+
+
+def test_epochs_and_seeds_shuffle_in_their_own_ways():
+    def order(**options):
+        stream = batches(BAGS, batch_size=23, **options)
+        return tuple(next(iter(stream)).positions.tolist())
+
+    orders = {order(seed=s, epoch=e) for s in range(3) for e in range(3)}
+    assert len(orders) == 9
+    assert all(sorted(o) == list(range(23)) for o in orders)
+    assert order(seed=1, epoch=2) == order(seed=1, epoch=2)
+    assert order(epoch=0) == order(epoch=1) == tuple(range(23))
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_a_stream_goes_on_where_it_stopped(steps):
+    stream = batches(BAGS, LABELS, batch_size=4, seed=5, steps=steps)
+    whole = [item for epoch in range(3) for item in stream.at(epoch)]
+    for step in range(len(whole)):
+        epoch, start = divmod(step, len(stream))
+        rest = stream.at(epoch, start)
+        assert len(rest) == len(stream) - start
+        same(next(iter(rest)), whole[step])
+    assert list(stream.at(0, len(stream))) == []
+
+
+@pytest.mark.parametrize("outliers", [0, 2])
+@pytest.mark.parametrize("batch_size", [32, 256])
+def test_one_shape_lasts_for_epochs_and_seeds_of_skewed_lengths(batch_size, outliers):
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(3, 1, 3000).astype(int)
+    lengths[:outliers] = 20 * lengths.mean()
+    bags = Bags.from_lengths(np.zeros(lengths.sum(), np.int32), lengths)
+    capacities = set()
+    for seed in range(4):
+        stream = batches(bags, batch_size=batch_size, seed=seed)
+        for epoch in range(10):
+            capacities.add(next(iter(stream.at(epoch))).bags.capacity)
+    assert len(capacities) == 1
+    mean = batch_size * lengths.mean()
+    assert mean < capacities.pop() < (2 if batch_size == 256 else 4) * mean
+
+
+def test_an_epoch_with_a_larger_batch_than_usual_has_room_for_it():
+    # Two long bags rarely meet: an epoch in which they do needs more.
+    lengths = np.array([1000, 1000, *[1] * 2998])
+    bags = Bags.from_lengths(np.arange(lengths.sum()), lengths)
+    stream = batches(bags, batch_size=4, seed=0)
+    usual, larger = 1280, 2048
+    met = {usual: 0, larger: 0}
+    for epoch in range(3000):
+        order = np.random.default_rng((0, epoch)).permutation(3000)
+        first, second = np.flatnonzero(order < 2) // 4
+        met[larger if first == second else usual] += 1
+        if first == second:
+            batch = list(stream.at(epoch))[first]
+            assert batch.bags.capacity == larger
+            assert batch.bags.lengths.max() == 1000
+        elif epoch < 3:
+            assert {batch.bags.capacity for batch in stream.at(epoch)} == {usual}
+    assert met[larger] > 0
+
+
+def test_a_step_is_compiled_once():
+    step = jax.jit(lambda batch: jbag.embedding_bag(jnp.ones((1000, 2)), batch.bags))
+    stream = batches(BAGS, LABELS, batch_size=4, seed=0)
+    for epoch in range(3):
+        for batch in stream.at(epoch):
+            step(batch)
+    assert step._cache_size() == 1
+
+
+def test_bags_of_one_length_leave_no_slot_empty():
+    bags = Bags.from_lengths(np.arange(50), np.full(10, 5))
+    for batch in batches(bags, batch_size=4, seed=0):
+        assert batch.bags.capacity == 20
+        for k, position in enumerate(batch.positions[batch.mask]):
+            row = batch.bags.indices[5 * k : 5 * k + 5]
+            np.testing.assert_array_equal(row, np.arange(5) + 5 * position)
+
+
+def test_capacities_are_chosen_by_number_or_function():
+    used = [sum(map(len, LISTS[i : i + 5])) for i in range(0, 23, 5)]
+    capacity = partial(jbag.bucket, minimum=4)
+    for options, wanted in (
+        ({"capacity": max(used)}, [max(used)] * 5),
+        ({"capacity": lambda n: n + 1}, [n + 1 for n in used]),
+        ({"capacity": capacity}, [capacity(n) for n in used]),
+        ({}, [jbag.bucket(max(used))] * 5),
+    ):
+        stream = batches(BAGS, LABELS, batch_size=5, **options)
+        assert [batch.bags.capacity for batch in stream] == wanted
+    stream = batches(BAGS, batch_size=5, steps=2, capacity=lambda n: n)
+    wanted = [max(used[i : i + 2]) for i in range(0, 5, 2)]
+    assert [stack.bags.capacity for stack in stream] == wanted
+
+
+def test_capacity_that_is_too_small_is_an_error_before_any_batch():
+    largest = max(sum(map(len, LISTS[i : i + 5])) for i in range(0, 23, 5))
+    with pytest.raises(ValueError, match=rf"`capacity` must be .* {largest}; got 3"):
+        batches(BAGS, batch_size=5, capacity=3)
+    stream = batches(BAGS, batch_size=5, capacity=lambda n: n - 1)
+    with pytest.raises(ValueError, match=r"`capacity\(\d+\)` must be at least"):
+        list(stream)
+
+
+def test_features_that_belong_together_stay_together():
+    other, _ = make_lists(23, 9, seed=1)
+    tree = {"a": BAGS, "b": (Bags.from_lists(other),)}
+    capacity = {"a": 60, "b": (None,)}
+    for batch in batches(tree, LABELS, batch_size=4, seed=0, capacity=capacity):
+        plain = Batch(batch.bags["a"], batch.arrays, batch.mask, batch.positions)
+        assert flat(plain) == [expected(i) for i in batch.positions[batch.mask]]
+        chosen = [other[i] for i in batch.positions[batch.mask]]
+        assert batch.bags["b"][0].to_lists() == chosen + [[]] * (4 - len(chosen))
+        assert batch.bags["a"].capacity == 60
+    with pytest.raises(ValueError, match=r"`capacity\['b'\]\[0\]` must be at least"):
+        batches(tree, batch_size=4, capacity={"a": None, "b": (1,)})
+    with pytest.raises(ValueError, match="`capacity` must be one for all, or a tree"):
+        batches(tree, batch_size=4, capacity={"a": 1})
+
+
+@pytest.mark.parametrize(("steps", "items"), [(None, 5), (2, 2), ("epoch", 1)])
+def test_without_the_remainder_every_batch_is_full(steps, items):
+    stream = batches(BAGS, batch_size=4, seed=0, drop_remainder=True, steps=steps)
+    assert len(stream) == len(list(stream)) == items
+    assert all(item.mask.all() for item in stream)
+
+
+@pytest.mark.parametrize("steps", [None, 2, "epoch"])
+def test_no_examples_make_no_batches(steps):
+    for drop in (False, True):
+        stream = batches(
+            Bags.from_lists([]),
+            np.zeros(0),
+            batch_size=4,
+            steps=steps,
+            drop_remainder=drop,
+        )
+        assert len(stream) == len(list(stream)) == 0
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize("drop_remainder", [False, True])
+def test_processes_share_an_epoch(seed, steps, drop_remainder):
+    options = {"seed": seed, "steps": steps, "drop_remainder": drop_remainder}
+    whole = list(batches(BAGS, LABELS, batch_size=6, **options))
+    parts = [
+        list(batches(BAGS, LABELS, batch_size=2, shard=(index, 3), **options))
+        for index in range(3)
+    ]
+    assert [len(part) for part in parts] == [len(whole)] * 3
+    for step, *shares in zip(whole, *parts, strict=True):
+        # Side by side, the parts of a step are the step of one process.
+        joined = np.concatenate([share.positions for share in shares], -1)
+        np.testing.assert_array_equal(joined, step.positions)
+        assert shapes(shares[0]) == shapes(shares[1]) == shapes(shares[2])
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_capacities_by_function_are_agreed_by_all_processes(steps):
+    parts = [
+        batches(
+            BAGS, batch_size=2, shard=(i, 3), seed=0, steps=steps, capacity=lambda n: n
+        )
+        for i in range(3)
+    ]
+    for items in zip(*parts, strict=True):
+        assert len({item.bags.capacity for item in items}) == 1
+        assert any(
+            item.bags.offsets[..., -1].max() == item.bags.capacity for item in items
+        )
+
+
+def test_a_stack_runs_under_scan_as_its_batches_do():
+    table = jnp.arange(2000.0).reshape(1000, 2)
+
+    def step(total, batch):
+        pooled = jbag.embedding_bag(table, batch.bags, mode="sum")
+        return total + pooled.sum(where=batch.mask[:, None]), batch.mask.sum()
+
+    [stack] = batches(BAGS, LABELS, batch_size=4, seed=0, steps="epoch")
+    total, counts = jax.jit(lambda s: jax.lax.scan(step, jnp.float32(0), s))(stack)
+    wanted = sum(
+        w * (4 * i + 1)
+        for row, ws in zip(LISTS, WEIGHTS, strict=True)
+        for i, w in zip(row, ws, strict=True)
+    )
+    np.testing.assert_allclose(total, wanted, rtol=1e-5)
+    assert counts.tolist() == [4, 4, 4, 4, 4, 3]
+
+
+def threads():
+    return [t for t in threading.enumerate() if t.name.startswith("jbag.data")]
+
+
+def all_threads_end():
+    for thread in threads():
+        thread.join(10)
+    return not threads()
+
+
+@pytest.mark.parametrize("prefetch", [1, 3, 100])
+def test_prefetching_changes_nothing(prefetch):
+    options = {"batch_size": 4, "seed": 0, "steps": 2}
+    stream = batches(BAGS, LABELS, prefetch=prefetch, **options)
+    same(list(stream), list(batches(BAGS, LABELS, **options)))
+    assert all_threads_end()
+
+
+def test_batches_are_made_while_the_loop_is_busy():
+    made = []
+
+    def capacity(n):
+        made.append(n)
+        return n
+
+    stream = batches(BAGS, batch_size=2, prefetch=3, capacity=capacity)
+    assert not threads()
+    iterator = iter(stream)
+    next(iterator)
+    deadline = time.monotonic() + 10
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.01)
+    assert len(made) == 4  # the one taken, and three ahead
+    del iterator
+    assert all_threads_end()
+
+
+def test_the_thread_ends_when_the_loop_stops_early():
+    stream = batches(BAGS, batch_size=2, prefetch=2)
+    for _ in stream:
+        assert threads()
+        break
+    gc.collect()
+    assert all_threads_end()
+    ring = {"iterator": iter(stream)}
+    ring["self"] = ring
+    next(ring["iterator"])
+    assert threads()
+    del ring
+    gc.collect()
+    assert all_threads_end()
+
+
+def test_an_error_in_the_thread_reaches_the_loop():
+    def capacity(n):
+        made.append(n)
+        if len(made) == 3:
+            raise RuntimeError("no room")
+        return n
+
+    made, seen = [], []
+    stream = batches(BAGS, batch_size=2, prefetch=1, capacity=capacity)
+    iterator = iter(stream)
+    with pytest.raises(RuntimeError, match="no room"):
+        seen.extend(iterator)
+    assert len(seen) == 2
+    assert next(iterator, None) is None
+    gc.collect()
+    assert all_threads_end()
+
+
+def test_a_program_that_ends_within_an_epoch_ends():
+    program = (
+        "import jbag; b = jbag.Bags.from_lists([[1]] * 100)\n"
+        "it = iter(jbag.data.batches(b, batch_size=1, prefetch=4)); next(it)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_items_are_put_on_a_device(prefetch):
+    device = jax.devices()[2]
+    options = {"batch_size": 4, "seed": 0, "prefetch": prefetch}
+    labels = LABELS.astype(np.int32)
+    stream = batches(BAGS, labels, device=device, **options)
+    for batch, other in zip(stream, batches(BAGS, labels, **options), strict=True):
+        assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(batch))
+        same(batch, other)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.usefixtures("x64")
+def test_items_on_a_device_have_the_dtypes_of_the_loop(prefetch):
+    bags = Bags.from_lists([[1, 2], [3]])
+    wide = Bags(bags.indices.astype(np.int64), bags.offsets.astype(np.int32))
+    for batch in batches(
+        wide, np.arange(2), batch_size=1, prefetch=prefetch, device=jax.devices()[0]
+    ):
+        assert batch.arrays.dtype == batch.bags.indices.dtype == jnp.int64
+        assert batch.positions.dtype == batch.bags.offsets.dtype == jnp.int32
+
+
+def test_a_stack_gives_each_device_a_batch():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P("data"))
+    table = jnp.arange(2000.0).reshape(1000, 2)
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
+    def pool(stack):
+        return jax.vmap(lambda b: jbag.embedding_bag(table, b.bags, mode="sum"))(stack)
+
+    for stack in batches(BAGS, batch_size=2, steps=4, seed=0, device=sharding):
+        assert stack.bags.indices.sharding == sharding
+        out = np.asarray(pool(stack))
+        for k, b in np.ndindex(4, 2):
+            row = expected(int(stack.positions[k, b])) if stack.mask[k, b] else ([], [])
+            wanted = sum(w * 2 * i for i, w in zip(row[0], row[1], strict=True))
+            np.testing.assert_allclose(out[k, b, 0], wanted, rtol=1e-5)
+
+
+def test_data_on_a_device_is_taken_back():
+    on_device = jax.tree.map(jnp.asarray, BAGS)
+    labels = LABELS.astype(np.int32)
+    stream = batches(on_device, jnp.asarray(labels), batch_size=4, seed=0)
+    same(list(stream), list(batches(BAGS, labels, batch_size=4, seed=0)))
+
+
+def test_what_a_loop_does_to_a_batch_stays_in_it():
+    stream = batches(BAGS, LABELS, batch_size=5)
+    before = copy.deepcopy(list(stream))
+    for batch in stream:
+        for leaf in jax.tree.leaves(batch):
+            leaf[:] = 0
+    same(list(stream), before)
+
+
+def test_an_epoch_is_packed_without_a_loop_over_ids():
+    rng = np.random.default_rng(0)
+    for mean_length in (5, 500):
+        lengths = rng.poisson(mean_length, 4_000_000 // mean_length)
+        ids = rng.integers(0, 1000, lengths.sum()).astype(np.int32)
+        stream = batches(Bags.from_lengths(ids, lengths), batch_size=4096, seed=0)
+        start = time.perf_counter()
+        assert sum(int(batch.bags.offsets[-1]) for batch in stream) == lengths.sum()
+        # A loop over ids takes many times this; tighter bounds fail on a busy machine.
+        assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"bags": LISTS}, TypeError, "`bags` must be Bags, .* got list. .*from_lists"),
+        ({"bags": None}, TypeError, "`bags` must be Bags, .* got NoneType"),
+        ({"bags": {}}, TypeError, r"`bags` must be Bags, or hold some; got {}"),
+        (
+            {"bags": {"a": [BAGS]}},
+            TypeError,
+            r"`bags\['a'\]` must be Bags, .* got list",
+        ),
+        ({"bags": {"a": 3}}, TypeError, r"`bags\['a'\]` must be Bags"),
+        (
+            {"bags": {"a": BAGS, "b": Bags.from_lists([[1]])}},
+            ValueError,
+            r"`bags\['b'\]` must hold 23 bags, as `bags\['a'\]`; got 1",
+        ),
+        (
+            {"bags": Bags(np.zeros((2, 3), np.int32), np.zeros((2, 2), np.int32))},
+            ValueError,
+            "`bags` must be one batch",
+        ),
+        (
+            {"bags": Bags(np.zeros(3, np.int32), np.array([0, 4]))},
+            ValueError,
+            "`offsets` must not pass the end",
+        ),
+        ({"bags": Bags(np.zeros(3), np.array([0, 3]))}, TypeError, "`indices` must"),
+        ({"arrays": [1] * 23}, TypeError, r"`arrays\[0\]` must be an array with the"),
+        ({"arrays": np.int32(3)}, TypeError, "`arrays` must be an array with the"),
+        (
+            {"arrays": {"y": np.zeros((22, 23))}},
+            ValueError,
+            r"`arrays\['y'\]` must have the length of `bags`, 23; got shape \(22, 23\)",
+        ),
+        ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1; got 0"),
+        ({"batch_size": 2.0}, TypeError, "`batch_size` must be an integer; got 2.0"),
+        ({"seed": -1}, ValueError, "`seed` must be at least 0; got -1"),
+        ({"seed": jax.random.key(0)}, TypeError, "`seed` must be an integer"),
+        ({"epoch": -1}, ValueError, "`epoch` must be at least 0; got -1"),
+        ({"epoch": None}, TypeError, "`epoch` must be an integer; got None"),
+        ({"start": 7}, ValueError, r"`start` must be in \[0, 7\); got 7"),
+        ({"start": True}, TypeError, "`start` must be an integer; got True"),
+        ({"capacity": -1}, ValueError, "`capacity` must be at least 0; got -1"),
+        ({"capacity": 2.5}, TypeError, "`capacity` must be an integer; got 2.5"),
+        ({"drop_remainder": 1}, TypeError, "`drop_remainder` must be True or False"),
+        (
+            {"drop_remainder": True, "batch_size": 24},
+            ValueError,
+            "`drop_remainder` must leave something: there are 23 .* full with 24",
+        ),
+        (
+            {"drop_remainder": True, "steps": 3, "shard": (0, 2)},
+            ValueError,
+            "there are 23 examples, .* full with 24",
+        ),
+        ({"steps": 0}, ValueError, "`steps` must be at least 1; got 0"),
+        ({"steps": "all"}, ValueError, "`steps` must be .* got 'all'"),
+        ({"steps": 1.5}, TypeError, "`steps` must be an integer; got 1.5"),
+        ({"shard": 3}, TypeError, r"`shard` must be \(index, count\); got 3"),
+        ({"shard": (2, 2)}, ValueError, r"`shard\[0\]` must be in \[0, 2\); got 2"),
+        ({"shard": (0, 0)}, ValueError, r"`shard\[1\]` must be at least 1; got 0"),
+        ({"shard": (0.0, 1)}, TypeError, r"`shard\[0\]` must be an integer"),
+        ({"prefetch": -1}, ValueError, "`prefetch` must be at least 0; got -1"),
+        ({"prefetch": True}, TypeError, "`prefetch` must be an integer; got True"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        batches(**{"bags": BAGS, "arrays": LABELS, "batch_size": 4, **arguments})
+
+
+def test_traced_bags_are_an_error():
+    with pytest.raises(TypeError):
+        jax.jit(lambda bags: list(batches(bags, batch_size=4)))(BAGS)
+
+
+def test_a_source_gives_each_example():
+    source = Source(BAGS, {"y": LABELS})
+    assert len(source) == 23
+    for at, example in enumerate(source):
+        ids, weights, label, _ = expected(at)
+        assert example.ids.tolist() == ids
+        assert example.weights.tolist() == weights
+        assert (example.arrays["y"], example.position) == (label, at)
+    same(source[-1], source[22])
+    assert np.shares_memory(source[0].ids, BAGS.indices)
+    same(list(pickle.loads(pickle.dumps(source))), list(source))
+    assert Source(Bags.from_lists(LISTS))[0][1:] == (None, None, 0)
+    assert repr(source) == "jbag.data.Source(23 examples)"
+    with pytest.raises(IndexError):
+        source[23]
+    with pytest.raises(TypeError, match="`position` must be an integer"):
+        source[1:2]
+
+
+def test_collating_a_source_gives_what_batches_gives():
+    tree = {"a": BAGS, "b": (Bags.from_lists(LISTS[::-1]),)}
+    arrays = (LABELS, {"x": np.ones((23, 2), np.float16)})
+    source, collate = Source(tree, arrays), Collate(5, capacity={"a": 60, "b": (70,)})
+    collate = pickle.loads(pickle.dumps(collate))
+    stream = batches(tree, arrays, batch_size=5, capacity=collate.capacity)
+    for at, batch in enumerate(stream):
+        chosen = range(at * 5, min(at * 5 + 5, 23))
+        same(collate([source[i] for i in chosen]), batch)
+
+
+def test_collating_takes_ids_alone_and_tuples():
+    lists = [[1, 2], [], [3]]
+    bags = Bags.from_lists(lists, capacity=64, num_bags=4)
+    mask = np.array([True, True, True, False])
+    same(Collate(4)(lists), Batch(bags, None, mask))
+    same(
+        Collate(4)([np.array(row, np.int32) for row in lists]), Batch(bags, None, mask)
+    )
+    labels = np.array([5, 6, 7, 0], np.int32)
+    pairs = list(zip(lists, [5, 6, 7], strict=True))
+    same(Collate(4)(pairs), Batch(bags, labels, mask))
+    weighted = [(row, {"y": 0.5}, [2.0] * len(row)) for row in lists]
+    batch = Collate(4)(weighted)
+    np.testing.assert_array_equal(batch.bags.weights[:3], 2)
+    np.testing.assert_array_equal(batch.arrays["y"], np.float32([0.5] * 3 + [0]))
+    assert batch.bags.weights.dtype == batch.arrays["y"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("examples", "error", "message"),
+    [
+        ([], ValueError, "`examples` must be 1 to 3, the `batch_size`; got 0"),
+        ([[1]] * 4, ValueError, "`examples` must be 1 to 3, the `batch_size`; got 4"),
+        ([(1, 2)], TypeError, r"`ids\[0\]` must be a list; got 1"),
+        ([[1], None], TypeError, r"`ids\[1\]` must be a list; got None"),
+        (
+            [[1], (2,) * 5],
+            TypeError,
+            r"`examples\[1\]` must be ids, or a tuple .* of 5",
+        ),
+        ([[1], {"a": [1]}], ValueError, "`ids` must be the same tree in all"),
+        ([[1.5]], TypeError, "must hold integers"),
+        ([[[1, 2]]], ValueError, "got deeper lists"),
+        ([[0] * 9], ValueError, "`capacity` must be .* batch, 9; got 8"),
+        ([([1], 0), [1]], ValueError, "`arrays` must be the same tree in all"),
+        (
+            [([1], np.zeros(2)), ([1], np.zeros(3))],
+            ValueError,
+            r"`arrays` must have one shape in all examples; got \[\(2,\), \(3,\)\]",
+        ),
+        (
+            [([1], None, [1.0]), [1]],
+            TypeError,
+            r"`weights\[1\]` must be a list; got None",
+        ),
+        (
+            [([1], None, [1.0, 2.0])],
+            ValueError,
+            r"`weights\[0\]` must have the length",
+        ),
+        (
+            [Example({"a": [1]}, weights=[1.0])],
+            ValueError,
+            "`weights` must be a tree as `ids`",
+        ),
+    ],
+)
+def test_bad_examples_are_named(examples, error, message):
+    with pytest.raises(error, match=message):
+        Collate(3, capacity=8)(examples)
+
+
+def test_bad_collations_are_named():
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1; got 0"):
+        Collate(0)
+    with pytest.raises(TypeError, match=r"`capacity` must be an integer; got 1\.5"):
+        Collate(3, 1.5)
+    with pytest.raises(ValueError, match="`capacity` must be one for all, or a tree"):
+        Collate(3, {"a": 8})([[1]])
+
+
+def test_grain_takes_the_source_and_the_collation():
+    source = Source(BAGS, LABELS)
+    assert isinstance(source, grain.sources.RandomAccessDataSource)
+    shuffled = grain.MapDataset.source(source).seed(0).shuffle()
+    collate = Collate(4, capacity=64)
+    for pipeline in (
+        shuffled.batch(4, batch_fn=collate),
+        shuffled.batch(4, batch_fn=collate).to_iter_dataset(),
+        shuffled.to_iter_dataset().batch(4, batch_fn=collate),
+    ):
+        found = list(pipeline)
+        assert [int(batch.mask.sum()) for batch in found] == [4, 4, 4, 4, 4, 3]
+        rows = [row for batch in found for row in flat(batch)]
+        assert sorted(row[3] for row in rows) == list(range(23))
+        assert rows == [expected(row[3]) for row in rows]
+        assert len({str(shapes(batch)) for batch in found}) == 1
+    twice = shuffled.repeat(2).batch(4, drop_remainder=True, batch_fn=collate)
+    assert len(list(twice)) == len(twice) == 11
+    stacks = list(shuffled.batch(4, batch_fn=collate).to_iter_dataset().batch(2))
+    assert [stack.bags.indices.shape for stack in stacks] == [(2, 64)] * 3
+
+
+def test_grain_resumes_and_filters():
+    kept = grain.MapDataset.source(Source(BAGS, LABELS)).seed(1).shuffle()
+    pipeline = (
+        kept.to_iter_dataset()
+        .filter(lambda example: len(example.ids) > 2)
+        .map(lambda example: example._replace(ids=example.ids[:2], weights=None))
+        .batch(3, batch_fn=Collate(3))
+    )
+    iterator = iter(pipeline)
+    next(iterator)
+    state = iterator.get_state()
+    wanted = next(iterator)
+    iterator.set_state(state)
+    same(next(iterator), wanted)
+    assert wanted.bags.lengths.tolist() == [2, 2, 2]
+    for row, position in zip(wanted.bags.to_lists(), wanted.positions, strict=True):
+        assert row == LISTS[position][:2]
+
+
+def test_grain_packs_in_workers_of_its_own():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # which Grain's workers ask for
+    pipeline = (
+        grain.MapDataset.source(Source(BAGS, LABELS))
+        .batch(4, batch_fn=Collate(4, capacity=64))
+        .to_iter_dataset()
+        .mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=1))
+    )
+    step = jax.jit(
+        lambda batch: jbag.embedding_bag(jnp.ones((1000, 1)), batch.bags, mode="sum")
+    )
+    positions = []
+    for batch in pipeline:
+        wanted = [math.fsum(row[1]) for row in flat(batch)]
+        pooled = step(batch)[batch.mask, 0]
+        np.testing.assert_allclose(pooled, wanted, rtol=1e-5)
+        positions += batch.positions[batch.mask].tolist()
+    assert positions == list(range(23))
+    assert step._cache_size() == 1
+
+
+def test_batches_import_neither_grain_nor_flax():
+    check = (
+        "import sys, jbag; jbag.data.batches; "
+        "assert not {'grain', 'flax', 'optax', 'torch'} & set(sys.modules), 'imported'"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+@pytest.mark.parametrize("name", ["Batch", "Batches", "Collate", "Example", "Source"])
+def test_names_have_an_example(name):
+    assert ">>>" in getattr(jbag.data, name).__doc__
+    assert ">>>" in batches.__doc__
