@@ -2,18 +2,24 @@
 
 A data set is one `Bags`, with its examples end to end on the host, and a tree of
 arrays that have the examples on their first axis. `batches` shuffles it, cuts it and
-packs it::
+packs it:
 
-    stream = jbag.data.batches(bags, labels, batch_size=256, seed=0, prefetch=2)
-    for epoch in range(10):
-        for batch in stream.at(epoch):
-            params, state = step(params, state, batch)
+    >>> texts = jbag.Bags.from_lists([[1, 2], [3], [4, 5, 6]])
+    >>> labels = np.array([0, 1, 1])
+    >>> stream = jbag.data.batches(texts, labels, batch_size=2, seed=0, prefetch=2)
+    >>> for epoch in range(2):
+    ...     for batch in stream.at(epoch):
+    ...         print(epoch, batch.bags.num_bags, batch.bags.capacity, batch.mask)
+    0 2 64 [ True  True]
+    0 2 64 [ True False]
+    1 2 64 [ True  True]
+    1 2 64 [ True False]
 
 For Grain, with its own shuffling, transformations, workers and checkpoints, `Source`
 gives the examples and `Collate` packs them::
 
     pipeline = (
-        grain.MapDataset.source(jbag.data.Source(bags, labels))
+        grain.MapDataset.source(jbag.data.Source(texts, labels))
         .seed(0)
         .shuffle()
         .batch(256, batch_fn=jbag.data.Collate(256))
@@ -90,7 +96,8 @@ def batches(
       prefetch: how many items a thread prepares ahead; 0 starts no thread.
       device: where to put items: a device or `Sharding`, or a tree of them, as
         `jax.device_put` takes. None leaves them on the host. Sharded on its first axis,
-        a stack of K gives K devices a batch each.
+        a stack of K gives K devices a batch each; those of several processes are put
+        together by `jax.make_array_from_process_local_data`.
 
     Returns:
       `Batches`, which yield a `Batch` for each item whenever they are iterated.
