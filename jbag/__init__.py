@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from jbag import linen as linen
     from jbag import nnx as nnx
     from jbag import optim as optim
+    from jbag import text as text
     from jbag.linen import EmbeddingBag as EmbeddingBag
     from jbag.linen import from_torch as from_torch
     from jbag.linen import to_torch as to_torch
 
 # Flax and Optax take longer to import than the function needs: loaded on use.
-_MODULES = ("data", "linen", "nnx", "optim")
+_MODULES = ("data", "linen", "nnx", "optim", "text")
 _FROM_LINEN = ("EmbeddingBag", "from_torch", "to_torch")
 
 

@@ -1,0 +1,186 @@
+"""The reader of texts in C++. Its source is `csrc/text.h`; it uses every core."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.resources
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jbag._text.plan import Plan, Split, character_classes, from_utf8, to_utf8
+
+
+class _Texts(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_char_p),
+        ("starts", ctypes.c_void_p),
+        ("num", ctypes.c_int64),
+    )
+
+
+class _Split(ctypes.Structure):
+    _fields_ = (
+        ("classes", ctypes.c_void_p),
+        ("num_classes", ctypes.c_int64),
+        ("skip", ctypes.c_char_p),
+        ("skip_size", ctypes.c_int64),
+        ("end", ctypes.c_char_p),
+        ("end_size", ctypes.c_int64),
+    )
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = (
+        ("ngrams", ctypes.c_int64),
+        ("buckets", ctypes.c_int64),
+        ("first_bucket", ctypes.c_int64),
+        ("min_subword", ctypes.c_int64),
+        ("max_subword", ctypes.c_int64),
+        ("bucket_rows", ctypes.c_void_p),
+    )
+
+
+class Vocabulary:
+    """Words, each of which has the row of its place."""
+
+    def __init__(self, words: Sequence[bytes]) -> None:
+        packed = _Packed(words)
+        handle = _LIBRARY.jbag_text_vocabulary(packed.texts)
+        self.handle = _own(self, handle, _LIBRARY.jbag_text_free_vocabulary)
+
+    def encode(
+        self, texts: Sequence[str], split: Split, plan: Plan
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of texts [N] int32, and how many each text has [B] int64."""
+        return Corpus(texts, split, known=self).encode(None, plan)
+
+
+class Corpus:
+    """Texts read, and the words in them, in the order in which they came."""
+
+    def __init__(
+        self, texts: Sequence[str], split: Split, known: Vocabulary | None = None
+    ) -> None:
+        self._split = split
+        self._known = known
+        self._packed = packed = _Packed(to_utf8(texts, split))
+        self._classes = character_classes(split.name, ascii_only=packed.ascii_only)
+        how = _Split(
+            self._classes.ctypes.data,
+            self._classes.size,
+            split.skip,
+            len(split.skip),
+            split.end,
+            len(split.end),
+        )
+        vocabulary = known.handle if known else None
+        handle = _LIBRARY.jbag_text_read(vocabulary, packed.texts, how, _num_threads())
+        self._handle = _own(self, handle, _LIBRARY.jbag_text_free_corpus)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each word occurs, [W] int64."""
+        counts = np.empty(_LIBRARY.jbag_text_num_words(self._handle), np.int64)
+        _LIBRARY.jbag_text_counts(self._handle, counts.ctypes.data)
+        return counts
+
+    def words(self, chosen: np.ndarray) -> list[str]:
+        """Return the words of these numbers."""
+        chosen = np.ascontiguousarray(chosen, np.int64)
+        arguments = (self._handle, chosen.ctypes.data, chosen.size)
+        letters = np.empty(_LIBRARY.jbag_text_words(*arguments, None), np.uint8)
+        _LIBRARY.jbag_text_words(*arguments, letters.ctypes.data)
+        return from_utf8(letters.tobytes(), self._split).split("\n")[:-1]
+
+    def encode(
+        self, rows: np.ndarray | None, plan: Plan
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `Vocabulary.encode` does; `rows` [W] are negative for no row."""
+        rows = None if rows is None else np.ascontiguousarray(rows, np.int32)
+        bucket_rows = plan.bucket_rows
+        if bucket_rows is not None:
+            bucket_rows = np.ascontiguousarray(bucket_rows, np.int32)
+        numbers = (plan.ngrams, plan.buckets, plan.first_bucket, *plan.subwords)
+        how = (self._handle, _address(rows), _Plan(*numbers, _address(bucket_rows)))
+        offsets = np.zeros(self._packed.texts.num + 1, np.int64)
+        _check(_LIBRARY.jbag_text_measure(*how, _address(offsets[1:])))
+        lengths = offsets[1:].copy()
+        np.cumsum(lengths, out=offsets[1:])
+        indices = np.empty(offsets[-1], np.int32)
+        _check(_LIBRARY.jbag_text_write(*how, _address(offsets), _address(indices)))
+        return indices, lengths
+
+
+class _Packed:
+    """Texts end to end; what `texts` points to lives as long as this."""
+
+    def __init__(self, texts: Sequence[bytes]) -> None:
+        self._data = b"".join(texts)
+        self._starts = np.zeros(len(texts) + 1, np.int64)
+        np.cumsum(
+            np.fromiter(map(len, texts), np.int64, len(texts)), out=self._starts[1:]
+        )
+        self.ascii_only = self._data.isascii()
+        self.texts = _Texts(self._data, self._starts.ctypes.data, len(texts))
+
+
+def _address(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+def _own(owner: object, handle: int | None, free: Callable[[int], None]) -> int:
+    """Free what the library made when its owner goes."""
+    if handle is None:
+        raise MemoryError("There is no memory for the texts.")
+    weakref.finalize(owner, free, handle)
+    return handle
+
+
+def _check(failure: int) -> None:
+    if failure:
+        raise MemoryError("There is no memory for the rows of the texts.")
+
+
+def _num_threads() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _load() -> tuple[Any, str | None]:
+    """Return the library, or why there is none."""
+    package = importlib.resources.files("jbag") / "_text"
+    library = package / "libjbag_text.so"
+    if not library.is_file():
+        return None, "it is built by `pip install`, where there is a C++ compiler"
+    with importlib.resources.as_file(library) as path:
+        try:
+            functions = ctypes.CDLL(str(path))
+        except OSError as error:
+            return None, f"its library can't be loaded: {error}"
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    texts = ctypes.POINTER(_Texts)
+    plan = ctypes.POINTER(_Plan)
+    signatures = {
+        "vocabulary": (pointer, texts),
+        "free_vocabulary": (None, pointer),
+        "read": (pointer, pointer, texts, ctypes.POINTER(_Split), number),
+        "free_corpus": (None, pointer),
+        "num_words": (number, pointer),
+        "counts": (None, pointer, pointer),
+        "words": (number, pointer, pointer, number, pointer),
+        "measure": (ctypes.c_int, pointer, pointer, plan, pointer),
+        "write": (ctypes.c_int, pointer, pointer, plan, pointer, pointer),
+    }
+    for name, (result, *arguments) in signatures.items():
+        function = getattr(functions, f"jbag_text_{name}")
+        function.restype = result
+        function.argtypes = arguments
+    return functions, None
+
+
+_LIBRARY, MISSING = _load()
