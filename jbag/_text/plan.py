@@ -67,7 +67,7 @@ def character_classes(name: SplitName, *, ascii_only: bool) -> np.ndarray:
 
 
 def to_utf8(texts: Sequence[str], split: Split) -> list[bytes]:
-    """Encode texts; lone surrogates are the bytes, or the characters, they stand for."""
+    """Encode texts; lone surrogates are what they stand for."""
     try:
         return [text.encode() for text in texts]
     except UnicodeEncodeError:
