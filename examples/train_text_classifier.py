@@ -22,39 +22,44 @@ import csv
 import itertools
 import json
 import math
-import re
 import sys
 import sysconfig
-import zlib
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
-from unicodedata import category
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
 import jbag
 
-Examples = list[tuple[str, str]]  # of (label, text)
-Encoded = list[np.ndarray]  # the rows of each text
-Batch = tuple[np.ndarray, jbag.Bags]  # positions of texts, and their rows
-Pairs = Counter[tuple[str, str]]  # of (true, predicted) labels
-
 LABEL = "__label__"
 LABEL_COLUMNS = {"label", "labels", "class", "class index", "category", "target"}
-# Vowel signs and accents aren't in \w. Scripts written without spaces (Thai, Lao,
-# Burmese, Khmer, kana, Han) are taken character by character: n-grams make their words.
-MARKS = "".join(c for c in map(chr, range(1 << 16)) if category(c)[0] == "M")
-SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-TOKEN = re.compile(rf"[{SPACELESS}]|(?:(?![{SPACELESS}])[\w{MARKS}])+|[^\w\s]")
+
+
+class Examples(NamedTuple):
+    """Texts and their labels."""
+
+    labels: list[str]
+    texts: list[str]
+
+
+class Classifier(NamedTuple):
+    """A trained model, and all it takes to use it."""
+
+    labels: list[str]
+    encoder: jbag.text.Encoder
+    features: int
+    history: list[tuple[float, float | None]]  # training and validation loss by epoch
+    params: Any
 
 
 class TextClassifier(nn.Module):
@@ -67,21 +72,21 @@ class TextClassifier(nn.Module):
     @nn.compact
     def __call__(self, bags: jbag.Bags) -> jax.Array:
         """Return the logits, [B, num_classes]."""
-        # Small at first, so that rows that training hasn't met say little.
-        init = nn.initializers.normal(0.1)
-        bag = jbag.EmbeddingBag(self.rows, self.features, embedding_init=init)
-        return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros)(bag(bags))
+        bag = jbag.EmbeddingBag(self.rows, self.features, sparse=True, name="bag")
+        return nn.Dense(self.num_classes, name="head")(bag(bags))
 
 
-class Classifier(NamedTuple):
-    """A trained model, and all it takes to use it."""
+def first_params(model: TextClassifier, seed: int) -> dict[str, dict[str, jax.Array]]:
+    """Return a table drawn from [-0.1, 0.1) and a head of zeros.
 
-    labels: list[str]
-    vocabulary: dict[str, int]  # word -> row
-    ngrams: int
-    sizes: dict[str, Any]  # what TextClassifier takes
-    history: list[tuple[float, float]]  # loss and accuracy of each epoch
-    params: Any
+    NumPy draws: JAX's generator takes seconds to compile for so many numbers on a CPU.
+    """
+    table = np.random.default_rng(seed).random((model.rows, model.features), np.float32)
+    table -= 0.5
+    table *= 0.2
+    kernel = jnp.zeros((model.features, model.num_classes))
+    head = {"kernel": kernel, "bias": jnp.zeros(model.num_classes)}
+    return {"bag": {"embedding": jnp.asarray(table)}, "head": head}
 
 
 def read_docstrings(num_classes: int = 20) -> Examples:
@@ -108,7 +113,8 @@ def read_docstrings(num_classes: int = 20) -> Examples:
                 packages.setdefault(text, parts[0].removesuffix(".py"))
     packages.pop("", None)
     kept = dict(Counter(packages.values()).most_common(num_classes))
-    return [(package, text) for text, package in packages.items() if package in kept]
+    pairs = [(package, text) for text, package in packages.items() if package in kept]
+    return Examples([package for package, _ in pairs], [text for _, text in pairs])
 
 
 def read_examples(path: str) -> Examples:
@@ -120,18 +126,27 @@ def read_examples(path: str) -> Examples:
         if first and read is read_csv and not path.lower().endswith(".csv"):
             sys.exit(f"{path}: neither CSV by its name nor {LABEL} on its first line.")
         file.seek(0)
-        examples = list(read(path, file))
-    return examples or sys.exit(f"{path}: there are no texts in it.")
+        examples = Examples([], [])
+        for label, text in read(path, file):
+            examples.labels.append(label)
+            examples.texts.append(text)
+    return (
+        examples if examples.texts else sys.exit(f"{path}: there are no texts in it.")
+    )
 
 
 def read_fasttext(path: str, file: TextIO) -> Iterator[tuple[str, str]]:
-    """Yield the first label of each line, and its words that aren't labels."""
-    for number, words in enumerate(map(str.split, file), 1):
-        labels = [word.rstrip(",") for word in words if word.startswith(LABEL)]
-        if labels and labels[0] != LABEL:
+    """Yield the first label of each line, and its text without any label."""
+    for number, line in enumerate(file, 1):
+        label, _, text = line.lstrip().partition(" ")
+        if not label.startswith(LABEL) or LABEL in text:  # Not the usual line.
+            words = line.split()
+            label = next((word for word in words if word.startswith(LABEL)), LABEL)
             text = " ".join(word for word in words if not word.startswith(LABEL))
-            yield labels[0].removeprefix(LABEL), text
-        elif words:
+        label = label.removeprefix(LABEL).rstrip(",\n\r\t")
+        if label:
+            yield label, text.rstrip("\r\n")
+        elif line.strip():
             sys.exit(f"{path}:{number}: a line must have a label, {LABEL}x.")
 
 
@@ -151,153 +166,210 @@ def read_csv(path: str, file: TextIO) -> Iterator[tuple[str, str]]:
         yield cells.pop(column), " ".join(cells)
 
 
-def encode(classifier: Classifier, texts: Iterable[str]) -> Encoded:
-    """Return the rows of each text: its known words and hashed n-grams."""
-    vocabulary = classifier.vocabulary
-    buckets = classifier.sizes["rows"] - len(vocabulary)
-    encoded = []
-    for text in texts:
-        words = TOKEN.findall(text.lower())
-        rows = [np.array([vocabulary[w] for w in words if w in vocabulary], np.int32)]
-        # Not Python's hash(), which differs from run to run.
-        hashes = [zlib.crc32(word.encode(errors="replace")) for word in words]
-        word_hashes = grams = np.array(hashes, np.uint64)
-        for n in range(2, classifier.ngrams + 1):
-            # fastText's rolling hash; unsigned arithmetic wraps around.
-            grams = grams[:-1] * np.uint64(116049371) + word_hashes[n - 1 :]
-            hashed = (grams % np.uint64(buckets)).astype(np.int32)
-            rows.append(len(vocabulary) + hashed)
-        encoded.append(np.concatenate(rows))
-    return encoded
+def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
+    """Split off a tenth of the examples."""
+    order = np.random.default_rng(seed).permutation(len(examples.texts)).tolist()
+    tenth = max(1, len(order) // 10)
+
+    def choose(positions: list[int]) -> Examples:
+        return Examples(*([column[i] for i in positions] for column in examples))
+
+    return choose(order[tenth:]), choose(order[:tenth])
 
 
-def batches(encoded: Encoded, order: np.ndarray, size: int) -> Iterator[Batch]:
-    """Yield positions and their bags; the last batch is filled up with empty bags."""
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        rows = [encoded[i] for i in chosen]
-        # Few capacities, as each is compiled once.
-        capacity = jbag.bucket(sum(map(len, rows)), minimum=1024)
-        yield chosen, jbag.Bags.from_lists(rows, capacity=capacity, num_bags=size)
+def mean_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """Return the weighted mean of the cross-entropy; of nothing it is zero."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-9)
+
+
+def train_step(state: TrainState, batch: jbag.data.Batch) -> tuple[Any, jax.Array]:
+    """Take a step down the mean loss of a batch; an empty bag weighs nothing."""
+    targets, weights = batch.arrays
+
+    def loss(params: Any) -> jax.Array:
+        logits = state.apply_fn({"params": params}, batch.bags)
+        return mean_loss(logits, targets, weights)
+
+    value, gradient = jbag.value_and_grad(loss)(state.params)
+    return state.apply_gradients(grads=gradient), value
 
 
 @jax.jit(donate_argnums=0)
-def train_step(state: TrainState, bags: jbag.Bags, labels: Any) -> tuple[Any, Any]:
-    """Take a step down the cross-entropy; a label of -1 is that of no text."""
-
-    def mean_loss(params: Any) -> jax.Array:
-        logits = state.apply_fn({"params": params}, bags)
-        targets = jax.nn.one_hot(labels, logits.shape[1])  # zeros for -1
-        return optax.softmax_cross_entropy(logits, targets).sum() / targets.sum()
-
-    loss, gradient = jax.value_and_grad(mean_loss)(state.params)
-    return state.apply_gradients(grads=gradient), loss
+def train_steps(state: TrainState, stack: jbag.data.Batch) -> tuple[Any, jax.Array]:
+    """Take a step for each batch of a stack; return their losses."""
+    return jax.lax.scan(train_step, state, stack)
 
 
 @jax.jit(static_argnums=0)
-def probabilities(model: TextClassifier, params: Any, bags: jbag.Bags) -> jax.Array:
-    """Return the probability of each class, [B, num_classes]."""
+def log_probabilities(model: TextClassifier, params: Any, bags: jbag.Bags) -> jax.Array:
+    """Return the logarithm of the probability of each class, [B, num_classes]."""
     logits: Any = model.apply({"params": params}, bags)
-    return jax.nn.softmax(logits)
+    return jax.nn.log_softmax(logits)
 
 
-def predict(classifier: Classifier, encoded: Encoded, size: int = 256) -> np.ndarray:
-    """Return the probability of each class for each text."""
-    model = TextClassifier(**classifier.sizes)
-    parts = []
-    for chosen, bags in batches(encoded, np.arange(len(encoded)), size):
-        part = probabilities(model, classifier.params, bags)
-        parts.append(np.asarray(part)[: len(chosen)])
-    return np.concatenate(parts)
+def predict(classifier: Classifier, texts: Sequence[str], size: int = 1024) -> Any:
+    """Return the logarithm of the probability of each class for each text."""
+    labels, encoder, features, _, params = classifier
+    model = TextClassifier(max(1, encoder.num_rows), features, len(labels))
+    parts, capacity = [], 1024
+    for start in range(0, len(texts), size):
+        chunk = texts[start : start + size]
+        bags = encoder.encode(chunk)
+        # It only grows, as each capacity is compiled once.
+        capacity = max(capacity, jbag.bucket(bags.capacity))
+        part = log_probabilities(model, params, bags.pad_to(capacity, size))
+        parts.append((part, len(chunk)))  # JAX computes it while the next is encoded
+    return np.concatenate([np.asarray(part)[:count] for part, count in parts])
 
 
-def train(args: argparse.Namespace, examples: Examples, test: Examples) -> Classifier:
-    """Train on `examples`; print the accuracy on `test` after each epoch."""
-    labels = sorted({label for label, _ in examples})
+def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Classifier:
+    """Train on `examples`, and stop early where `valid` has some."""
+    started = time.perf_counter()
+    labels = sorted(set(examples.labels))
     if len(labels) < 2:
         sys.exit("There must be two classes or more to learn from.")
-    counts = Counter(w for _, text in examples for w in TOKEN.findall(text.lower()))
-    words = [w for w, n in counts.most_common(args.words) if n >= args.min_count]
-    # Small data has few n-grams. Unigrams need no buckets, but a table needs a row.
-    buckets = min(args.buckets, 1 << counts.total().bit_length())
-    rows = len(words) + (buckets if args.ngrams > 1 else 1)
-    sizes = {"rows": rows, "features": args.dim, "num_classes": len(labels)}
-    texts = f"{len(examples)} + {len(test)} texts (to train on + to test on)"
-    print(f"{texts}, {len(labels)} classes, {len(words)} words")
-    vocabulary = {word: row for row, word in enumerate(words)}
-    classifier = Classifier(labels, vocabulary, args.ngrams, sizes, [], None)
-    encoded = encode(classifier, (text for _, text in examples))
-    encoded_test = encode(classifier, (text for _, text in test))
+    # Small data has few n-grams.
+    tokens = sum(map(str.count, examples.texts, itertools.repeat(" ")))
+    buckets = min(args.buckets, 1 << tokens.bit_length()) if args.ngrams > 1 else 0
+    encoder, bags = jbag.text.Encoder.fit_encode(
+        examples.texts,
+        min_count=args.min_count,
+        max_words=args.words,
+        ngrams=args.ngrams,
+        buckets=buckets,
+    )
+    examples.texts.clear()  # memory that training has a better use for
+    print(f"{len(labels)} classes, {len(encoder.words)} words, {bags.capacity} ids")
     class_of = {label: i for i, label in enumerate(labels)}
-    targets = np.array([class_of[label] for label, _ in examples], np.int32)
-    test_targets = np.array([class_of.get(label, -1) for label, _ in test])
-    # Over a hundred batches an epoch, and five epochs; more epochs for small data.
-    size = args.batch_size or min(1024, max(16, len(examples) // 128))
-    num_batches = math.ceil(len(examples) / size)
-    epochs = args.epochs or max(5, min(20, math.ceil(600 / num_batches)))
+    targets = np.array([class_of[label] for label in examples.labels], np.int32)
+    weights = np.ones(len(targets), np.float32)
+    if args.balance:  # Each class weighs as much as any other.
+        shares = np.bincount(targets) * len(labels) / len(targets)
+        weights = (1 / shares).astype(np.float32)[targets]
+    # Over a hundred batches an epoch; more epochs for small data.
+    size = args.batch_size or min(128, max(16, len(targets) // 128))
+    num_batches = math.ceil(len(targets) / size)
+    epochs = args.epochs or max(2, min(20, round(400 / num_batches)))
+    steps = math.ceil(num_batches / math.ceil(num_batches / 8))  # of one scan
+    stream = jbag.data.batches(
+        bags,
+        (targets, weights),
+        batch_size=size,
+        seed=args.seed,
+        steps=steps,
+        prefetch=1,
+    )
+    model = TextClassifier(max(1, encoder.num_rows), args.dim, len(labels))
     # Each slot of a batch adds about 1 / slots to its row's gradient. Adagrad starts as
     # if every row had met one: rare rows move less, whatever the lengths and batches.
-    slots = max(1.0, size * float(np.mean([len(rows) for rows in encoded])))
-    rate = optax.linear_schedule(args.learning_rate, 0.0, epochs * num_batches)
-    optimizer = optax.adagrad(rate, initial_accumulator_value=slots**-2, eps=1e-30)
-    model = TextClassifier(**sizes)
-    params = model.init(jax.random.key(args.seed), jbag.Bags.from_lists([[]]))["params"]
+    slots = max(1.0, size * bags.capacity / len(targets))
+    horizon = epochs * len(stream) * steps
+    rate = optax.linear_schedule(args.learning_rate, 0.0, horizon)
+    table = jbag.optim.rowwise_adagrad(rate, initial_accumulator_value=slots**-2)
+    head = optax.adam(optax.linear_schedule(0.05, 0.0, horizon))
+    groups = {"bag": "bag", "head": "head"}
+    optimizer = optax.partition({"bag": table, "head": head}, groups)
+    params = first_params(model, args.seed)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
-    rng = np.random.default_rng(args.seed)
-    with tqdm(total=epochs * num_batches, unit="batch", mininterval=0.5) as bar:
-        for epoch in range(1, epochs + 1):
-            total = 0.0
-            for chosen, bags in batches(encoded, rng.permutation(len(encoded)), size):
-                wanted = np.full(size, -1, np.int32)
-                wanted[: len(chosen)] = targets[chosen]
-                state, mean = train_step(state, bags, wanted)
-                total += float(mean) * len(chosen)
-                bar.update()
-            classifier = classifier._replace(params=state.params)
-            hits = predict(classifier, encoded_test).argmax(1) == test_targets
-            classifier.history.append((total / len(encoded), float(hits.mean())))
-            line = "epoch {}: loss {:.4f}, accuracy {:.4f}"
-            bar.write(line.format(epoch, *classifier.history[-1]), file=sys.stdout)
-    return classifier
+    classifier = Classifier(labels, encoder, args.dim, [], None)
+    best, best_loss, waited = None, math.inf, 0
+    for epoch in range(epochs):
+        losses = []
+        for stack in stream.at(epoch):
+            state, values = train_steps(state, stack)
+            losses.append(values)
+        loss = float(np.concatenate(losses)[:num_batches].mean())
+        line = f"epoch {epoch + 1}: loss {loss:.4f}"
+        valid_loss = None
+        if args.patience:
+            now = classifier._replace(params=state.params)
+            valid_loss = validation_loss(now, valid)
+            line += f", validation loss {valid_loss:.4f}"
+            waited += 1
+            if valid_loss < best_loss:  # The next step writes over these parameters.
+                best = jax.tree.map(jnp.copy, state.params)
+                best_loss, waited = valid_loss, 0
+        classifier.history.append((loss, valid_loss))
+        print(f"{line}, {time.perf_counter() - started:.1f} s")
+        if args.patience and waited == args.patience:
+            break
+    return classifier._replace(params=state.params if best is None else best)
 
 
-def evaluate(classifier: Classifier, test: Examples) -> tuple[float, Pairs]:
-    """Print how well it does; return the accuracy and the counts of label pairs."""
-    classes = predict(classifier, encode(classifier, (text for _, text in test)))
-    predicted = [classifier.labels[i] for i in classes.argmax(1)]
-    pairs = Counter(zip((label for label, _ in test), predicted, strict=True))
-    accuracy = sum(n for (a, b), n in pairs.items() if a == b) / len(test)
-    unseen = sorted({label for label, _ in test}.difference(classifier.labels))
+def validation_loss(classifier: Classifier, valid: Examples) -> float:
+    """Return the mean loss on texts; a label unseen in training has none."""
+    scores = predict(classifier, valid.texts)
+    class_of = {label: i for i, label in enumerate(classifier.labels)}
+    targets = np.array([class_of.get(label, -1) for label in valid.labels])
+    known = np.flatnonzero(targets >= 0)
+    return -float(scores[known, targets[known]].mean()) if known.size else math.inf
+
+
+def evaluate(classifier: Classifier, test: Examples) -> tuple[float, np.ndarray]:
+    """Print how well it does; return the accuracy and the counts of pairs of classes.
+
+    The counts are [classes + 1, classes]: true labels, the last row for those unseen in
+    training, by predicted ones.
+    """
+    started = time.perf_counter()
+    scores = predict(classifier, test.texts)
+    seconds = time.perf_counter() - started
+    labels, predicted = classifier.labels, scores.argmax(1)
+    class_of = {label: i for i, label in enumerate(labels)}
+    true = np.array([class_of.get(label, len(labels)) for label in test.labels])
+    counts = np.zeros((len(labels) + 1, len(labels)), np.int64)
+    np.add.at(counts, (true, predicted), 1)
+    right = counts.diagonal()
+    accuracy = float(right.sum() / len(true))
+    unseen = sorted(set(test.labels).difference(labels))
     if unseen:
         print(f"wrong for certain, being unseen in training: {', '.join(unseen[:5])}")
-    print(f"accuracy {accuracy:.4f} on {len(test)} texts\n")
+    print(f"accuracy {accuracy:.4f} on {len(true)} texts, {seconds:.1f} s\n")
+    recall = right / np.maximum(counts.sum(1)[:-1], 1)
+    precision = right / np.maximum(counts.sum(0), 1)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+    print("precision  recall     F1   texts  label")
+    rows = zip(precision, recall, f1, counts.sum(1)[:-1], labels, strict=True)
+    for *shares, texts, label in itertools.islice(rows, 50):
+        print("   {:6.4f}  {:6.4f} {:6.4f}".format(*shares), f"{texts:7d}  {label}")
+    means = (x.mean() for x in (precision, recall, f1))
+    print("   {:6.4f}  {:6.4f} {:6.4f}".format(*means), f"{len(true):7d}  mean\n")
     print("some predictions (probability, predicted label, true label, text):")
-    for i in range(0, len(test), math.ceil(len(test) / 5)):
-        label, text = test[i]
-        mark = " " if predicted[i] == label else "!"
-        print(f"{mark} {classes[i].max():.2f}  {predicted[i]}  {label}  {text[:60]}")
-    wrong = Counter({pair: n for pair, n in pairs.items() if pair[0] != pair[1]})
-    print("\nmost confused (count, true -> predicted):" if wrong else "\nall are right")
-    for (label, other), count in wrong.most_common(10):
-        print(f"{count:6d}  {label} -> {other}")
-    return accuracy, pairs
+    for i in range(0, len(true), math.ceil(len(true) / 5)):
+        mark = " " if predicted[i] == true[i] else "!"
+        guess = f"{math.exp(scores[i].max()):.2f}  {labels[predicted[i]]}"
+        print(f"{mark} {guess}  {test.labels[i]}  {test.texts[i].strip()[:60]}")
+    wrong = counts.copy()
+    np.fill_diagonal(wrong, 0)
+    names = [*labels, "(unseen)"]
+    print(
+        "\nmost confused (count, true -> predicted):" if wrong.any() else "\nno errors"
+    )
+    for pair in np.argsort(-wrong, axis=None, kind="stable")[:10]:
+        i, j = np.unravel_index(pair, wrong.shape)
+        if wrong[i, j]:
+            print(f"{wrong[i, j]:6d}  {names[i]} -> {names[j]}")
+    return accuracy, counts
 
 
 def predict_lines(classifier: Classifier, lines: Iterable[bytes], size: int) -> None:
     """Print label, probability and text of each line, `size` lines at a time."""
     texts = (line.decode("utf-8-sig", "replace").rstrip("\r\n") for line in lines)
     while chunk := list(itertools.islice(texts, size)):
-        classes = predict(classifier, encode(classifier, chunk), size)
-        for text, row in zip(chunk, classes, strict=True):
-            print(classifier.labels[row.argmax()], f"{row.max():.4f}", text, sep="\t")
+        for text, row in zip(chunk, predict(classifier, chunk, size), strict=True):
+            label, probability = classifier.labels[row.argmax()], math.exp(row.max())
+            print(label, f"{probability:.4f}", text, sep="\t")
 
 
 def save(classifier: Classifier, path: Path) -> None:
-    """Write the parameters and, as JSON, the rest."""
+    """Write the encoder, the parameters and, as JSON, the rest."""
     path.mkdir(parents=True, exist_ok=True)
+    classifier.encoder.save(path / "encoder.npz")
     arrays = jax.device_get(classifier.params)
     save_file(flatten_dict(arrays, sep="/"), path / "params.safetensors")
-    rest = classifier._replace(params=None)._asdict()
+    rest = classifier._asdict()
+    del rest["encoder"], rest["params"]
     (path / "classifier.json").write_text(json.dumps(rest), encoding="utf-8")
 
 
@@ -306,36 +378,36 @@ def load(path: Path) -> Classifier:
     try:
         rest = json.loads((path / "classifier.json").read_text(encoding="utf-8"))
         params = unflatten_dict(load_file(path / "params.safetensors"), sep="/")
-        classifier = Classifier(**rest)._replace(params=params)
-        predict(classifier, encode(classifier, [""]))  # Do the shapes fit?
+        encoder = jbag.text.Encoder.load(path / "encoder.npz")
+        classifier = Classifier(**rest, encoder=encoder, params=params)
+        predict(classifier, [""])  # Do the shapes fit?
     except Exception as error:  # A damaged file fails in any of many ways.
         sys.exit(f"{path}: there is no saved classifier in it ({error}).")
     return classifier
 
 
-def plot(classifier: Classifier, pairs: Pairs, path: str) -> None:
-    """Draw loss, accuracy and the confusion matrix."""
+def plot(classifier: Classifier, counts: np.ndarray, path: str) -> None:
+    """Draw the losses and the confusion matrix."""
     from matplotlib.figure import Figure  # Slow to import, and of use to few runs.
 
-    labels = classifier.labels
-    counts = np.array([[pairs[a, b] for b in labels] for a in labels], float)
+    labels, counts = classifier.labels, counts[:-1]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(16.0, max(4.5, 0.22 * len(labels)))
-    figure = Figure(figsize=(8 + side, side), layout="constrained")
-    axes = figure.subplots(1, 3, width_ratios=(3.5, 3.5, side))
-    losses, accuracies = zip(*classifier.history, strict=True)
-    epochs = range(1, len(losses) + 1)
-    axes[0].plot(epochs, losses, marker="o")
-    axes[0].set(title="training loss", xlabel="epoch")
-    axes[1].plot(epochs, accuracies, marker="o")
-    axes[1].set(title="test accuracy", xlabel="epoch")
-    figure.colorbar(axes[2].imshow(shares, cmap="Blues", vmin=0, vmax=1))
-    axes[2].set(title="share of each true class", xlabel="predicted", ylabel="true")
+    figure = Figure(figsize=(4.5 + side, side), layout="constrained")
+    axes = figure.subplots(1, 2, width_ratios=(3.5, side))
+    losses = zip(*classifier.history, strict=True)
+    for name, values in zip(("training", "validation"), losses, strict=True):
+        if None not in values:
+            axes[0].plot(range(1, len(values) + 1), values, marker="o", label=name)
+    axes[0].set(title="loss", xlabel="epoch")
+    axes[0].legend()
+    figure.colorbar(axes[1].imshow(shares, cmap="Blues", vmin=0, vmax=1))
+    axes[1].set(title="share of each true class", xlabel="predicted", ylabel="true")
     # Names too many to read are left out; a dollar sign would start mathematics.
     names = [a[:20].replace("$", r"\$") if len(labels) <= 100 else "" for a in labels]
     fontsize = 9 if len(labels) <= 30 else 6
-    axes[2].set_xticks(range(len(labels)), names, rotation=90, fontsize=fontsize)
-    axes[2].set_yticks(range(len(labels)), names, fontsize=fontsize)
+    axes[1].set_xticks(range(len(labels)), names, rotation=90, fontsize=fontsize)
+    axes[1].set_yticks(range(len(labels)), names, fontsize=fontsize)
     figure.savefig(path)
 
 
@@ -345,21 +417,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--train", metavar="FILE", help="texts to learn; of several labels, the first")
     add("--test", metavar="FILE", help="texts to test on; else a tenth is held out")
-    add("--epochs", type=int, help="passes over the texts (default: 5 to 20, by size)")
-    add("--dim", type=int, default=32, help="features of an embedding (32)")
+    add(
+        "--valid", metavar="FILE", help="texts for --patience; else a tenth is held out"
+    )
+    add("--epochs", type=int, help="passes over the texts (default: 2 to 20, by size)")
+    add("--patience", type=int, help="stop after as many epochs without improvement")
+    add("--balance", action="store_true", help="weigh each class the same, rare or not")
+    add("--dim", type=int, default=16, help="features of an embedding (16)")
     add("--ngrams", type=int, default=2, help="the longest word n-grams (2)")
-    add("--buckets", type=int, default=1 << 17, help="rows for n-grams (131072)")
-    add("--words", type=int, default=1 << 16, help="most words that get a row (65536)")
+    add("--buckets", type=int, default=1 << 21, help="rows for n-grams (2097152)")
+    add("--words", type=int, help="most words that get a row (default: all)")
     add("--min-count", type=int, default=1, help="occurrences a word must have (1)")
-    add("--batch-size", type=int, help="texts a step (default: 16 to 1024, by size)")
-    add("--learning-rate", type=float, default=0.3, help="of Adagrad, at first (0.3)")
+    add("--batch-size", type=int, help="texts a step (default: 16 to 128, by size)")
+    add("--learning-rate", type=float, default=1.0, help="of the table, at first (1)")
     add("--seed", type=int, default=0, help="of the split, the table and the order (0)")
     add("--save", metavar="DIR", help="write the classifier there")
     add("--load", metavar="DIR", help="use a saved classifier instead of training one")
     add("--predict", action="store_true", help="label the lines of standard input")
-    add("--plot", metavar="PNG", help="draw loss, accuracy and confusion matrix")
+    add("--plot", metavar="PNG", help="draw the losses and the confusion matrix")
     args = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "dim", "ngrams", "buckets", "words"):
+    numbers = "epochs", "patience", "batch_size", "dim", "ngrams", "buckets", "words"
+    for name in numbers:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1; got {value}")
@@ -371,6 +449,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--load goes with --test or --predict, without --train or --save")
     if args.test and not (args.train or args.load):
         parser.error("--test needs --train or --load")
+    if args.valid and not args.patience:
+        parser.error("--valid needs --patience")
     if args.plot and args.load and not args.test:
         parser.error("--plot of a loaded classifier needs --test")
     return args
@@ -379,27 +459,31 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> float | None:
     """Run the program; return the accuracy on the test texts, if there are any."""
     args = parse_arguments(argv)
-    test = read_examples(args.test) if args.test else []
+    test = read_examples(args.test) if args.test else None
     # With --predict, standard output is for the predictions alone.
     with contextlib.redirect_stdout(sys.stderr if args.predict else sys.stdout):
         if args.load:
             classifier = load(Path(args.load))
         else:
             examples = read_examples(args.train) if args.train else read_docstrings()
+            valid = read_examples(args.valid) if args.valid else Examples([], [])
             if not test:
-                np.random.default_rng(args.seed).shuffle(examples)
-                tenth = max(1, len(examples) // 10)
-                test, examples = examples[:tenth], examples[tenth:]
-            classifier = train(args, examples, test)
+                examples, test = hold_out(examples, args.seed)
+            if args.patience and not args.valid:
+                examples, valid = hold_out(examples, args.seed)
+            sizes = [len(part.texts) for part in (examples, test, valid)]
+            print("{} texts to train on, {} to test on, {} to stop by".format(*sizes))
+            classifier = train(args, examples, valid)
         if args.save:
             save(classifier, Path(args.save))
-        accuracy, pairs = evaluate(classifier, test) if test else (None, Counter())
-        if args.plot:
-            plot(classifier, pairs, args.plot)
+        if test:
+            accuracy, counts = evaluate(classifier, test)
+            if args.plot:
+                plot(classifier, counts, args.plot)
     if args.predict:
         # Someone who types wants an answer to each line.
         predict_lines(classifier, sys.stdin.buffer, 1 if sys.stdin.isatty() else 256)
-    return accuracy
+    return accuracy if test else None
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -138,9 +139,8 @@ class Encoder:
         """
         unknown = sorted(set(options) - _OPTIONS)
         if unknown:
-            raise TypeError(
-                f"`{unknown[0]}` is no option; there are {sorted(_OPTIONS)}."
-            )
+            names = ", ".join(sorted(_OPTIONS))
+            raise TypeError(f"`{unknown[0]}` is no option; there are {names}.")
         empty = cls(words=(), **options)
         min_count = check_integer("min_count", min_count, low=1)
         if max_words is not None:
@@ -261,13 +261,13 @@ class Encoder:
           ValueError: it isn't an encoder's.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            with Path(path).open("rb") as file:
+                arrays = dict(np.load(file, allow_pickle=False))
             options = json.loads(str(arrays.pop("options")))
             letters = arrays.pop("words").tobytes().decode(errors="surrogatepass")
             options["subwords"] = tuple(options["subwords"])
             return cls(words=letters.split("\n")[:-1], **options, **arrays)
-        except (KeyError, TypeError, ValueError, EOFError) as error:
+        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{os.fspath(path)} holds no encoder: {error}") from error
 
     @functools.cached_property

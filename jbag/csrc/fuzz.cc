@@ -132,6 +132,7 @@ int main(int argc, char** argv) {
         .count();
   };
   for (; elapsed() < seconds; ++cases, ++seed) {
+    jbag::CheckTexts(seed);
     for (const jbag::Kernels* kernels : all) {
       jbag::CheckProducts(*kernels, seed);
       jbag::CheckUpdates(*kernels, seed);

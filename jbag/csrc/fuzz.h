@@ -293,6 +293,7 @@ inline bool Same(double a, double b) { return isnan(a) ? isnan(b) : a == b; }
 // Compares what the kernels make of a case with the definition.
 void CheckProducts(const Kernels& kernels, uint64_t seed);
 void CheckUpdates(const Kernels& kernels, uint64_t seed);
+void CheckTexts(uint64_t seed);
 
 }  // namespace jbag
 
