@@ -138,12 +138,12 @@ def read_examples(path: str) -> Examples:
 def read_fasttext(path: str, file: TextIO) -> Iterator[tuple[str, str]]:
     """Yield the first label of each line, and its text without any label."""
     for number, line in enumerate(file, 1):
-        label, _, text = line.lstrip().partition(" ")
+        label, text = (*line.split(maxsplit=1), "", "")[:2]
         if not label.startswith(LABEL) or LABEL in text:  # Not the usual line.
             words = line.split()
             label = next((word for word in words if word.startswith(LABEL)), LABEL)
             text = " ".join(word for word in words if not word.startswith(LABEL))
-        label = label.removeprefix(LABEL).rstrip(",\n\r\t")
+        label = label.removeprefix(LABEL).rstrip(",")
         if label:
             yield label, text.rstrip("\r\n")
         elif line.strip():
