@@ -251,3 +251,27 @@ def test_options_of_steps_that_make_no_sense_are_refused(steps, options, capsys)
     with pytest.raises(SystemExit):
         steps.main(options)
     assert "error: " in capsys.readouterr().err
+
+
+def test_text_classifier_is_measured_beside_fasttext(tmp_path, capsys):
+    for name in ("train", "test"):
+        lines = [f"__label__{i % 3} word{i % 3} and {i % 7}\n" for i in range(300)]
+        (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+    peer = tmp_path / "python"
+    figures = {"accuracy": 0.5, "training (s)": 1.25, "predicted (texts/s)": 1234.5}
+    peer.write_text(f"#!/bin/sh\necho read\necho '{json.dumps(figures)}'\n")
+    peer.chmod(0o755)
+    files = ["--train", str(tmp_path / "train"), "--test", str(tmp_path / "test")]
+    with program("text_classifier") as module:
+        module.main([*files, "--fasttext", str(peer), "--runs", "1"])
+        ours, theirs = rows_of_table(capsys.readouterr().out)
+        assert ours.pop("train") == "jbag"
+        assert ours.pop("accuracy") == "1.0000"
+        assert all(float(cell.replace(",", "")) > 0 for cell in ours.values())
+        assert set(theirs) >= {"process (s)", "memory (MB)"}
+        expected = {"accuracy": "0.5000", "training (s)": "1.25"}
+        expected |= {"predicted (texts/s)": "1,234", "trained (M tokens/s)": "-"}
+        assert theirs.items() >= expected.items()
+        peer.write_text("#!/bin/sh\nexit 3\n")
+        with pytest.raises(SystemExit, match="python failed"):
+            module.main([*files, "--fasttext", str(peer), "--runs", "1"])

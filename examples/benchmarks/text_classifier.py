@@ -4,9 +4,9 @@
         --fasttext /path/to/an/environment/bin/python
 
 The Python named there has `fasttext` installed (0.9.3 needs NumPy 1 to predict);
-without it, jbag is measured alone. Every run is a process of its own, the two sides take
-turns, and medians are printed. Training starts with the file and ends with the model,
-JAX's compilation included; a process includes its imports, too, and the test.
+without it, jbag is measured alone. Every run is a process of its own, the two sides
+take turns, and medians are printed. Training starts with the file and ends with the
+model, JAX's compilation included; a process includes its imports, too, and the test.
 """
 
 from __future__ import annotations
