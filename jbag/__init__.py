@@ -15,6 +15,7 @@ from jbag._pages import to_huge_pages as to_huge_pages
 from jbag._rows import RowSparse as RowSparse
 from jbag._segments import offsets_to_segment_ids as offsets_to_segment_ids
 from jbag._segments import segment_ids_to_offsets as segment_ids_to_offsets
+from jbag._tables import load_table as load_table
 
 if TYPE_CHECKING:
     from jbag import data as data

@@ -34,11 +34,7 @@ def read(module: torch.nn.EmbeddingBag) -> tuple[Float[Array, "V D"], dict[str, 
         raise TypeError(
             f"`module` must be a torch.nn.EmbeddingBag; got {type(module).__name__}."
         )
-    weight = module.weight.detach().cpu()
-    if weight.dtype == torch.bfloat16:  # which NumPy lacks
-        table = weight.view(torch.int16).numpy().view(jnp.bfloat16)
-    else:
-        table = weight.numpy()
+    table = to_numpy(module.weight)
     options = {name: getattr(module, name) for name in _SHARED_OPTIONS}
     options |= {
         "num_embeddings": module.num_embeddings,
@@ -46,6 +42,16 @@ def read(module: torch.nn.EmbeddingBag) -> tuple[Float[Array, "V D"], dict[str, 
         "freeze": not module.weight.requires_grad,
     }
     return jnp.array(table), options
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor as an array, on the memory of the tensor if that is on a CPU."""
+    import torch
+
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:  # which NumPy lacks
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+    return tensor.numpy()
 
 
 def write(table: Float[Array, "V D"], module: Any) -> torch.nn.EmbeddingBag:
