@@ -19,6 +19,7 @@ from jbag._tables import load_table as load_table
 
 if TYPE_CHECKING:
     from jbag import data as data
+    from jbag import fasttext as fasttext
     from jbag import linen as linen
     from jbag import nnx as nnx
     from jbag import optim as optim
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from jbag.linen import to_torch as to_torch
 
 # Flax and Optax take longer to import than the function needs: loaded on use.
-_MODULES = ("data", "linen", "nnx", "optim", "text")
+_MODULES = ("data", "fasttext", "linen", "nnx", "optim", "text")
 _FROM_LINEN = ("EmbeddingBag", "from_torch", "to_torch")
 
 

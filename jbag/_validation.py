@@ -7,7 +7,7 @@ checked by dtype and shape only: copying it back would stall the device.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -223,3 +223,14 @@ def check_flag(name: str, value: Any) -> None:
     """Raise TypeError unless value is True or False."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"`{name}` must be True or False; got {value!r}.")
+
+
+def check_strings(name: str, strings: Iterable[str]) -> list[str]:
+    """Return strings as a list; raise TypeError unless they are that."""
+    if isinstance(strings, str | bytes) or not isinstance(strings, Iterable):
+        raise TypeError(f"`{name}` must be a list of strings; got {strings!r}.")
+    strings = list(strings)
+    for at, string in enumerate(strings):
+        if not isinstance(string, str):
+            raise TypeError(f"`{name}` must hold strings; got {string!r} at {at}.")
+    return strings

@@ -28,7 +28,7 @@ import numpy as np
 from jbag._bags import Bags
 from jbag._text import reader
 from jbag._text.plan import Plan, Split, SplitName, to_utf8
-from jbag._validation import check_flag, check_integer
+from jbag._validation import check_flag, check_integer, check_strings
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,7 +80,7 @@ class Encoder:
     bucket_rows: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        words = _check_strings("words", self.words)
+        words = check_strings("words", self.words)
         object.__setattr__(self, "words", tuple(words))
         _check_options(self)
         for name, size in (
@@ -290,7 +290,7 @@ class Encoder:
         )
 
     def _prepare(self, texts: Iterable[str]) -> list[str]:
-        texts = _check_strings("texts", texts)
+        texts = check_strings("texts", texts)
         return [text.lower() for text in texts] if self.lowercase else texts
 
     def _bags(self, indices: np.ndarray, lengths: np.ndarray) -> Bags:
@@ -307,16 +307,6 @@ class Encoder:
 
 _OPTIONS = {"ngrams", "buckets", "subwords", "split", "lowercase", "skip", "end"}
 _ARRAYS = ("counts", "weights", "bucket_rows")
-
-
-def _check_strings(name: str, strings: Iterable[str]) -> list[str]:
-    if isinstance(strings, str | bytes) or not isinstance(strings, Iterable):
-        raise TypeError(f"`{name}` must be a list of strings; got {strings!r}.")
-    strings = list(strings)
-    for at, string in enumerate(strings):
-        if not isinstance(string, str):
-            raise TypeError(f"`{name}` must hold strings; got {string!r} at {at}.")
-    return strings
 
 
 def _check_options(encoder: Encoder) -> None:

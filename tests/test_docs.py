@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy
 import optax
 import pytest
+from fasttext_files import EXAMPLE, model
 
 import jbag
 
@@ -30,6 +31,13 @@ MODULES = ["jbag"] + [
 @pytest.fixture(autouse=True)
 def strict_promotion():
     """Examples run under JAX's defaults."""
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path):
+    """What examples read."""
+    (tmp_path / "model.bin").write_bytes(model(**EXAMPLE))
+    (tmp_path / "vectors.vec").write_text("2 3\nto 1 2 3\nbe 4 5 6\n")
 
 
 @pytest.mark.parametrize("name", MODULES)

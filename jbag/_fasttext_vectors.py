@@ -1,0 +1,139 @@
+"""Word vectors as text (`.vec`): fastText's, word2vec's and GloVe's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from jbag._validation import check_integer
+
+_BLOCK = 1 << 24  # bytes
+
+
+def load_vectors(
+    path: str | os.PathLike[str], max_words: int | None = None
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Read word vectors in fastText's text format, with its first line or without.
+
+    A line is a word and D numbers. The first line may hold the number of words and D,
+    as fastText and word2vec write it; GloVe does not. Of lines of one word the first
+    counts. Words are UTF-8; bytes that aren't become lone surrogates, as by Python's
+    "surrogateescape".
+
+    Args:
+      path: of the file.
+      max_words: how many lines to read, the most frequent words being the first; None
+        for all.
+
+    Returns:
+      (words, table): word i has row i of the table, [V, D] float32.
+
+    Raises:
+      OSError: the file can't be read.
+      ValueError: it holds something else.
+
+    Example:
+      >>> words, table = jbag.fasttext.load_vectors(directory / "vectors.vec")
+      >>> words, table.shape
+      (('to', 'be'), (2, 3))
+      >>> encoder = jbag.text.Encoder(words=words, split="spaces", lowercase=False)
+      >>> jbag.embedding_bag(table, encoder.encode(["to be"]))
+      Array([[2.5, 3.5, 4.5]], dtype=float32)
+    """
+    if max_words is not None:
+        max_words = check_integer("max_words", max_words, low=0)
+    name = os.fspath(path)
+    with Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        num, features, first = _measure(file, name, size)
+        file.seek(first)
+        wanted = num if max_words is None else min(num, max_words)
+        table = np.empty((wanted, features), np.float32)
+        words: list[bytes] = []
+        for lines in _blocks(file):
+            lines = [line for line in lines if line.strip()]
+            at = len(words)
+            lines = lines[: wanted - at] if max_words is not None else lines
+            if at + len(lines) > wanted:
+                raise ValueError(
+                    f"{name} must hold {num} words, as its first line says; it holds "
+                    "more."
+                )
+            if lines:
+                words += _read(lines, table[at : at + len(lines)], name, at)
+            if max_words is not None and len(words) == wanted:
+                break
+    if len(words) < wanted and first:
+        raise ValueError(
+            f"{name} must hold {num} words, as its first line says; it holds "
+            f"{len(words)}."
+        )
+    table = table[: len(words)]
+    rows = {word: row for row, word in reversed(list(enumerate(words)))}
+    if len(rows) < len(words):
+        chosen = sorted(rows.values())
+        words, table = [words[row] for row in chosen], table[chosen]
+    return tuple(word.decode(errors="surrogateescape") for word in words), table
+
+
+def _measure(file: BinaryIO, name: str, size: int) -> tuple[int, int, int]:
+    """Return how many words there may be, of how many numbers, and where they begin."""
+    fields = file.readline(_BLOCK).split()
+    if len(fields) == 2 and all(field.isdigit() for field in fields):
+        num, features = map(int, fields)
+        if features < 1 or 2 * num * features > size:
+            raise ValueError(
+                f"{name} must hold {num} words of {features} numbers, as its first "
+                f"line says; it is of {size} bytes."
+            )
+        return num, features, file.tell()
+    if len(fields) < 2:
+        raise ValueError(
+            f"{name} must begin with the numbers of words and of features, or with a "
+            f"word and its vector; got {b' '.join(fields)[:80]!r}."
+        )
+    file.seek(0)
+    return sum(map(len, _blocks(file))), len(fields) - 1, 0
+
+
+def _blocks(file: BinaryIO) -> Iterator[list[bytes]]:
+    """Yield the lines of a file, many at a time."""
+    rest = b""
+    while block := file.read(_BLOCK):
+        *lines, rest = (rest + block).split(b"\n")
+        yield lines
+    yield [rest]
+
+
+def _read(lines: list[bytes], rows: np.ndarray, name: str, at: int) -> list[bytes]:
+    """Write the numbers of lines into rows; return the words."""
+    if len({line.count(b" ") for line in lines}) == 1:
+        parts = [line.partition(b" ") for line in lines]
+        numbers = _parse(b" ".join([part[2] for part in parts]))
+        if numbers is not None and numbers.size == rows.size:
+            rows[:] = numbers.reshape(rows.shape)
+            return [part[0] for part in parts]
+    # One by one: there are words with spaces in them (GloVe's), or there is an error.
+    words = []
+    for row, line in enumerate(lines):
+        word, *fields = line.rsplit(None, rows.shape[1])
+        numbers = _parse(b" ".join(fields))
+        if numbers is None or numbers.size != rows.shape[1]:
+            raise ValueError(
+                f"{name} must hold a word and {rows.shape[1]} numbers in each line; "
+                f"got {line[:80]!r} for word {at + row}."
+            )
+        rows[row] = numbers
+        words.append(word)
+    return words
+
+
+def _parse(numbers: bytes) -> np.ndarray | None:
+    try:
+        return np.fromstring(numbers, np.float32, sep=" ")
+    except (ValueError, DeprecationWarning):  # The latter where warnings are errors.
+        return None
