@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from jbag._text import reader
 from jbag._validation import check_integer
 
 _BLOCK = 1 << 24  # bytes
@@ -113,16 +114,18 @@ def _read(lines: list[bytes], rows: np.ndarray, name: str, at: int) -> list[byte
     """Write the numbers of lines into rows; return the words."""
     if len({line.count(b" ") for line in lines}) == 1:
         parts = [line.partition(b" ") for line in lines]
-        numbers = _parse(b" ".join([part[2] for part in parts]))
-        if numbers is not None and numbers.size == rows.size:
+        numbers = reader(None).numbers(
+            b" ".join([part[2] for part in parts]), rows.size
+        )
+        if numbers is not None:
             rows[:] = numbers.reshape(rows.shape)
             return [part[0] for part in parts]
     # One by one: there are words with spaces in them (GloVe's), or there is an error.
     words = []
     for row, line in enumerate(lines):
         word, *fields = line.rsplit(None, rows.shape[1])
-        numbers = _parse(b" ".join(fields))
-        if numbers is None or numbers.size != rows.shape[1]:
+        numbers = reader(None).numbers(b" ".join(fields), rows.shape[1])
+        if numbers is None:
             raise ValueError(
                 f"{name} must hold a word and {rows.shape[1]} numbers in each line; "
                 f"got {line[:80]!r} for word {at + row}."
@@ -130,10 +133,3 @@ def _read(lines: list[bytes], rows: np.ndarray, name: str, at: int) -> list[byte
         rows[row] = numbers
         words.append(word)
     return words
-
-
-def _parse(numbers: bytes) -> np.ndarray | None:
-    try:
-        return np.fromstring(numbers, np.float32, sep=" ")
-    except (ValueError, DeprecationWarning):  # The latter where warnings are errors.
-        return None

@@ -10,6 +10,7 @@ import pytest
 from fasttext_files import EXAMPLE, LABELS, OUTPUT, TABLE, WORDS, Quantised, model
 
 import jbag
+from jbag._text import READERS
 
 
 def load(tmp_path, name="model.bin", label_prefix="__label__", **changes):
@@ -313,6 +314,25 @@ def test_vectors_longer_than_a_block_are_read(tmp_path, monkeypatch):
         words, found = jbag.fasttext.load_vectors(tmp_path / "vectors.vec")
         assert words == tuple(f"w{i}" for i in range(50))
         np.testing.assert_array_equal(found, table)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_numbers_of_any_notation_are_read(name):
+    if READERS[name].MISSING:
+        pytest.skip(READERS[name].MISSING)
+    rng = np.random.default_rng(0)
+    drawn = rng.normal(size=3000) * 10.0 ** rng.integers(-40, 38, 3000)
+    formats = ["%.5g", "%.9g", "%r", "%.4f", "%.17g", "%.25e", "%+.3E", "%d"]
+    written = [formats[i % 8] % float(x) for i, x in enumerate(drawn)]
+    written += ["0", "-0.0", ".5", "5.", "1e-999", "1e30", "nan", "-inf", "007"]
+    for chosen in (written, [x for x in written if x not in ("nan", "-inf")]):
+        for space in (" ", "  ", "\t", "\n"):
+            found = READERS[name].numbers(space.join(chosen).encode(), len(chosen))
+            expected = np.array(list(map(float, chosen)), np.float64)
+            np.testing.assert_array_equal(found, expected.astype(np.float32))
+    for wrong in ("1", "1 2 3", "1 x", "1 2x", "1 -", "1 .", "1 2e", "1 2e+", "1 2 ."):
+        assert READERS[name].numbers(wrong.encode(), 2) is None
+    assert READERS[name].numbers(b" 1 2 ", 2).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jbag._text import python
 from jbag._text.plan import Plan, Split, character_classes, from_utf8, to_utf8
 
 
@@ -115,6 +116,14 @@ class Corpus:
         return indices, lengths
 
 
+def numbers(text: bytes, num: int) -> np.ndarray | None:
+    """Return so many numbers of a text as float32, or None if there are others."""
+    found = np.empty(num, np.float32)
+    count = _LIBRARY.jbag_text_numbers(text, len(text), found.ctypes.data, num)
+    # What is rare, such as "nan", is left to NumPy.
+    return found if count == num else python.numbers(text, num)
+
+
 class _Packed:
     """Texts end to end; what `texts` points to lives as long as this."""
 
@@ -174,6 +183,7 @@ def _load() -> tuple[Any, str | None]:
         "counts": (None, pointer, pointer),
         "words": (number, pointer, pointer, number, pointer),
         "measure": (ctypes.c_int, pointer, pointer, plan, pointer),
+        "numbers": (number, ctypes.c_char_p, number, pointer, number),
         "write": (ctypes.c_int, pointer, pointer, plan, pointer, pointer),
     }
     for name, (result, *arguments) in signatures.items():

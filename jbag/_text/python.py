@@ -50,6 +50,15 @@ class Corpus:
         return _rows(self._texts, {w: row for w, row in known if row >= 0}, plan)
 
 
+def numbers(text: bytes, num: int) -> np.ndarray | None:
+    """Return so many numbers of a text as float32, or None if there are others."""
+    try:
+        found = np.fromstring(text, np.float32, sep=" ")
+    except (ValueError, DeprecationWarning):  # The latter where warnings are errors.
+        return None
+    return found if found.size == num else None
+
+
 @functools.cache
 def _word_pattern() -> re.Pattern[str]:
     letters = rf"(?:(?![{SPACELESS}])[\w{marks()}])+"

@@ -5,6 +5,8 @@
 
 #include <memory>
 
+#include "decimals.h"
+
 namespace {
 
 using jbag::text::Corpus;
@@ -114,4 +116,11 @@ JBAG_EXPORT int jbag_text_write(const Corpus* corpus, const int32_t* rows,
                                 const Plan* plan, const int64_t* offsets,
                                 int32_t* out) {
   return OrFail([&] { corpus->Write(rows, *plan, offsets, out); });
+}
+
+// Writes the numbers of a text, and returns how many they are: -1 where it holds
+// something else, or more than `num`.
+JBAG_EXPORT int64_t jbag_text_numbers(const char* data, int64_t size, float* out,
+                                      int64_t num) {
+  return jbag::text::ReadDecimals(data, data + size, out, num);
 }
