@@ -8,6 +8,7 @@ the mean of the embeddings of a text's words and hashed n-grams, and a linear la
     python examples/train_text_classifier.py --train news.csv --save model --plot a.png
     python examples/train_text_classifier.py --load model --test news.test
     python examples/train_text_classifier.py --load model --predict < lines.txt
+    python examples/train_text_classifier.py --load fasttext.bin --test news.test
 
 Without files it learns which package of the standard library a docstring comes from.
 Files are in fastText's format, `__label__x text`, or CSV with the label first.
@@ -379,7 +380,9 @@ def save(classifier: Classifier, path: Path) -> None:
 
 
 def load(path: Path) -> Classifier:
-    """Read what `save` wrote."""
+    """Read what `save` wrote, or a model of fastText's."""
+    if path.suffix in (".bin", ".ftz"):
+        return load_fasttext(path)
     try:
         rest = json.loads((path / "classifier.json").read_text(encoding="utf-8"))
         params = unflatten_dict(load_file(path / "params.safetensors"), sep="/")
@@ -389,6 +392,20 @@ def load(path: Path) -> Classifier:
     except Exception as error:  # A damaged file fails in any of many ways.
         sys.exit(f"{path}: there is no saved classifier in it ({error}).")
     return classifier
+
+
+def load_fasttext(path: Path) -> Classifier:
+    """Read a model that fastText trained with its softmax: it has the same layers."""
+    try:
+        model = jbag.fasttext.load(path)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if (model.kind, model.loss) != ("supervised", "softmax"):
+        sys.exit(f"{path}: not softmax but {model.loss}; jbag.fasttext predicts by it.")
+    labels = [label.removeprefix(LABEL) for label in model.labels]
+    head = {"kernel": model.output.T, "bias": jnp.zeros(len(labels))}
+    params = {"bag": {"embedding": model.table}, "head": head}
+    return Classifier(labels, model.encoder, model.table.shape[1], [], params)
 
 
 def plot(classifier: Classifier, counts: np.ndarray, path: str) -> None:
@@ -437,7 +454,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--learning-rate", type=float, default=1.0, help="of the table, at first (1)")
     add("--seed", type=int, default=0, help="of the split, the table and the order (0)")
     add("--save", metavar="DIR", help="write the classifier there")
-    add("--load", metavar="DIR", help="use a saved classifier instead of training one")
+    add(
+        "--load", metavar="PATH", help="use a saved classifier, or fastText's .bin file"
+    )
     add("--predict", action="store_true", help="label the lines of standard input")
     add("--plot", metavar="PNG", help="draw the losses and the confusion matrix")
     args = parser.parse_args(argv)

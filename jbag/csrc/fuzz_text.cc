@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "decimals.h"
 #include "fuzz.h"
 #include "text.h"
 
@@ -37,7 +38,7 @@ void CheckTexts(uint64_t seed) {
   Case c(seed);
   const int64_t num_texts = c.Below(c.OneIn(8) ? 2000 : 5);
   // Few letters, so that words come back; now and then any byte, whole UTF-8 or not.
-  const std::string letters = "ab \n<_\xC3\xA9\xE0\xB8\x81\xF0\x9F\x98\x80";
+  const std::string letters = "ab 1.e-\n<_\xC3\xA9\xE0\xB8\x81\xF0\x9F\x98\x80";
   std::string data;
   std::vector<int64_t> starts(1, 0);
   for (int64_t i = 0; i < num_texts; ++i) {
@@ -48,6 +49,10 @@ void CheckTexts(uint64_t seed) {
     starts.push_back(static_cast<int64_t>(data.size()));
   }
   const std::vector<char> exact(data.begin(), data.end());
+  std::vector<float> numbers(c.Below(100));
+  const int64_t read = text::ReadDecimals(exact.data(), exact.data() + exact.size(),
+                                          numbers.data(), numbers.size());
+  if (read > static_cast<int64_t>(numbers.size())) Fail("numbers of a text", seed);
   std::vector<uint8_t> classes(c.OneIn(2) ? 256 : text::kCodePoints);
   for (uint8_t& kind : classes) kind = c.OneIn(3) ? c.Below(3) : 0;
   const Split split{classes.data(), static_cast<int64_t>(classes.size()),
