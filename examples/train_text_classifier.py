@@ -82,14 +82,14 @@ def first_params(model: TextClassifier, seed: int) -> dict[str, dict[str, jax.Ar
 
     NumPy draws: JAX's generator takes seconds to compile for so many numbers on a CPU.
     """
-    table = np.random.default_rng(seed).random((model.rows, model.features), np.float32)
-    table -= 0.5
-    table *= 0.2
+    drawn = np.random.default_rng(seed).random((model.rows, model.features), np.float32)
+    drawn -= 0.5
+    drawn *= 0.2
+    table = jax.device_put(drawn).block_until_ready()
+    del drawn  # before there is one copy more
     kernel = jnp.zeros((model.features, model.num_classes))
     head = {"kernel": kernel, "bias": jnp.zeros(model.num_classes)}
-    # A copy, as XLA can't write to NumPy's memory in place.
-    copy = jbag.to_huge_pages(jnp.asarray(table))
-    return {"bag": {"embedding": copy}, "head": head}
+    return {"bag": {"embedding": jbag.to_huge_pages(table)}, "head": head}
 
 
 def read_docstrings(num_classes: int = 20) -> Examples:
@@ -285,6 +285,7 @@ def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Clas
         for stack in stream.at(epoch):
             state, values = train_steps(state, stack)
             losses.append(values)
+            jax.block_until_ready(losses[-2:-1])  # or batches would pile up
         loss = float(np.concatenate(losses)[:num_batches].mean())
         line = f"epoch {epoch + 1}: loss {loss:.4f}"
         valid_loss = None

@@ -146,7 +146,9 @@ class Encoder:
         if max_words is not None:
             max_words = check_integer("max_words", max_words, low=0)
         check_flag("tfidf", tfidf)
-        corpus = reader(implementation).Corpus(empty._prepare(texts), empty._split)
+        corpus = reader(implementation).Corpus(
+            check_strings("texts", texts), empty._split
+        )
         counts = corpus.counts
         chosen = np.argsort(-counts, kind="stable")[:max_words]
         chosen = chosen[counts[chosen] >= min_count]
@@ -180,10 +182,10 @@ class Encoder:
           TypeError: `texts` isn't an iterable of strings.
           ValueError: there are 2**31 slots or more.
         """
-        texts = self._prepare(texts)
+        texts = check_strings("texts", texts)
         vocabulary = self._vocabularies.get(implementation)
         if vocabulary is None:
-            words = to_utf8(self.words, self._split)
+            words = [to_utf8(word, self.split) for word in self.words]
             vocabulary = reader(implementation).Vocabulary(words)
             self._vocabularies[implementation] = vocabulary
         return self._bags(*vocabulary.encode(texts, self._split, self._plan))
@@ -276,8 +278,8 @@ class Encoder:
 
     @property
     def _split(self) -> Split:
-        skip, end = to_utf8([self.skip, self.end], Split(self.split, b"", b""))
-        return Split(self.split, skip, end)
+        skip, end = to_utf8(self.skip, self.split), to_utf8(self.end, self.split)
+        return Split(self.split, self.lowercase, skip, end)
 
     @property
     def _plan(self) -> Plan:
@@ -288,10 +290,6 @@ class Encoder:
             self.subwords,
             self.bucket_rows,
         )
-
-    def _prepare(self, texts: Iterable[str]) -> list[str]:
-        texts = check_strings("texts", texts)
-        return [text.lower() for text in texts] if self.lowercase else texts
 
     def _bags(self, indices: np.ndarray, lengths: np.ndarray) -> Bags:
         if indices.size > np.iinfo(np.int32).max:

@@ -6,18 +6,18 @@ import ctypes
 import importlib.resources
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jbag._text import python
-from jbag._text.plan import Plan, Split, character_classes, from_utf8, to_utf8
+from jbag._text.plan import Plan, Split, character_classes, from_utf8, prepare
 
 
 class _Texts(ctypes.Structure):
     _fields_ = (
-        ("data", ctypes.c_char_p),
+        ("data", ctypes.c_void_p),
         ("starts", ctypes.c_void_p),
         ("num", ctypes.c_int64),
     )
@@ -68,7 +68,7 @@ class Corpus:
     ) -> None:
         self._split = split
         self._known = known
-        self._packed = packed = _Packed(to_utf8(texts, split))
+        self._packed = packed = _Packed(prepare(texts, split))
         self._classes = character_classes(split.name, ascii_only=packed.ascii_only)
         how = _Split(
             self._classes.ctypes.data,
@@ -95,7 +95,7 @@ class Corpus:
         arguments = (self._handle, chosen.ctypes.data, chosen.size)
         letters = np.empty(_LIBRARY.jbag_text_words(*arguments, None), np.uint8)
         _LIBRARY.jbag_text_words(*arguments, letters.ctypes.data)
-        return from_utf8(letters.tobytes(), self._split).split("\n")[:-1]
+        return from_utf8(letters.tobytes(), self._split.name).split("\n")[:-1]
 
     def encode(
         self, rows: np.ndarray | None, plan: Plan
@@ -127,14 +127,17 @@ def numbers(text: bytes, num: int) -> np.ndarray | None:
 class _Packed:
     """Texts end to end; what `texts` points to lives as long as this."""
 
-    def __init__(self, texts: Sequence[bytes]) -> None:
-        self._data = b"".join(texts)
-        self._starts = np.zeros(len(texts) + 1, np.int64)
-        np.cumsum(
-            np.fromiter(map(len, texts), np.int64, len(texts)), out=self._starts[1:]
+    def __init__(self, texts: Iterable[bytes]) -> None:
+        data, ends = bytearray(), [0]
+        for text in texts:  # One at a time: the memory is that of one copy.
+            data += text
+            ends.append(len(data))
+        self.ascii_only = data.isascii()
+        self._letters = (ctypes.c_char * len(data)).from_buffer(data)
+        self._starts = np.array(ends, np.int64)
+        self.texts = _Texts(
+            ctypes.addressof(self._letters), _address(self._starts), len(ends) - 1
         )
-        self.ascii_only = self._data.isascii()
-        self.texts = _Texts(self._data, self._starts.ctypes.data, len(texts))
 
 
 def _address(array: np.ndarray | None) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 from unicodedata import category
 
@@ -23,6 +23,7 @@ class Split(NamedTuple):
     """How a text becomes tokens."""
 
     name: SplitName
+    lowercase: bool
     skip: bytes  # tokens that begin with it are left out, unless it is empty
     end: bytes  # follows each text, and ends it where it stands within; or empty
 
@@ -66,26 +67,29 @@ def character_classes(name: SplitName, *, ascii_only: bool) -> np.ndarray:
     return classes
 
 
-def to_utf8(texts: Sequence[str], split: Split) -> list[bytes]:
-    """Encode texts; lone surrogates are what they stand for."""
+def prepare(texts: Iterable[str], split: Split) -> Iterator[bytes]:
+    """Yield texts in the letters that tokens are of, as UTF-8."""
+    for text in texts:
+        yield to_utf8(text.lower() if split.lowercase else text, split.name)
+
+
+def to_utf8(text: str, name: SplitName) -> bytes:
+    """Encode a text; lone surrogates are what they stand for: bytes, in fastText's."""
     try:
-        return [text.encode() for text in texts]
+        return text.encode()
     except UnicodeEncodeError:
-        errors = "surrogateescape" if split.name == "fasttext" else "surrogatepass"
-        return [_encode(text, errors) for text in texts]
-
-
-def _encode(text: str, errors: str) -> bytes:
+        pass
     try:
+        errors = "surrogateescape" if name == "fasttext" else "surrogatepass"
         return text.encode(errors=errors)
     except UnicodeEncodeError:  # No byte of a file stands behind it.
         return text.encode(errors="surrogatepass")
 
 
-def from_utf8(words: bytes, split: Split) -> str:
+def from_utf8(words: bytes, name: SplitName) -> str:
     """Decode what `to_utf8` made."""
     try:
         return words.decode()
     except UnicodeDecodeError:
-        errors = "surrogateescape" if split.name == "fasttext" else "surrogatepass"
+        errors = "surrogateescape" if name == "fasttext" else "surrogatepass"
         return words.decode(errors=errors)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jbag._text.plan import SPACELESS, Plan, Split, from_utf8, marks, to_utf8
+from jbag._text.plan import SPACELESS, Plan, Split, from_utf8, marks, prepare, to_utf8
 
 MISSING = None
 _NGRAM_FACTOR = np.uint64(116049371)
@@ -42,7 +42,7 @@ class Corpus:
 
     def words(self, chosen: np.ndarray) -> list[str]:
         """Return the words of these numbers."""
-        return [from_utf8(self._words[i], self._split) for i in chosen]
+        return [from_utf8(self._words[i], self._split.name) for i in chosen]
 
     def encode(self, rows: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """Return what `Vocabulary.encode` does; `rows` [W] are negative for no row."""
@@ -67,14 +67,14 @@ def _word_pattern() -> re.Pattern[str]:
 
 def _tokens(texts: Sequence[str], split: Split) -> Iterator[list[bytes]]:
     """Yield the tokens of each text."""
-    for text in texts:
+    for text in prepare(texts, split):
         if split.name == "fasttext":
-            tokens = to_utf8([text], split)[0].replace(b"\0", b" ").split()
+            tokens = text.replace(b"\0", b" ").split()
         else:
-            words = text.split()
-            if split.name == "words":
-                words = _word_pattern().findall(text)
-            tokens = to_utf8(words, split)
+            letters = from_utf8(text, split.name)
+            by_words = split.name == "words"
+            words = _word_pattern().findall(letters) if by_words else letters.split()
+            tokens = [to_utf8(word, split.name) for word in words]
         if split.skip:
             tokens = [token for token in tokens if not token.startswith(split.skip)]
         if split.end:
