@@ -20,13 +20,14 @@ namespace jbag::text {
 
 using Word = std::string_view;
 
-// fastText's: FNV-1a, but for bytes being signed.
+// fastText's hash: FNV-1a, but for bytes being signed.
+constexpr uint32_t kNoLetters = 2166136261u;
+inline uint32_t Hash(uint32_t hash, char next) {
+  return (hash ^ static_cast<uint32_t>(static_cast<int8_t>(next))) * 16777619u;
+}
 inline uint32_t Hash(Word word) {
-  uint32_t hash = 2166136261u;
-  for (char c : word) {
-    hash ^= static_cast<uint32_t>(static_cast<int8_t>(c));
-    hash *= 16777619u;
-  }
+  uint32_t hash = kNoLetters;
+  for (char c : word) hash = Hash(hash, c);
   return hash;
 }
 
@@ -66,34 +67,43 @@ inline uint32_t NextCodePoint(const char*& p, const char* end) {
   return point;
 }
 
-// Calls f(token) for each token that isn't skipped.
+// Calls f(token, hash) for each token that isn't skipped.
 template <typename F>
 void ForEachToken(Word text, const Split& split, F&& f) {
   const bool bytes = split.num_classes < kCodePoints;
   const char* p = text.data();
   const char* const end = p + text.size();
-  const char* start = p;
   bool ended = false;
-  const auto finish = [&](const char* until) {
+  const auto finish = [&](const char* start, const char* until, uint32_t hash) {
     const Word token(start, until - start);
-    if (token.empty() || ended) return;
     if (!split.skip.empty() && token.substr(0, split.skip.size()) == split.skip) return;
     ended = !split.end.empty() && token == split.end;
-    f(token);
+    f(token, hash);
   };
   while (p != end && !ended) {
-    const char* const at = p;
-    const auto byte = static_cast<uint8_t>(*p);
-    const uint32_t point = bytes || byte < 0x80 ? (++p, byte) : NextCodePoint(p, end);
-    const uint8_t kind = split.classes[point];
-    if (kind == kPart) continue;
-    finish(at);
-    start = at;
-    if (kind == kAlone) finish(p);
-    start = p;
+    // A token's length can't be predicted: it is hashed in the loop that finds its end.
+    const char* const start = p;
+    const char* at = p;
+    uint32_t hash = kNoLetters;
+    uint8_t kind = kPart;
+    while (p != end) {
+      const auto byte = static_cast<uint8_t>(*p);
+      if (bytes || byte < 0x80) {
+        kind = split.classes[byte];
+        ++p;
+        if (kind != kPart) break;
+        hash = Hash(hash, *at);
+      } else {
+        kind = split.classes[NextCodePoint(p, end)];
+        if (kind != kPart) break;
+        for (const char* q = at; q != p; ++q) hash = Hash(hash, *q);
+      }
+      at = p;
+    }
+    if (at != start) finish(start, at, hash);
+    if (kind == kAlone && !ended) finish(at, p, Hash(Word(at, p - at)));
   }
-  finish(end);
-  if (!ended && !split.end.empty()) f(split.end);
+  if (!ended && !split.end.empty()) f(split.end, Hash(split.end));
 }
 
 // Words and their numbers, in the order in which they were added.
@@ -118,7 +128,7 @@ class Vocabulary {
       at = Probe(word, hash);
     }
     const auto id = static_cast<int32_t>(hashes_.size());
-    slots_[at] = {hash, id};
+    slots_[at] = {Key(word), hash, id};
     Append(word, hash);
     return id;
   }
@@ -132,18 +142,36 @@ class Vocabulary {
 
  private:
   struct Slot {
+    uint64_t key = 0;
     uint32_t hash = 0;
     int32_t id = -1;
   };
 
+  // The first letters of a word, and its length where these are all: then equal keys
+  // are equal words, and their letters needn't be fetched.
+  static constexpr size_t kShort = 7;
+  static uint64_t Key(Word word) {
+    uint64_t key = 0;
+    const size_t size = std::min(word.size(), kShort);
+    // Byte by byte: a copy of unknown length would be a call.
+    for (size_t i = 0; i < size; ++i) {
+      key |= uint64_t{static_cast<uint8_t>(word[i])} << 8 * i;
+    }
+    return key | uint64_t{word.size() <= kShort ? size : 0xFF} << 56;
+  }
+
   // Where the word is, or would be.
   size_t Probe(Word word, uint32_t hash) const {
     const size_t mask = slots_.size() - 1;
+    const uint64_t key = Key(word);
     // The low bits of FNV-1a are its good ones.
     for (size_t at = hash & mask;; at = (at + 1) & mask) {
       const Slot& slot = slots_[at];
       if (slot.id < 0) return at;
-      if (slot.hash == hash && this->word(slot.id) == word) return at;
+      if (slot.key == key && slot.hash == hash &&
+          (word.size() <= kShort || this->word(slot.id) == word)) {
+        return at;
+      }
     }
   }
 
@@ -267,8 +295,7 @@ class Corpus {
     shard->ids.reserve((starts[shard->last] - starts[shard->first]) / 5);
     shard->ends.reserve(shard->last - shard->first);
     for (int64_t i = shard->first; i < shard->last; ++i) {
-      ForEachToken(Text(data, starts, i), split, [&](Word token) {
-        const uint32_t hash = Hash(token);
+      ForEachToken(Text(data, starts, i), split, [&](Word token, uint32_t hash) {
         int32_t id;
         if (own) {
           id = own->Add(token, hash);
@@ -361,12 +388,11 @@ class Corpus {
     const auto continues = [&](size_t i) { return (letters[i] & 0xC0) == 0x80; };
     for (size_t i = 0; i < size; ++i) {
       if (continues(i)) continue;
-      uint32_t hash = 2166136261u;
+      uint32_t hash = kNoLetters;
       size_t j = i;
       for (int64_t n = 1; j < size && n <= plan.max_subword; ++n) {
         do {
-          hash ^= static_cast<uint32_t>(static_cast<int8_t>(letters[j++]));
-          hash *= 16777619u;
+          hash = Hash(hash, letters[j++]);
         } while (j < size && continues(j));
         if (n >= plan.min_subword && !(n == 1 && (i == 0 || j == size))) push(hash);
       }
