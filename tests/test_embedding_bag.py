@@ -83,23 +83,24 @@ def check(table, ids, offsets, weights=None, **options):
 def test_value_and_gradients_equal_the_oracle(case, weighted, implementation):
     ids, offsets = CASES[case]
     weights = make_weights(len(ids)) if weighted else None
-    check(make_table(), ids, offsets, weights, implementation=implementation)
+    options = {"optimized": True, "implementation": implementation}
+    check(make_table(), ids, offsets, weights, **options)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_dtype_equals_the_oracle(dtype, weighted, implementation):
     weights = make_weights(10, dtype) if weighted else None
-    table = make_table(dtype)
-    check(table, WORKED_IDS, WORKED_OFFSETS, weights, implementation=implementation)
+    options = {"optimized": True, "implementation": implementation}
+    check(make_table(dtype), WORKED_IDS, WORKED_OFFSETS, weights, **options)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.usefixtures("x64")
 def test_float64_equals_the_oracle(weighted, implementation):
     weights = make_weights(10, "float64") if weighted else None
-    table = make_table("float64")
-    check(table, WORKED_IDS, WORKED_OFFSETS, weights, implementation=implementation)
+    options = {"optimized": True, "implementation": implementation}
+    check(make_table("float64"), WORKED_IDS, WORKED_OFFSETS, weights, **options)
 
 
 @pytest.mark.parametrize("features", [0, 1, 3, 10, 64, 300])
