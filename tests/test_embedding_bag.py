@@ -88,8 +88,8 @@ def test_value_and_gradients_equal_the_oracle(case, weighted, implementation):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_dtype_equals_the_oracle(dtype, weighted, implementation):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_16_bit_dtype_equals_the_oracle(dtype, weighted, implementation):
     weights = make_weights(10, dtype) if weighted else None
     options = {"optimized": True, "implementation": implementation}
     check(make_table(dtype), WORKED_IDS, WORKED_OFFSETS, weights, **options)
