@@ -253,10 +253,12 @@ def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Clas
         shares = np.bincount(targets) * len(labels) / len(targets)
         weights = (1 / shares).astype(np.float32)[targets]
     # Over a hundred batches an epoch; more epochs for small data.
-    size = args.batch_size or min(128, max(16, len(targets) // 128))
+    size = args.batch_size or min(256, max(16, len(targets) // 128))
     num_batches = math.ceil(len(targets) / size)
-    epochs = args.epochs or max(2, min(20, round(400 / num_batches)))
-    steps = math.ceil(num_batches / math.ceil(num_batches / 8))  # of one scan
+    epochs = args.epochs or max(2, min(20, round(256 / num_batches)))
+    slots = max(1.0, size * bags.capacity / len(targets))  # of a batch, on average
+    most = max(1, min(64, int(2**20 / slots)))
+    steps = math.ceil(num_batches / math.ceil(num_batches / most))  # of one scan
     stream = jbag.data.batches(
         bags,
         (targets, weights),
@@ -269,7 +271,6 @@ def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Clas
     model = TextClassifier(max(1, encoder.num_rows), features, len(labels))
     # Each slot of a batch adds about 1 / slots to its row's gradient. Adagrad starts as
     # if every row had met one: rare rows move less, whatever the lengths and batches.
-    slots = max(1.0, size * bags.capacity / len(targets))
     horizon = epochs * len(stream) * steps
     rate = optax.linear_schedule(args.learning_rate, 0.0, horizon)
     table = jbag.optim.rowwise_adagrad(rate, initial_accumulator_value=slots**-2)
@@ -451,7 +452,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--buckets", type=int, default=1 << 21, help="rows for n-grams (2097152)")
     add("--words", type=int, help="most words that get a row (default: all)")
     add("--min-count", type=int, default=1, help="occurrences a word must have (1)")
-    add("--batch-size", type=int, help="texts a step (default: 16 to 128, by size)")
+    add("--batch-size", type=int, help="texts a step (default: 16 to 256, by size)")
     add("--learning-rate", type=float, default=1.0, help="of the table, at first (1)")
     add("--seed", type=int, default=0, help="of the split, the table and the order (0)")
     add("--save", metavar="DIR", help="write the classifier there")
