@@ -272,6 +272,11 @@ class Encoder:
         except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{os.fspath(path)} holds no encoder: {error}") from error
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Not the vocabularies: copies, and other processes, make their own.
+        names = [field.name for field in dataclasses.fields(self)]
+        return {name: getattr(self, name) for name in names}
+
     @functools.cached_property
     def _vocabularies(self) -> dict[str | None, Any]:
         return {}

@@ -1,7 +1,9 @@
 """Texts become the bags of rows that fastText's hashes and numbers make of them."""
 
+import copy
 import gc
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -215,6 +217,22 @@ def test_saved_encoder_is_the_same(tmp_path, implementation):
         for name in ("counts", "weights", "bucket_rows"):
             np.testing.assert_array_equal(getattr(loaded, name), getattr(encoder, name))
         assert loaded.encode(texts).to_lists() == encoder.encode(texts).to_lists()
+
+
+def test_copies_have_vocabularies_of_their_own(implementation):
+    encoder = Encoder.fit(["a b c d"], ngrams=2, buckets=50)
+    texts = ["d a x", "b"]
+    expected = encoder.encode(texts, implementation=implementation).to_lists()
+    copies = [
+        copy.copy(encoder),
+        copy.deepcopy(encoder),
+        pickle.loads(pickle.dumps(encoder)),
+    ]
+    del encoder
+    gc.collect()
+    for other in copies:
+        found = other.encode(texts, implementation=implementation).to_lists()
+        assert found == expected
 
 
 def test_files_without_an_encoder_are_refused(tmp_path):
