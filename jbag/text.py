@@ -336,6 +336,11 @@ def _check_options(encoder: Encoder) -> None:
         )
     if (encoder.ngrams > 1 or longest) and not encoder.buckets:
         raise ValueError("`buckets` must be at least 1 where there are n-grams; got 0.")
+    if encoder.num_rows > np.iinfo(np.int32).max:
+        raise ValueError(
+            "`words` and `buckets` must make fewer than 2**31 rows; got "
+            f"{encoder.num_rows}."
+        )
     if any("\n" in word for word in encoder.words):
         raise ValueError("`words` must not hold line feeds.")
 

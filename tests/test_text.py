@@ -290,6 +290,7 @@ def test_bad_options_are_named(options, error, message):
     [
         ({"words": "abc"}, TypeError, "`words` must be a list of strings"),
         ({"words": ["a", 1]}, TypeError, "`words` must hold strings; got 1 at 1"),
+        ({"buckets": (1 << 31) - 1}, ValueError, "fewer than 2\\*\\*31 rows; got 2147"),
         ({"words": ["a\nb"]}, ValueError, "`words` must not hold line feeds"),
         ({"counts": np.ones(2)}, ValueError, r"`counts` must have the shape \(1,\)"),
         ({"weights": np.ones((1, 1))}, ValueError, r"`weights` must have the shape"),
