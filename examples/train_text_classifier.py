@@ -257,7 +257,7 @@ def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Clas
     num_batches = math.ceil(len(targets) / size)
     epochs = args.epochs or max(2, min(20, round(256 / num_batches)))
     slots = max(1.0, size * bags.capacity / len(targets))  # of a batch, on average
-    most = max(1, min(64, int(2**20 / slots)))
+    most = max(1, min(64, int(2**19 / slots)))
     steps = math.ceil(num_batches / math.ceil(num_batches / most))  # of one scan
     stream = jbag.data.batches(
         bags,

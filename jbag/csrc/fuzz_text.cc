@@ -53,7 +53,7 @@ void CheckTexts(uint64_t seed) {
   const int64_t read = text::ReadDecimals(exact.data(), exact.data() + exact.size(),
                                           numbers.data(), numbers.size());
   if (read > static_cast<int64_t>(numbers.size())) Fail("numbers of a text", seed);
-  std::vector<uint8_t> classes(c.OneIn(2) ? 256 : text::kCodePoints);
+  std::vector<uint8_t> classes(c.OneIn(8) ? text::kCodePoints : 256);
   for (uint8_t& kind : classes) kind = c.OneIn(3) ? c.Below(3) : 0;
   const Split split{classes.data(), static_cast<int64_t>(classes.size()),
                     c.OneIn(2) ? "_" : "", c.OneIn(2) ? "a" : ""};
