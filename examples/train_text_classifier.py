@@ -180,6 +180,20 @@ def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
     return choose(order[tenth:]), choose(order[:tenth])
 
 
+def make_optimizer(
+    learning_rate: float, steps: int, slots: float
+) -> optax.GradientTransformation:
+    """Return Adagrad for the table and Adam for the head, both down to 0 in `steps`.
+
+    Each of a batch's slots adds about 1 / slots to its row's gradient. Adagrad starts as
+    if every row had met one: rare rows move less, whatever the lengths and batches.
+    """
+    rate = optax.linear_schedule(learning_rate, 0.0, steps)
+    table = jbag.optim.rowwise_adagrad(rate, initial_accumulator_value=slots**-2)
+    head = optax.adam(optax.linear_schedule(0.05, 0.0, steps))
+    return optax.partition({"bag": table, "head": head}, {"bag": "bag", "head": "head"})
+
+
 def mean_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     """Return the weighted mean of the cross-entropy; of nothing it is zero."""
     # The gradient of picking one class by its number is a scatter, slow on CPUs.
@@ -257,8 +271,8 @@ def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Clas
     num_batches = math.ceil(len(targets) / size)
     epochs = args.epochs or max(2, min(20, round(256 / num_batches)))
     slots = max(1.0, size * bags.capacity / len(targets))  # of a batch, on average
-    most = max(1, min(64, int(2**19 / slots)))
-    steps = math.ceil(num_batches / math.ceil(num_batches / most))  # of one scan
+    most = max(1, min(64, int(2**19 / slots)))  # batches in one scan: megabytes
+    steps = math.ceil(num_batches / math.ceil(num_batches / most))
     stream = jbag.data.batches(
         bags,
         (targets, weights),
@@ -269,14 +283,7 @@ def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Clas
     )
     features = args.dim or max(10, min(64, len(labels)))
     model = TextClassifier(max(1, encoder.num_rows), features, len(labels))
-    # Each slot of a batch adds about 1 / slots to its row's gradient. Adagrad starts as
-    # if every row had met one: rare rows move less, whatever the lengths and batches.
-    horizon = epochs * len(stream) * steps
-    rate = optax.linear_schedule(args.learning_rate, 0.0, horizon)
-    table = jbag.optim.rowwise_adagrad(rate, initial_accumulator_value=slots**-2)
-    head = optax.adam(optax.linear_schedule(0.05, 0.0, horizon))
-    groups = {"bag": "bag", "head": "head"}
-    optimizer = optax.partition({"bag": table, "head": head}, groups)
+    optimizer = make_optimizer(args.learning_rate, epochs * len(stream) * steps, slots)
     params = first_params(model, args.seed)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
     classifier = Classifier(labels, encoder, features, [], None)
