@@ -185,7 +185,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Return Adagrad for the table and Adam for the head, both down to 0 in `steps`.
 
-    Each of a batch's slots adds about 1 / slots to its row's gradient. Adagrad starts as
+    Each slot of a batch adds about 1 / slots to its row's gradient. Adagrad starts as
     if every row had met one: rare rows move less, whatever the lengths and batches.
     """
     rate = optax.linear_schedule(learning_rate, 0.0, steps)
