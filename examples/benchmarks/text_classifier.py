@@ -38,7 +38,7 @@ COLUMNS = {
 
 # Runs where jbag isn't installed.
 FASTTEXT = """
-import json, sys, time
+import contextlib, json, sys, time
 import fasttext
 
 fasttext.FastText.eprint = lambda *_: None
@@ -66,8 +66,11 @@ if MORE:
     figures["predicted (texts/s)"] = len(texts) / (time.perf_counter() - start)
     with open(train, encoding="utf-8") as file:
         tokens = sum(len(line.split()) for line in file)
-    both = seconds - fit(1)[1]
-    figures["trained (M tokens/s)"] = tokens * (int(epochs) - 1) / both / 1e6
+    for _ in range(9):
+        with contextlib.suppress(RuntimeError):  # NaN, by memory that isn't cleared
+            more = seconds - fit(1)[1]
+            figures["trained (M tokens/s)"] = tokens * (int(epochs) - 1) / more / 1e6
+            break
 print(json.dumps(figures))
 """
 

@@ -130,6 +130,9 @@ class Bounds {
   Scratch<bool> moved_;
 };
 
+// The bytes of the cache lines that a row lies in, wherever it starts.
+inline int64_t LinesOf(int64_t row_bytes) { return CeilDiv(row_bytes + 63, 64) * 64; }
+
 // Sizes that depend on the width of a row alone.
 struct Cut {
   int64_t block;  // slots
@@ -137,7 +140,7 @@ struct Cut {
 
   Cut(int64_t row_bytes, int64_t sum_bytes)
       : block(Clamp((1 << 17) / Max(sum_bytes, 1), 32, 2048)),
-        task(Clamp((1 << 18) / Max(row_bytes, 1), 64, 16384)) {}
+        task(Clamp((1 << 18) / LinesOf(row_bytes), 64, 16384)) {}
 };
 
 struct Block {

@@ -134,7 +134,7 @@ class SortedSlots {
     const int passes = static_cast<int>(CeilDiv(bits, kMostBits));
     const int pass_bits = static_cast<int>(CeilDiv(bits, passes));
     const int64_t num_digits = int64_t{1} << pass_bits;
-    const int64_t chunk = Max(1 << 13, CeilDiv(size_, Min(2 * pool.num_threads(), 64)));
+    const int64_t chunk = Max(1 << 11, CeilDiv(size_, Min(2 * pool.num_threads(), 64)));
     Scratch<Slot> entries[2];
     Scratch<uint32_t> counts;
     if (!rows_.Allocate(size_ * static_cast<int64_t>(sizeof(Key))) ||

@@ -285,7 +285,9 @@ Error UpdateRowsBy(MoveRow<A> move, int64_t number, Pool& pool, const Matrix& ta
   SortedSlots<A> sorted;
   if (Error error = sorted.Sort(pool, bags, bounds, table.rows)) return error;
   const int64_t size = sorted.size();
-  const Cut cut(table.width * sizeof(A), table.width * sizeof(A));
+  Cut cut(table.width * sizeof(A), table.width * sizeof(A));
+  // A row takes longer to move than to read: it and its states are written, too.
+  cut.task = Max(cut.task / 4, 64);
   // Apart, that no two threads write the same line.
   const int64_t stride = CeilDiv(table.width, 64) * 64;
   Scratch<A> gradients;
