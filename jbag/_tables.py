@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import pickle
 import zipfile
@@ -112,6 +113,15 @@ def _describe(tensors: Mapping[str, _Tensor]) -> str:
     return f"{names} and {more} more" if more > 0 else names
 
 
+def _import(package: str, path: str | os.PathLike[str]) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f"{os.fspath(path)} is read by {package}: pip install {package}"
+        ) from error
+
+
 @contextlib.contextmanager
 def _open_numpy(path: str | os.PathLike[str]) -> Iterator[dict[str, _Tensor]]:
     try:
@@ -131,12 +141,7 @@ def _open_numpy(path: str | os.PathLike[str]) -> Iterator[dict[str, _Tensor]]:
 
 @contextlib.contextmanager
 def _open_safetensors(path: str | os.PathLike[str]) -> Iterator[dict[str, _Tensor]]:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise ImportError(
-            f"{os.fspath(path)} is read by safetensors: pip install safetensors"
-        ) from error
+    safetensors = _import("safetensors", path)
     try:
         file = safetensors.safe_open(os.fspath(path), framework="numpy")
     except safetensors.SafetensorError as error:
@@ -156,12 +161,7 @@ def _open_safetensors(path: str | os.PathLike[str]) -> Iterator[dict[str, _Tenso
 
 @contextlib.contextmanager
 def _open_torch(path: str | os.PathLike[str]) -> Iterator[dict[str, _Tensor]]:
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"{os.fspath(path)} is read by PyTorch: pip install torch"
-        ) from error
+    torch = _import("torch", path)
     # Files of PyTorch before 1.6 aren't zipped, and can't be mapped.
     mapped = zipfile.is_zipfile(path)
     try:
