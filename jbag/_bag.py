@@ -1,22 +1,17 @@
-"""`embedding_bag`: the door that checks, and the modes as coefficients."""
+"""`embedding_bag`: the door that checks."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float
 
-from jbag import _product
 from jbag._bags import Bags
-from jbag._extremum import extremum
-from jbag._kernels import check_implementation, xla
-from jbag._kernels.xla import Size, accumulation_dtype, take
-from jbag._norm import check_norm, row_scale
+from jbag._kernels import check_implementation
+from jbag._norm import check_norm
+from jbag._pooling import How, pool
 from jbag._validation import (
     AnyArray,
     Floats,
@@ -128,21 +123,18 @@ def embedding_bag(
     if padding_idx is not None:
         padding_idx = check_padding_idx(padding_idx, num_embeddings)
     max_norm, norm_type = check_norm(max_norm, norm_type)
-    indices, offsets, weights = _check_bags(
+    indices, offsets, weights = check_bags(
         indices, offsets, weights, include_last_offset, num_embeddings
     )
-    return _pool(
+    return pool(
         table,
         indices,
         offsets,
         weights,
         max_norm,
-        mode=mode,
+        how=How(mode, norm_type, bool(scale_grad_by_freq), implementation),
         padding_idx=padding_idx,
-        norm_type=norm_type,
-        scale_grad_by_freq=bool(scale_grad_by_freq),
         sparse=bool(sparse),
-        implementation=implementation,
     )
 
 
@@ -162,7 +154,7 @@ def check_padding_idx(padding_idx: Any, num_embeddings: int) -> int:
     return row % num_embeddings
 
 
-def _check_bags(
+def check_bags(
     indices: Integers | Bags,
     offsets: Integers | None,
     weights: Floats | None,
@@ -211,151 +203,3 @@ def _check_bags(
             # Slots past the last offset may hold anything.
             check_ids(ids, num_embeddings, np.arange(ids.size) < offsets[-1])
     return to_index_dtype(ids), offsets, weights
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "mode",
-        "padding_idx",
-        "norm_type",
-        "scale_grad_by_freq",
-        "sparse",
-        "implementation",
-    ),
-)
-def _pool(
-    table: Float[Array, "V D"],
-    indices: Int[Array, "*slots"],
-    offsets: Int[Array, " ends"] | None,
-    weights: Float[Array, "*slots"] | None,
-    max_norm: Shaped[Array, ""] | None,
-    *,
-    mode: str,
-    padding_idx: int | None,
-    norm_type: float,
-    scale_grad_by_freq: bool,
-    sparse: bool,
-    implementation: str | None,
-) -> Float[Array, "B D"]:
-    num_embeddings = table.shape[0]
-    dtype = accumulation_dtype(table.dtype)
-    ids, empty = indices, padding_idx
-    if offsets is not None and (
-        max_norm is not None
-        or scale_grad_by_freq
-        or (weights is not None and mode == "sqrtn")
-    ):
-        # These read the slots past the bags, too: empty them. The largest offset is the
-        # last one, unless malformed: then those that are well formed keep their slots.
-        outside = jnp.arange(ids.size, dtype=offsets.dtype) >= offsets.max()
-        ids = jnp.where(ids < 0, _UNKNOWN, ids)
-        if padding_idx is not None:
-            outside |= indices == padding_idx
-        ids, empty = jnp.where(outside, _EMPTY, ids), _EMPTY
-    if weights is not None:
-        weights = weights.astype(dtype)
-        if empty is not None:
-            # What stands beside an empty slot, a NaN say, must not reach the gradient.
-            weights = jnp.where(ids == empty, 0, weights)
-    options: dict[str, Any] = {"empty": empty, "implementation": implementation}
-    value_scale = gradient_scale = None
-    if max_norm is not None:
-        value_scale = row_scale(table, ids, max_norm, norm_type)
-    if scale_grad_by_freq:
-        counts = _occurrences(ids, offsets, num_embeddings, dtype, **options)
-        gradient_scale = 1 / counts
-
-    bags = (ids, offsets, weights, value_scale, gradient_scale)
-    if mode in ("max", "min"):
-        out = extremum(table, *bags, largest=mode == "max", sparse=sparse, **options)
-    elif weights is None or mode == "sum":
-        average = None if mode == "sum" else mode
-        out = _product.product_scaled(
-            table,
-            *bags,
-            sparse=sparse,
-            average=average,
-            dtype=table.dtype,
-            **options,
-        )
-    else:
-        out = _product.product_scaled(table, *bags, sparse=sparse, **options)
-        out = _divide(
-            out,
-            ids,
-            offsets,
-            weights,
-            mode=mode,
-            num_embeddings=num_embeddings,
-            **options,
-        )
-    return out.astype(table.dtype)
-
-
-# Ids that name no row, in place of what the caller wrote: one is an empty slot.
-_EMPTY = -1
-_UNKNOWN = -2
-
-
-def _divide(
-    total: Float[Array, "B D"],
-    ids: Int[Array, "*slots"],
-    offsets: Int[Array, " ends"] | None,
-    weights: Float[Array, "*slots"],
-    *,
-    mode: str,
-    num_embeddings: Size,
-    empty: int | None,
-    implementation: str | None,
-) -> Float[Array, "B D"]:
-    """Divide the sums by their weights' sum ("mean") or root of squares ("sqrtn")."""
-
-    def tally(
-        chosen: Bool[Array, "*slots"], coefficients: Float[Array, "*slots"] | None
-    ) -> Float[Array, "B 1"]:
-        """Sum the coefficients of the chosen slots: a table whose one row is one."""
-        one = jnp.ones((1, 1), total.dtype)
-        rows = jnp.where(chosen, 0, _EMPTY)
-        return _product.product(
-            one,
-            rows,
-            offsets,
-            coefficients,
-            empty=_EMPTY,
-            implementation=implementation,
-        )
-
-    filled = xla.filled(ids, empty)
-    if mode == "mean":
-        sizes = tally(filled, weights)
-    else:
-        sizes = tally(filled, weights * weights)
-    is_zero = sizes == 0
-    divisors = jnp.where(is_zero, 1, sizes)
-    if mode == "sqrtn":
-        divisors = jnp.sqrt(divisors)
-    strangers = tally(filled & ((ids < 0) | (ids >= num_embeddings)), None)
-    nothing = jnp.where(strangers == 0, 0, jnp.nan)
-    return jnp.where(is_zero, nothing, total / divisors)
-
-
-def _occurrences(
-    ids: Int[Array, "*slots"],
-    offsets: Int[Array, " ends"] | None,
-    num_embeddings: Size,
-    dtype: jnp.dtype,
-    **options: Any,
-) -> Float[Array, "*slots"]:
-    """Return, for each slot, how many slots name the same row, at least 1."""
-    num_bags = ids.shape[0] if offsets is None else offsets.size - 1
-    counts = _product.transposed_product(
-        jnp.ones((num_bags, 1), dtype),
-        ids,
-        offsets,
-        None,
-        num_embeddings=num_embeddings,
-        dtype=dtype,
-        **options,
-    )
-    return jnp.maximum(take(counts[:, 0], ids, 1), 1)

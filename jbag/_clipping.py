@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jbag._kernels.xla import accumulation_dtype, take
+from jbag._kernels.xla import accumulation_dtype
 from jbag._rows import RowSparse, is_rows
 from jbag._rowwise import check_at_least_zero
 
@@ -32,7 +32,7 @@ def add_decayed_weights(weight_decay: float) -> optax.GradientTransformation:
         if not isinstance(gradient, RowSparse):
             return gradient + weight_decay * parameter
         gradient = gradient.coalesce()
-        rows = take(parameter, gradient.indices, 0).astype(gradient.values.dtype)
+        rows = gradient.rows_of(parameter).astype(gradient.values.dtype)
         return gradient.with_values(gradient.values + weight_decay * rows)
 
     def update(updates: Any, params: Any) -> Any:

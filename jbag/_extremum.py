@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int
 
 from jbag._kernels import xla
 from jbag._kernels.xla import Ids, Offsets, Slots
-from jbag._marks import mark_pooled, mark_table
 from jbag._primitive import bind, define
 from jbag._product import times, varies
 
@@ -28,15 +27,12 @@ def extremum(
     gradient_scale: Slots | None,
     *,
     largest: bool,
-    sparse: bool,
     **options: Any,
-) -> Float[Array, "B D"]:
+) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
     """Return the largest (smallest) c[i] * table[ids[i]] of each bag and feature.
 
-    The scales, and `sparse`, are those of `product_scaled`.
+    With it come the winning slots. The scales are those of `product_scaled`.
     """
-    if sparse:
-        table = mark_table(table)
     scaled = times(coefficients, value_scale)
     values, slots = bind(
         _extremum,
@@ -48,10 +44,7 @@ def extremum(
         **options,
     )
     out = _follow(values, slots, table, ids, coefficients, value_scale, gradient_scale)
-    if not sparse:
-        return out
-    scaled = times(coefficients, gradient_scale)
-    return mark_pooled(out, table, ids, offsets, scaled, slots, **options)
+    return out, slots
 
 
 @jax.custom_jvp

@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int
 from jbag import _program
 from jbag._kernels import xla
 from jbag._kernels.xla import Ids, Offsets, Slots
-from jbag._product import divided
 from jbag._rows import RowSparse, Term
 from jbag._validation import check_flag
 
@@ -227,7 +226,6 @@ def _term(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    average: str | None,
     has_winners: bool,
     **options: Any,
 ) -> Term:
@@ -237,18 +235,8 @@ def _term(
         ids = _after(value, ids)
     else:
         offsets = _after(value, offsets)
-    rows = divided(cotangent, ids, offsets, cotangent.dtype, average, **options)
-    if winners is None:
-        return Term(rows, ids, offsets, coefficients, **options)
-    # Each slot is a bag of its own, of the features that it won.
-    rows, kept = xla.bag_rows(rows, ids, offsets)
-    own, _ = xla.bag_rows(winners, ids, offsets)
-    slots = jnp.arange(ids.size, dtype=winners.dtype).reshape((*ids.shape, 1))
-    rows = jnp.where(own == slots, rows, 0)
-    if coefficients is not None:
-        rows = rows * coefficients[..., None]
-    ids = jnp.where(kept & xla.filled(ids, options["empty"]), ids, -1).reshape(-1, 1)
-    return Term(rows.reshape(ids.size, -1), ids, **options | {"empty": None})
+    wide = cotangent.astype(xla.accumulation_dtype(cotangent.dtype))
+    return Term(wide, ids, offsets, coefficients, winners=winners, **options)
 
 
 def _after(value: Float[Array, ""], x: Int[Array, "..."]) -> Int[Array, "..."]:

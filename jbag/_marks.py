@@ -41,18 +41,25 @@ def mark_pooled(
     winners: Int[Array, "B D"] | None = None,
     *,
     average: str | None = None,
+    placement: Any = None,
     **options: Any,
 ) -> Float[Array, "B D"]:
     """Return what was pooled from a marked table, to which its gradient flows so.
 
     Each slot gets its bag's row of the cotangent, divided as the average was, times its
     coefficient. With `winners`, flat slots, a feature goes to the one slot that won it.
+    A `placement` says that every array has a block for each device of a mesh, in which
+    bags and slots are numbered by themselves.
     """
     optional = [x for x in (winners,) if x is not None]
     bags = [x for x in (offsets, coefficients) if x is not None]
     operands = equally_varying(pooled, table, *optional, ids, *bags)
     return pooled_mark.bind(
-        *operands, has_winners=winners is not None, average=average, **options
+        *operands,
+        has_winners=winners is not None,
+        average=average,
+        placement=placement,
+        **options,
     )
 
 
@@ -108,8 +115,8 @@ def _batch_pooled(
         jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
         for x, d in zip(operands, dims, strict=True)
     )
-    if dims[1] is not None or size == 0:
-        return pooled, 0
+    if dims[1] is not None or size == 0 or params["placement"] is not None:
+        return pooled, 0  # none of them is marked
     dense, ids, offsets, coefficients = layout(int(has_winners), rest, batch_ndim=1)
     slots = ids[0].size
     ids = name_slots(ids, empty, table.shape[1])

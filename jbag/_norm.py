@@ -97,20 +97,28 @@ def row_scale(
     ids: Int[Array, "*slots"],
     max_norm: Shaped[Array, ""],
     norm_type: float,
+    columns: Any = None,
 ) -> Float[Array, "*slots"]:
     """Return what scales the row of each slot down to `max_norm`, a constant.
 
-    It is 1 where a slot names no row.
+    It is 1 where a slot names no row. `columns` is the axis of a mesh over which the
+    columns of the table are cut.
     """
     dtype = accumulation_dtype(table.dtype)
     rows = take(jax.lax.stop_gradient(table), ids, 0)
     sizes = jnp.abs(rows.astype(dtype))
+
+    def total(terms: Array) -> Array:
+        own = terms.sum(-1)
+        return own if columns is None else jax.lax.psum(own, columns)
+
     if norm_type == 2:
-        norms = jnp.sqrt((sizes * sizes).sum(-1))
+        norms = jnp.sqrt(total(sizes * sizes))
     elif math.isinf(norm_type):
         norms = sizes.max(-1, initial=0)
+        norms = norms if columns is None else jax.lax.pmax(norms, columns)
     else:
-        norms = (sizes**norm_type).sum(-1) ** (1 / norm_type)
+        norms = total(sizes**norm_type) ** (1 / norm_type)
     largest = jax.lax.stop_gradient(max_norm).astype(dtype)
     scale = jnp.where(norms > largest, largest / (norms + _EPSILON), 1)
     # On a device, a norm that is none can't raise: it shows.

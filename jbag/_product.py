@@ -24,7 +24,6 @@ from jax.interpreters import ad
 from jaxtyping import Array, Float
 
 from jbag._kernels import xla
-from jbag._marks import mark_pooled, mark_table
 from jbag._primitive import bind, define, equally_varying, layout
 
 Ids = xla.Ids
@@ -100,30 +99,18 @@ def product_scaled(
     coefficients: Slots | None,
     value_scale: Slots | None,
     gradient_scale: Slots | None,
-    *,
-    sparse: bool,
-    average: str | None = None,
     **options: Any,
 ) -> Float[Array, "B D"]:
     """Like `product`, with each slot's row scaled.
 
     `value_scale` is seen by the value and by the gradient to the coefficients,
-    `gradient_scale` by the gradient to the table; both are constants to autodiff. With
-    `sparse` it leaves marks: see `_marks`.
+    `gradient_scale` by the gradient to the table; both are constants to autodiff.
     """
-    pool: Callable = functools.partial(product, average=average, **options)
+    pool: Callable = functools.partial(product, **options)
     bags = (ids, offsets, coefficients)
-    if sparse:
-        table = mark_table(table)
     if value_scale is None and gradient_scale is None:
-        out = pool(table, *bags)
-    else:
-        out = _product_scaled(pool, table, *bags, value_scale, gradient_scale)
-    if not sparse:
-        return out
-    scaled = times(coefficients, gradient_scale)
-    options.pop("dtype", None)
-    return mark_pooled(out, table, ids, offsets, scaled, average=average, **options)
+        return pool(table, *bags)
+    return _product_scaled(pool, table, *bags, value_scale, gradient_scale)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

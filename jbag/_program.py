@@ -51,6 +51,9 @@ class Tap(NamedTuple):
     def zeros(self) -> Array:
         """Return zeros like what is pooled."""
         pooled: Any = self.equation.outvars[0].aval
+        placement = self.equation.params["placement"]
+        if placement is not None:
+            return placement.zeros(pooled.shape, pooled.dtype)
         zeros = jnp.zeros(pooled.shape, pooled.dtype)
         varying = pooled.manual_axis_type.varying  # under `shard_map`
         return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros

@@ -5,33 +5,37 @@ from __future__ import annotations
 import dataclasses
 import functools
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
+from jbag._joining import join, join_slots, ones
 from jbag._kernels import xla
-from jbag._kernels.xla import Ids, Offsets, Slots
-from jbag._primitive import EMPTY
-from jbag._product import transposed_product
+from jbag._kernels.xla import Ids, Offsets, Slots, take
+from jbag._primitive import EMPTY, UNKNOWN
+from jbag._product import divided, transposed_product
 from jbag._update import coalesce, update_rows
 from jbag._validation import check_integer, check_integers, to_index_dtype
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cotangent", "ids", "offsets", "coefficients"],
-    meta_fields=["empty", "implementation"],
+    data_fields=["cotangent", "ids", "offsets", "coefficients", "winners"],
+    meta_fields=["empty", "implementation", "average", "placement"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Term:
     """A transposed product that isn't multiplied out: A.T @ cotangent.
 
-    A holds the bags' coefficients. What it adds up to is never larger than they are.
+    A holds the bags' coefficients, divided as an `average` divides. With `winners`, a
+    feature goes to the one slot that won it. With a `placement`, every array has a
+    block for each device of a mesh; see `_placement`. What it adds up to is never
+    larger than these arrays are.
     """
 
     cotangent: Float[Array, "B D"]
@@ -40,18 +44,55 @@ class Term:
     coefficients: Slots | None = None
     empty: int | None = None
     implementation: str | None = None
+    winners: Int[Array, "B D"] | None = None
+    average: str | None = None
+    placement: Any = None
 
     def apply(self, operation: Callable, *operands: Any, **params: Any) -> Any:
         """Call an operation with the operands, the cotangent and the bags."""
+        term = self.plain()
         return operation(
             *operands,
-            self.cotangent,
-            self.ids,
-            self.offsets,
-            self.coefficients,
-            empty=self.empty,
-            implementation=self.implementation,
+            term.cotangent,
+            term.ids,
+            term.offsets,
+            term.coefficients,
+            empty=term.empty,
+            implementation=term.implementation,
             **params,
+        )
+
+    def plain(self) -> Term:
+        """Return the same without an average and winners."""
+        options: dict[str, Any] = {
+            "empty": self.empty,
+            "implementation": self.implementation,
+        }
+        if self.average is not None:
+            rows = divided(
+                self.cotangent,
+                self.ids,
+                self.offsets,
+                self.cotangent.dtype,
+                self.average,
+                **options,
+            )
+            return dataclasses.replace(self, cotangent=rows, average=None)
+        if self.winners is None:
+            return self
+        # Each slot is a bag of its own, of the features that it won.
+        rows, kept = xla.bag_rows(self.cotangent, self.ids, self.offsets)
+        own, _ = xla.bag_rows(self.winners, self.ids, self.offsets)
+        slots = jnp.arange(self.ids.size, dtype=own.dtype)
+        rows = jnp.where(own == slots.reshape((*self.ids.shape, 1)), rows, 0)
+        if self.coefficients is not None:
+            rows = rows * self.coefficients[..., None]
+        ids = jnp.where(kept & xla.filled(self.ids, self.empty), self.ids, EMPTY)
+        return Term(
+            rows.reshape(ids.size, -1),
+            ids.reshape(-1, 1),
+            empty=EMPTY,
+            implementation=self.implementation,
         )
 
 
@@ -146,12 +187,12 @@ class RowSparse:
     @property
     def indices(self) -> Int[Array, " N"]:
         """The rows that aren't zero, V where a slot names none; unique if coalesced."""
-        return self._rows()[0]
+        return self._flat().ids[:, 0]
 
     @property
     def values(self) -> Float[Array, "N D"]:
         """The row at each of `indices`, in the accumulation dtype."""
-        return self._rows()[1]
+        return self._flat().cotangent
 
     @property
     def num_rows(self) -> Int[Array, ""]:
@@ -162,7 +203,8 @@ class RowSparse:
         """Return the same array with each row once, in order.
 
         There is room for as many rows as there are ids, or V; past the last one the
-        index is V, and the row zero.
+        index is V, and the row zero. Of a table over a mesh, each device has the rows
+        that it owns.
 
         Example:
           >>> rows = jbag.RowSparse.from_rows([3, 1, 3], jnp.ones((3, 2)), 5)
@@ -171,21 +213,62 @@ class RowSparse:
         """
         if self.is_coalesced:
             return self
-        term = self.joined()
-        indices, sums = term.apply(coalesce, num_embeddings=self.shape[0])
-        unique = Term(sums, indices[:, None], implementation=term.implementation)
+        placement = self._placement
+        if placement is not None:
+            unique = placement.coalesce(self.terms, self.shape[0])
+        else:
+            term = self._joined()
+            indices, sums = term.apply(coalesce, num_embeddings=self.shape[0])
+            unique = Term(sums, indices[:, None], implementation=term.implementation)
         return dataclasses.replace(self, terms=(unique,), is_coalesced=True)
 
     def todense(self) -> Float[Array, "V D"]:
         """Return the array, rounded once to `dtype`."""
-        num_embeddings = self.shape[0]
-        return self.joined().apply(
-            transposed_product, num_embeddings=num_embeddings, dtype=self.dtype
+        if self._placement is not None:
+            dense = self._placement.todense(self.terms, self.shape)
+            return dense.astype(self.dtype)
+        return self._joined().apply(
+            transposed_product, num_embeddings=self.shape[0], dtype=self.dtype
         )
+
+    def move(
+        self,
+        table: Float[Array, "V D"],
+        states: Sequence[Array],
+        scalars: Sequence[Any],
+        seed: Array | None = None,
+        *,
+        rule: str,
+    ) -> tuple[Array, ...]:
+        """Return the table and its states, the rows that are named moved by a rule.
+
+        In place, where they aren't needed any more. The rules are those of
+        `_kernels.rules`.
+        """
+        operands = (table, tuple(states), scalars, seed)
+        if self._placement is not None:
+            return self._placement.update_rows(self.terms, *operands, rule=rule)
+        term = self._joined()
+        return term.apply(update_rows, *operands, rule=rule)
+
+    def rows_of(self, array: Shaped[Array, "V ..."]) -> Shaped[Array, "N ..."]:
+        """Return an array's rows at `indices`, zeros where a slot names none."""
+        if self._placement is not None:
+            return self._placement.take(array, self.indices)
+        return take(array, self.indices, 0)
+
+    def put(
+        self, array: Shaped[Array, "V ..."], rows: Shaped[Array, "N ..."]
+    ) -> Shaped[Array, "V ..."]:
+        """Return an array with its rows at `indices` replaced; they must be unique."""
+        if self._placement is not None:
+            return self._placement.put(array, self.indices, rows)
+        return array.at[self.indices].set(rows, mode="drop", indices_are_sorted=True)
 
     def with_values(self, values: Float[Array, "N D"]) -> RowSparse:
         """Return it with other rows at the same indices."""
-        term = Term(values, self.indices[:, None])
+        term = self._flat()
+        term = Term(values, term.ids, placement=term.placement)
         return dataclasses.replace(self, terms=(term,), applied=None)
 
     def scale_rows(self, scale: Float[Array, " N"]) -> RowSparse:
@@ -193,21 +276,16 @@ class RowSparse:
         values = self.values
         return self.with_values(values * scale.astype(values.dtype)[:, None])
 
-    def joined(self) -> Term:
-        """Return one term that is the sum of all."""
-        terms = [t for t in self.terms if t.ids.size and t.cotangent.shape[0]]
-        for term in terms:
-            if not jnp.issubdtype(term.ids.dtype, jnp.integer):
-                raise TypeError(
-                    "The ids of a RowSparse must be integers; got "
-                    f"{term.ids.dtype}. A function that maps over the arrays of a "
-                    "gradient changed them: those of `jbag.optim` know of rows."
-                )
-        if not terms:
-            dtype = xla.accumulation_dtype(jnp.dtype(self.dtype))
-            rows = jnp.zeros((0, self.shape[1]), dtype)
-            return Term(rows, jnp.zeros((0, 1), jnp.int32))
-        return terms[0] if len(terms) == 1 else _join(terms)
+    @property
+    def _placement(self) -> Any:
+        """How the terms lie on a mesh, or None."""
+        found = {term.placement for term in self.terms}
+        if len(found) > 1:
+            raise ValueError(
+                "Gradients of a table over a mesh add up where all of them are of one "
+                "strategy, and coalesced or not; got several."
+            )
+        return next(iter(found), None)
 
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, RowSparse):
@@ -231,9 +309,8 @@ class RowSparse:
             raise ValueError(
                 f"Shapes must be equal; got {other.shape} and {self.shape}."
             )
-        table = jnp.asarray(other)
         numbers = (-1.0, 0.0)  # a step of size one upwards, without decay
-        return self.joined().apply(update_rows, table, (), numbers, None, rule="sgd")[0]
+        return self.move(jnp.asarray(other), (), numbers, rule="sgd")[0]
 
     def __sub__(self, other: Any) -> Any:
         return self + -other
@@ -266,16 +343,23 @@ class RowSparse:
     # NumPy's arrays and numbers then leave arithmetic to these methods, as JAX's do.
     __array_ufunc__ = None
 
-    def _rows(self) -> tuple[Int[Array, " N"], Float[Array, "N D"]]:
-        term = self.joined()
+    def _joined(self) -> Term:
+        dtype = xla.accumulation_dtype(jnp.dtype(self.dtype))
+        return join_terms(self.terms, self.shape[1], dtype)
+
+    def _flat(self) -> Term:
+        """Return the rows of all slots as bags of one."""
+        if self._placement is not None:
+            return self.coalesce().terms[0]
+        term = self._joined().plain()
         rows, kept = xla.bag_rows(term.cotangent, term.ids, term.offsets)
         if term.coefficients is not None:
             rows = term.coefficients[..., None] * rows
         kept &= (term.ids >= 0) & (term.ids < self.shape[0])
         kept &= xla.filled(term.ids, term.empty)
-        indices = jnp.where(kept, term.ids, self.shape[0]).reshape(-1)
+        indices = jnp.where(kept, term.ids, self.shape[0]).reshape(-1, 1)
         rows = jnp.where(kept[..., None], rows, 0)
-        return indices, rows.reshape(indices.size, self.shape[1])
+        return Term(rows.reshape(indices.size, self.shape[1]), indices)
 
 
 def is_rows(x: Any) -> bool:
@@ -283,39 +367,51 @@ def is_rows(x: Any) -> bool:
     return isinstance(x, RowSparse)
 
 
-def _join(terms: list[Term]) -> Term:
-    """Lay the bags of the terms end to end."""
-    ids, starts, first = [], [], 0
-    dtype = jnp.result_type(*(term.ids.dtype for term in terms))
+def join_terms(terms: Sequence[Term], width: int, dtype: Any = jnp.float32) -> Term:
+    """Return one term that is the sum of all: their bags laid end to end.
+
+    Without any, it is zeros of that width and dtype.
+    """
+    terms = [t for t in terms if t.ids.size and t.cotangent.shape[0]]
     for term in terms:
-        own, offsets = term.ids, term.offsets
+        if not jnp.issubdtype(term.ids.dtype, jnp.integer):
+            raise TypeError(
+                "The ids of a RowSparse must be integers; got "
+                f"{term.ids.dtype}. A function that maps over the arrays of a "
+                "gradient changed them: those of `jbag.optim` know of rows."
+            )
+    if not terms:
+        return Term(jnp.zeros((0, width), dtype), jnp.zeros((0, 1), jnp.int32))
+    if len(terms) == 1:
+        return terms[0]
+    terms = [term.plain() for term in terms]
+    dtype = jnp.result_type(*(term.ids.dtype for term in terms))
+    parts = []
+    for term in terms:
+        ids = term.ids
         if term.empty is not None:
-            own = jnp.where(own == term.empty, EMPTY, own)
-        if offsets is None:
-            bounds = own.shape[1] * jnp.arange(own.shape[0] + 1, dtype=dtype)
-        else:
-            bounds, malformed = xla.bag_bounds(offsets, own.size)
-            bags = xla.segment_ids(bounds, own.size)
-            own = jnp.where(xla.take(malformed, bags, True), EMPTY, own)
-        ids.append(own.reshape(-1).astype(dtype))
-        starts.append(bounds[:-1].astype(dtype) + first)
-        first += own.size
+            ids = jnp.where(ids == term.empty, EMPTY, ids)
+        elif jnp.issubdtype(ids.dtype, jnp.signedinteger):
+            ids = jnp.maximum(ids, UNKNOWN)  # -1 is an empty slot from here on
+        parts.append((ids.astype(dtype), term.offsets))
     wide = jnp.result_type(*(term.cotangent.dtype for term in terms))
     coefficients = None
     if any(term.coefficients is not None for term in terms):
-        coefficients = jnp.concatenate([_flat(t).astype(wide) for t in terms])
+        coefficients = join_slots(
+            parts,
+            [
+                ones(term.ids, wide)
+                if term.coefficients is None
+                else term.coefficients.astype(wide)
+                for term in terms
+            ],
+        )
+    ids, offsets = join(parts)
     return Term(
         jnp.concatenate([term.cotangent.astype(wide) for term in terms]),
-        jnp.concatenate(ids),
-        jnp.concatenate([*starts, jnp.full(1, first, dtype)]),
+        ids,
+        offsets,
         coefficients,
-        EMPTY,
-        terms[0].implementation,
+        empty=EMPTY,
+        implementation=terms[0].implementation,
     )
-
-
-def _flat(term: Term) -> Slots:
-    """Return the term's coefficients."""
-    if term.coefficients is None:
-        return jnp.ones(term.ids.size, term.cotangent.dtype)
-    return term.coefficients.reshape(-1)

@@ -15,10 +15,9 @@ import optax
 from jaxtyping import Array, Int
 
 from jbag._kernels.rules import RULES, step
-from jbag._kernels.xla import accumulation_dtype, take
+from jbag._kernels.xla import accumulation_dtype
 from jbag._pages import to_huge_pages
 from jbag._rows import RowSparse, is_rows
-from jbag._update import update_rows
 from jbag._validation import check_integer
 
 Rate = float | Array | Callable[[Int[Array, ""]], Any]
@@ -129,12 +128,10 @@ def _move_rows(
             f"A gradient must have the shape of its table, {table.shape}; "
             f"got {gradient.shape}."
         )
-    moved, *moved_states = gradient.joined().apply(
-        update_rows, table, states, scalars, noise, rule=rule
-    )
+    moved, *moved_states = gradient.move(table, states, scalars, noise, rule=rule)
     delta, _ = _step_rows(rule, gradient, table, states, scalars)
     if noise is not None:
-        wide = [take(x, delta.indices, 0).astype(jnp.float32) for x in (table, moved)]
+        wide = [delta.rows_of(x).astype(jnp.float32) for x in (table, moved)]
         delta = delta.with_values(wide[1] - wide[0])
     return dataclasses.replace(delta, applied=(table, moved)), tuple(moved_states)
 
@@ -151,14 +148,11 @@ def _step_rows(
     indices, values = gradient.indices, gradient.values
     rows = jnp.zeros_like(values)
     if table is not None:
-        rows = take(table, indices, 0).astype(values.dtype)
-    before = [take(state, indices, 0) for state in states]
+        rows = gradient.rows_of(table).astype(values.dtype)
+    before = [gradient.rows_of(state) for state in states]
     delta, after = step(rule, rows, values, before, jnp.stack(scalars))
     delta = jnp.where((indices < gradient.shape[0])[:, None], delta, 0)
-    moved = tuple(
-        state.at[indices].set(x, mode="drop", indices_are_sorted=True)
-        for state, x in zip(states, after, strict=True)
-    )
+    moved = tuple(gradient.put(x, y) for x, y in zip(states, after, strict=True))
     return gradient.with_values(delta), moved
 
 

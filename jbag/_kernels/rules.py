@@ -42,9 +42,19 @@ def step(
     gradient: Rows,
     states: Sequence[Array],
     scalars: Shaped[Array, " H"],
+    mean_square: Array | None = None,
 ) -> Step:
-    """Return what the rule adds to the rows, and their new state."""
-    return RULES[rule].step(rows, gradient, *states, *scalars)
+    """Return what the rule adds to the rows, and their new state.
+
+    Rules with a narrow state read the gradient's mean square, of each row, which is
+    given where the rows aren't whole.
+    """
+    options = {}
+    if RULES[rule].narrow:
+        options["square"] = (
+            _mean_square(gradient) if mean_square is None else mean_square
+        )
+    return RULES[rule].step(rows, gradient, *states, *scalars, **options)
 
 
 def _sgd(w: Rows, g: Rows, rate: Array, decay: Array) -> Step:
@@ -74,9 +84,16 @@ def _adagrad(
 
 
 def _rowwise_adagrad(
-    w: Rows, g: Rows, total: Array, rate: Array, decay: Array, eps: Array
+    w: Rows,
+    g: Rows,
+    total: Array,
+    rate: Array,
+    decay: Array,
+    eps: Array,
+    *,
+    square: Array,
 ) -> Step:
-    total = total + _mean_square(g)
+    total = total + square
     divisor = (jnp.sqrt(total) + eps)[..., None]
     return _decayed(-rate * _ratio(g, divisor), w, decay), (total,)
 
@@ -107,17 +124,27 @@ def _rowwise_adam(
     eps: Array,
     b1: Array,
     b2: Array,
+    *,
+    square: Array,
 ) -> Step:
     m = b1 * m + (1 - b1) * g
-    v = b2 * v + (1 - b2) * _mean_square(g)
+    v = b2 * v + (1 - b2) * square
     divisor = (jnp.sqrt(v) + eps)[..., None]
     return _decayed(-rate * _ratio(m, divisor), w, decay), (m, v)
 
 
 def _rowwise_rmsprop(
-    w: Rows, g: Rows, v: Array, rate: Array, decay: Array, eps: Array, b2: Array
+    w: Rows,
+    g: Rows,
+    v: Array,
+    rate: Array,
+    decay: Array,
+    eps: Array,
+    b2: Array,
+    *,
+    square: Array,
 ) -> Step:
-    v = b2 * v + (1 - b2) * _mean_square(g)
+    v = b2 * v + (1 - b2) * square
     divisor = (jnp.sqrt(v) + eps)[..., None]
     return _decayed(-rate * _ratio(g, divisor), w, decay), (v,)
 

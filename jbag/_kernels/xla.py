@@ -272,9 +272,28 @@ def update_rows(
         num_embeddings=num_embeddings,
         capacity=min(ids.size, num_embeddings),
     )
+    return move_rows(table, states, scalars, seed, indices, gradient, rule=rule)
+
+
+def move_rows(
+    table: Float[Array, "V D"],
+    states: tuple[Array, ...],
+    scalars: Float[Array, " H"],
+    seed: UInt32[Array, "2"] | None,
+    indices: Int[Array, " U"],
+    gradient: Float[Array, "U D"],
+    *,
+    rule: str,
+    mean_square: Float[Array, " U"] | None = None,
+) -> tuple[Array, ...]:
+    """Move rows, each named once, by a rule; return the table and its states.
+
+    Indices of no row come last. The gradient's `mean_square` is given where the table
+    has only some of the columns.
+    """
     rows = take(table, indices, 0).astype(gradient.dtype)
     before = [take(state, indices, 0) for state in states]
-    delta, after = rules.step(rule, rows, gradient, before, scalars)
+    delta, after = rules.step(rule, rows, gradient, before, scalars, mean_square)
     rows += delta
     if seed is None:
         rows = rows.astype(table.dtype)

@@ -1,0 +1,81 @@
+"""Several batches of bags laid end to end, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from jbag._kernels import xla
+from jbag._kernels.xla import Ids, Offsets
+from jbag._primitive import EMPTY, UNKNOWN
+
+
+def join(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets]:
+    """Return the ids and offsets of all bags, in order.
+
+    Slots in no bag, of which all but the last part's now lie between bags, become
+    `EMPTY`. A malformed bag stays malformed, or holds an id of no row: it is NaN and
+    receives nothing, as before. Rectangles of one length stay a rectangle.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if _is_rectangle(parts):
+        return jnp.concatenate([ids for ids, _ in parts]), None
+    ids: list[Array] = []
+    offsets: list[Array] = []
+    dtype = jnp.result_type(*(x.dtype for part in parts for x in part if x is not None))
+    first = 0
+    for own, ends in parts:
+        if ends is None:
+            ends = own.shape[1] * jnp.arange(own.shape[0] + 1, dtype=dtype)
+            own = own.reshape(-1)
+        if ends.size == 1:  # no bags
+            continue
+        bounds, _ = xla.bag_bounds(ends, own.size)
+        in_bag = jnp.arange(own.size, dtype=bounds.dtype) < bounds[-1]
+        # One more slot on either side tells of the outer bounds, which parts share.
+        is_moved = bounds != ends
+        before, after = jnp.where(is_moved[jnp.array([0, -1])], UNKNOWN, EMPTY)
+        own = jnp.where(in_bag, own, EMPTY).astype(dtype)
+        ids += [before.astype(dtype)[None], own, after.astype(dtype)[None]]
+        inner = jnp.where(is_moved, -1, ends.astype(dtype) + (first + 1))[1:-1]
+        offsets += [jnp.full(1, first, dtype), inner]
+        first += own.size + 2
+    if not ids:
+        return jnp.zeros(0, dtype), jnp.zeros(1, dtype)
+    return jnp.concatenate(ids), jnp.concatenate([*offsets, jnp.full(1, first, dtype)])
+
+
+def join_slots(
+    parts: Sequence[tuple[Ids, Offsets]], values: Sequence[Shaped[Array, "*slots"]]
+) -> Shaped[Array, "*slots"]:
+    """Return what each slot holds, by the slots of what `join` makes of the parts."""
+    if len(parts) == 1:
+        return values[0]
+    if _is_rectangle(parts):
+        return jnp.concatenate(values)
+    kept = [
+        jnp.pad(own.reshape(-1), 1)
+        for (ids, ends), own in zip(parts, values, strict=True)
+        if (ids.shape[0] if ends is None else ends.size - 1) > 0
+    ]
+    return jnp.concatenate(kept) if kept else jnp.zeros(0, values[0].dtype)
+
+
+def num_bags(ids: Ids, offsets: Offsets) -> int:
+    """Return B."""
+    return ids.shape[0] if offsets is None else offsets.size - 1
+
+
+def ones(ids: Ids, dtype: jnp.dtype) -> Float[Array, "*slots"]:
+    """Return weights that change nothing."""
+    return jnp.ones(ids.shape, dtype)
+
+
+def _is_rectangle(parts: Sequence[tuple[Int[Array, "..."], Offsets]]) -> bool:
+    return (
+        all(offsets is None for _, offsets in parts)
+        and len({ids.shape[1] for ids, _ in parts}) == 1
+    )

@@ -1,0 +1,174 @@
+"""Meshes, and what a table's `PartitionSpec` says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+Axis = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A strategy: tables lie whole, each with one of the devices along an axis.
+
+    It stands where a `PartitionSpec` would, in an `EmbeddingBagCollection`.
+
+    Attributes:
+      axis: of the mesh, or several of its axes.
+      lanes: to how many lanes tables are dealt, a multiple of the number of devices; an
+        array moves as it is between meshes whose sizes divide it.
+
+    Example:
+      >>> jbag.sharding.Whole("x", lanes=8)
+      Whole(axis='x', lanes=8)
+    """
+
+    axis: str | Axis
+    lanes: int
+
+    @property
+    def spec(self) -> P:
+        """The `PartitionSpec` of the array that holds the tables."""
+        return P(self.axis, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """What a spec says: "replicated", "rows", "columns" or "whole", over which axes.
+
+    Batches are cut along the `batch` axes: those of the table, unless it is replicated.
+    """
+
+    mesh: Mesh | AbstractMesh
+    name: str
+    batch: Axis
+
+    @property
+    def size(self) -> int:
+        """P, the number of blocks that batches are cut into."""
+        return math.prod(self.mesh.shape[axis] for axis in self.batch)
+
+    @property
+    def blocks(self) -> P:
+        """The spec of what has a block for each device on its first axis."""
+        return P(self.batch)
+
+    @property
+    def table(self) -> P:
+        """The spec of the table, or of a state of its shape."""
+        specs = {
+            "replicated": P(None, None),
+            "columns": P(None, self.batch),
+            "rows": P(self.batch, None),
+            "whole": P(self.batch, None),
+        }
+        return specs[self.name]
+
+    @property
+    def narrow(self) -> P:
+        """The spec of a state of one number a row."""
+        return P(*self.table[:1])
+
+    @property
+    def is_explicit(self) -> bool:
+        kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        return all(kinds[axis] == AxisType.Explicit for axis in self.batch)
+
+
+def current_mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh | None:
+    """Return the mesh, or else the one that `jax.set_mesh` set, or None."""
+    if mesh is not None:
+        if not isinstance(mesh, Mesh | AbstractMesh):
+            raise TypeError(f"`mesh` must be a jax.sharding.Mesh; got {mesh!r}.")
+        return mesh
+    ambient = jax.sharding.get_abstract_mesh()
+    return None if ambient.empty else ambient
+
+
+def strategy(
+    mesh: Mesh | AbstractMesh, spec: P | Whole, batch_axis: str | Axis | None = None
+) -> Strategy:
+    """Return what `spec` says on this mesh.
+
+    `batch_axis` is where batches are cut if the spec names no axis.
+
+    Raises:
+      TypeError: `spec` is neither a PartitionSpec nor a `Whole`.
+      ValueError: it names other axes than the mesh has, or cuts rows and columns both.
+    """
+    if isinstance(spec, Whole):
+        return Strategy(mesh, "whole", _check_axis(mesh, spec, spec.axis))
+    if not isinstance(spec, P):
+        raise TypeError(
+            "`spec` must be a jax.sharding.PartitionSpec or a jbag.sharding.Whole; "
+            f"got {spec!r}."
+        )
+    if len(spec) > 2:
+        raise ValueError(f"`spec` must be of a table's two axes; got {spec}.")
+    rows, columns = (*spec, None, None)[:2]
+    if rows is not None and columns is not None:
+        raise ValueError(f"`spec` must cut rows or columns, not both; got {spec}.")
+    if rows is not None:
+        return Strategy(mesh, "rows", _check_axis(mesh, spec, rows))
+    if columns is not None:
+        return Strategy(mesh, "columns", _check_axis(mesh, spec, columns))
+    axes = tuple(mesh.axis_names) if batch_axis is None else batch_axis
+    return Strategy(mesh, "replicated", _check_axis(mesh, spec, axes))
+
+
+def _check_axis(mesh: Mesh | AbstractMesh, spec: Any, axis: Any) -> Axis:
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    for one in axes:
+        if one not in mesh.axis_names:
+            raise ValueError(
+                f"`spec` must name axes of the mesh, {mesh.axis_names}; got {spec}."
+            )
+    return axes
+
+
+def per_device(
+    body: Callable, strategy: Strategy, in_specs: Any, out_specs: Any, *, check: bool
+) -> Callable:
+    """Return `body` as a function of whole arrays, run by every device on its blocks.
+
+    Where the mesh's axes are Explicit, the arguments are laid as `in_specs` say. With
+    `check`, JAX keeps track of what is equal on all devices, and sums gradients where
+    it is; without, `body` must not be differentiated.
+    """
+    mapped = jax.shard_map(
+        body,
+        mesh=strategy.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=check,
+    )
+    if not strategy.is_explicit:
+        return mapped
+
+    def laid(spec: P, tree: Any) -> Any:
+        return jax.tree.map(lambda x: lay(x, strategy, spec), tree)
+
+    def call(*args: Any) -> Any:
+        return mapped(*jax.tree.map(laid, in_specs, args, is_leaf=_is_spec))
+
+    return call
+
+
+def lay(x: Array, strategy: Strategy, spec: P) -> Array:
+    """Return an array laid over an Explicit mesh; on others, the compiler lays it."""
+    if not strategy.is_explicit:
+        return x
+    spec = P(*spec[: jax.numpy.ndim(x)])
+    return jax.sharding.reshard(x, NamedSharding(strategy.mesh, spec))
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, P)
