@@ -27,10 +27,8 @@ def join(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets]:
     offsets: list[Array] = []
     dtype = jnp.result_type(*(x.dtype for part in parts for x in part if x is not None))
     first = 0
-    for own, ends in parts:
-        if ends is None:
-            ends = own.shape[1] * jnp.arange(own.shape[0] + 1, dtype=dtype)
-            own = own.reshape(-1)
+    for part in parts:
+        own, ends = ragged(*part)
         if ends.size == 1:  # no bags
             continue
         bounds, _ = xla.bag_bounds(ends, own.size)
@@ -62,6 +60,14 @@ def join_slots(
         if (ids.shape[0] if ends is None else ends.size - 1) > 0
     ]
     return jnp.concatenate(kept) if kept else jnp.zeros(0, values[0].dtype)
+
+
+def ragged(ids: Ids, offsets: Offsets) -> tuple[Int[Array, " N"], Int[Array, " ends"]]:
+    """Return bags with offsets, as which a rectangle can be written, too."""
+    if offsets is not None:
+        return ids, offsets
+    bounds = ids.shape[1] * jnp.arange(ids.shape[0] + 1, dtype=ids.dtype)
+    return ids.reshape(-1), bounds
 
 
 def num_bags(ids: Ids, offsets: Offsets) -> int:

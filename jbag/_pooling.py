@@ -48,14 +48,25 @@ def pool(
     offsets: Offsets,
     weights: Slots | None,
     max_norm: Shaped[Array, ""] | None,
+    frequencies: Slots | None = None,
     *,
     how: How,
     padding_idx: int | None,
     sparse: bool,
 ) -> Float[Array, "B D"]:
-    """Pool the bags of one array; with `sparse`, leave marks: see `_marks`."""
+    """Pool the bags of one array; with `sparse`, leave marks: see `_marks`.
+
+    `frequencies` are how often the batch names each slot's row, if that is known.
+    """
     pieces, empty = prepare(
-        table, indices, offsets, weights, max_norm, how=how, padding_idx=padding_idx
+        table,
+        indices,
+        offsets,
+        weights,
+        max_norm,
+        how=how,
+        padding_idx=padding_idx,
+        frequencies=frequencies,
     )
     if sparse:
         table = mark_table(table)

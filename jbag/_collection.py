@@ -1,0 +1,303 @@
+"""What the Linen and the NNX collection share: the stacks, the checks, the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from jbag._bag import check_bags
+from jbag._bags import Bags
+from jbag._kernels import check_implementation
+from jbag._mesh import Strategy, Whole, current_mesh, strategy
+from jbag._stacked import pool_stack
+from jbag._stacks import KEYED, Bag, Feature, Stack, Table, make_launches, make_stacks
+from jbag._validation import check_flag, check_integer, on_host
+
+
+class Parts(NamedTuple):
+    """A collection's options, checked: its stacks, and what is pooled from them."""
+
+    tables: dict[str, Table]
+    features: dict[str, Feature]
+    stacks: tuple[Stack, ...]
+
+
+def check_parts(module: Any) -> Parts:
+    """Return the parts of a collection; raise where its options can't be meant.
+
+    Raises:
+      TypeError: something is of the wrong type.
+      ValueError: a feature's table isn't there, or a group's spec.
+    """
+    tables = _check_mapping("tables", module.tables, Table)
+    features = _check_mapping("features", module.features, Feature)
+    specs = _check_mapping("specs", module.specs, P | Whole)
+    if not tables:
+        raise ValueError("`tables` must hold at least one Table; got none.")
+    for name, feature in features.items():
+        if feature.table not in tables:
+            raise ValueError(
+                f"`features[{name!r}]` must name one of the tables, {list(tables)}; "
+                f"got {feature.table!r}."
+            )
+    if KEYED in features:
+        raise ValueError("`features` must have names; got an empty one.")
+    for flag in ("sparse", "concatenate"):
+        check_flag(flag, getattr(module, flag))
+    check_implementation(module.implementation)
+    if module.dtype is not None and not jnp.issubdtype(module.dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be floating; got {jnp.dtype(module.dtype)}.")
+    if module.capacity is not None:
+        check_integer("capacity", module.capacity, low=1)
+    return Parts(tables, features, make_stacks(tables, specs, module.grid))
+
+
+def _check_mapping(name: str, given: Any, kind: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"`{name}` must be a dict; got {given!r}.")
+    for key, value in given.items():
+        if not isinstance(key, str) or not isinstance(value, kind):
+            names = getattr(kind, "__name__", str(kind))
+            raise TypeError(
+                f"`{name}` must hold a {names} for each name; got {value!r} at {key!r}."
+            )
+    return dict(given)
+
+
+def strategies(
+    stacks: tuple[Stack, ...],
+    mesh: Mesh | AbstractMesh | None,
+    batch_axis: Any,
+) -> dict[str, Strategy]:
+    """Return the strategy of each stack by name; none without a mesh.
+
+    A mesh that `jax.set_mesh` set counts if a stack has a spec.
+
+    Raises:
+      ValueError: batches would be cut in several ways, or an array can't be cut so.
+    """
+    if mesh is None and all(stack.spec is None for stack in stacks):
+        return {}
+    mesh = current_mesh(mesh)
+    if mesh is None:
+        return {}
+    named = [
+        strategy(mesh, stack.spec, batch_axis)
+        for stack in stacks
+        if stack.spec is not None and any(stack.partition_spec or ())
+    ]
+    axes = {one.batch for one in named}
+    if len(axes) > 1:
+        raise ValueError(
+            f"`specs` must name the same axes of the mesh; got {sorted(axes)}."
+        )
+    if batch_axis is None and axes:
+        batch_axis = next(iter(axes))
+    found = {
+        stack.name: strategy(
+            mesh, P() if stack.spec is None else stack.spec, batch_axis
+        )
+        for stack in stacks
+    }
+    if len({one.batch for one in found.values()}) > 1:
+        raise ValueError(
+            "`batch_axis` must be the axes that `specs` name; "
+            f"got {batch_axis!r} and {sorted(axes)}."
+        )
+    for stack in stacks:
+        _check_division(stack, found[stack.name])
+    return found
+
+
+def _check_division(stack: Stack, found: Strategy) -> None:
+    if found.name == "rows" and stack.layout.grid % found.size:  # type: ignore[union-attr]  # only a `Whole` has lanes
+        raise ValueError(
+            f"`grid` must be divisible by the {found.size} devices that share the rows "
+            f"of {stack.name!r}; got {stack.layout.grid}."  # type: ignore[union-attr]  # as above
+        )
+    if found.name == "columns" and stack.shape[1] % found.size:
+        raise ValueError(
+            f"`features` of {stack.name!r} must be divisible by the {found.size} "
+            f"devices that share its columns; got {stack.shape[1]}."
+        )
+    if found.name == "whole" and stack.layout.num_lanes % found.size:  # type: ignore[union-attr]  # as above
+        raise ValueError(
+            f"`lanes` must be a multiple of the {found.size} devices; "
+            f"got {stack.layout.num_lanes}."  # type: ignore[union-attr]  # as above
+        )
+
+
+def pool_collection(
+    module: Any, parts: Parts, arrays: Mapping[str, Array], batch: Any
+) -> Any:
+    """Return what a collection pools: by feature, or all side by side."""
+    found = strategies(parts.stacks, module.mesh, module.batch_axis)
+    blocks = next(iter(found.values())).size if found else None
+    bags = check_batch(batch, parts, blocks)
+    weighted = {
+        name: bags[KEYED if KEYED in bags else name].weights is not None
+        for name in parts.features
+    }
+    pooled: dict[str, Array] = {}
+    for stack in parts.stacks:
+        launches = make_launches(stack, parts.features, weighted, module.implementation)
+        if not launches:
+            continue
+        own: dict[str, Bag] = {}
+        for launch in launches:
+            own |= launch.own(bags)
+        one = found.get(stack.name)
+        if one is not None and one.name == "whole" and KEYED in bags:
+            raise ValueError(
+                "Tables that are dealt out whole take a dict of bags; got one keyed "
+                "batch, of which no device's part has a static size."
+            )
+        pooled |= pool_stack(
+            arrays[stack.name],
+            own,
+            stack=stack,
+            launches=launches,
+            strategy=one,
+            sparse=bool(module.sparse),
+            capacity=module.capacity,
+        )
+    out = [pooled[name] for name in parts.features]
+    if module.dtype is not None:
+        out = [x.astype(module.dtype) for x in out]
+    if module.concatenate:
+        return jnp.concatenate(out, axis=1)
+    return dict(zip(parts.features, out, strict=True))
+
+
+def check_batch(batch: Any, parts: Parts, blocks: int | None) -> dict[str, Bag]:
+    """Return each feature's bags, those on the host checked by value.
+
+    Args:
+      batch: a dict by feature, or a keyed `Bags`.
+      parts: of the collection.
+      blocks: P, the number of blocks that every array must have; None without a mesh.
+
+    Raises:
+      IndexError, TypeError, ValueError: as `embedding_bag`; the features aren't those
+        of the collection, or differ in their number of bags.
+    """
+    features = parts.features
+    if isinstance(batch, Bags):
+        return {KEYED: _check_keyed(batch, parts, blocks)}
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"`batch` must be a dict of the features' bags, or a Bags; got {batch!r}."
+        )
+    if set(batch) != set(features):
+        raise ValueError(
+            f"`batch` must hold the features {list(features)}; got {list(batch)}."
+        )
+    out, sizes = {}, {}
+    for name, feature in features.items():
+        rows = parts.tables[feature.table].num_embeddings
+        try:
+            out[name] = bag = _check_bag(batch[name], rows, blocks)
+        except (IndexError, TypeError, ValueError) as error:
+            raise type(error)(f"In `batch[{name!r}]`: {error}") from error
+        ends = bag.offsets
+        sizes[name] = bag.ids.shape[0] if ends is None else ends.shape[-1] - 1
+        if ends is not None and blocks is not None:
+            sizes[name] *= blocks
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"`batch` must hold as many bags of each feature; got {sizes}."
+        )
+    return out
+
+
+def _check_keyed(batch: Bags, parts: Parts, blocks: int | None) -> Bag:
+    bag = _check_bag(batch, None, blocks)
+    count = bag.offsets.shape[-1] - 1
+    if not parts.features or count % len(parts.features):
+        raise ValueError(
+            f"`batch` must hold bags of each of the {len(parts.features)} features, "
+            f"one feature after another; got {count}."
+        )
+    if on_host(batch.indices) and on_host(batch.offsets):
+        ids, ends = np.asarray(batch.indices), np.asarray(batch.offsets)
+        size = count // len(parts.features)
+        for block, own in zip(ids.reshape(-1, ids.shape[-1]), _rows(ends), strict=True):
+            for at, feature in enumerate(parts.features.values()):
+                span = slice(own[at * size], own[(at + 1) * size])
+                rows = parts.tables[feature.table].num_embeddings
+                check_bags(block[span][None], None, None, False, rows)
+    return bag
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _check_bag(given: Any, rows: int | None, blocks: int | None) -> Bag:
+    """Return bags that pass for a table of so many rows, or of any number of them."""
+    most = np.iinfo(np.int32).max if rows is None else rows
+    if blocks is None or not isinstance(given, Bags):
+        if isinstance(given, Bags):
+            ids, offsets, weights = check_bags(given, None, None, False, most)
+        else:
+            ids, offsets, weights = check_bags(given, None, None, False, most)
+            if blocks is not None and ids.shape[0] % blocks:
+                raise ValueError(
+                    f"`indices` must have rows for {blocks} devices; "
+                    f"got shape {ids.shape}."
+                )
+        return Bag(*map(_as_array, (ids, offsets, weights)))
+    shapes = np.shape(given.indices), np.shape(given.offsets)
+    if [len(shape) for shape in shapes] != [2, 2] or {s[0] for s in shapes} != {blocks}:
+        raise ValueError(
+            f"`bags` must be a stack of {blocks}, a block for each device, with indices "
+            f"[{blocks}, N] and offsets [{blocks}, B + 1]; got shapes {shapes[0]} and "
+            f"{shapes[1]}."
+        )
+    if all(map(on_host, jax.tree.leaves(given))):
+        own = [
+            check_bags(Bags(*block), None, None, False, most)
+            for block in zip(
+                given.indices,
+                given.offsets,
+                [None] * blocks if given.weights is None else given.weights,
+                strict=True,
+            )
+        ]
+        stacked = jax.tree.map(lambda *xs: np.stack(xs), *own)
+        return Bag(*map(_as_array, stacked))
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), given)
+    jax.eval_shape(lambda bags: check_bags(bags, None, None, False, most)[0], example)
+    return Bag(*map(_as_array, (given.indices, given.offsets, given.weights)))
+
+
+def _as_array(x: Any) -> Any:
+    return None if x is None else jnp.asarray(x)
+
+
+def shardings(
+    tree: Any, stacks: tuple[Stack, ...], found: Mapping[str, Strategy]
+) -> Any:
+    """Return how each array of a tree lies on the mesh: a `NamedSharding` each.
+
+    Arrays under a stack's name, and states of its shape, lie as its spec says; others
+    are replicated.
+    """
+    mesh = next(iter(found.values())).mesh
+
+    def one(path: Any, x: Any) -> NamedSharding:
+        names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
+        for stack in stacks:
+            if stack.name in names and x.shape[:1] == stack.shape[:1]:
+                own = found[stack.name]
+                return NamedSharding(mesh, own.table if x.ndim == 2 else own.narrow)
+        return NamedSharding(mesh, P())
+
+    return jax.tree.map_with_path(one, tree)

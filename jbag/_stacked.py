@@ -1,0 +1,411 @@
+"""Pooling the features of a stack of tables, on one device or over a mesh.
+
+Over a mesh, every device has a block of the batch, and three programs run on it, with
+marks between them for `value_and_grad`, which does not look into them:
+
+    rows                     name the distinct rows; fetch them (marked); pool at home
+    columns, whole tables,   pool where the table is (marked); bring home what was
+    replicated               pooled, and finish
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from jbag import _pooling
+from jbag._joining import join, join_slots, ragged
+from jbag._layout import Lanes
+from jbag._marks import mark_table
+from jbag._mesh import Strategy, per_device
+from jbag._placement import Everywhere, Here, Routed
+from jbag._pooling import Pieces
+from jbag._primitive import EMPTY
+from jbag._routing import default_capacity, distinct, fetch, router, totals
+from jbag._stacks import Bag, Launch, Stack, only_in_bags, size
+
+Bags = Mapping[str, Bag]
+Pooled = dict[str, Float[Array, "B D"]]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("stack", "launches", "strategy", "sparse", "capacity")
+)
+def pool_stack(
+    table: Float[Array, "R D"],
+    bags: Bags,
+    *,
+    stack: Stack,
+    launches: tuple[Launch, ...],
+    strategy: Strategy | None,
+    sparse: bool,
+    capacity: int | None,
+) -> Pooled:
+    """Return each feature's bags, pooled; over a mesh, every array in blocks."""
+    if strategy is None:
+        return _pool_here(table, bags, stack, launches, sparse)
+    if sparse:
+        table = mark_table(table)
+    mapped = _Mapped(stack, launches, strategy, sparse)
+    if strategy.name == "rows":
+        return _pool_fetched(table, bags, mapped, capacity)
+    return _pool_there(table, bags, mapped)
+
+
+def _pool_here(
+    table: Float[Array, "R D"],
+    bags: Bags,
+    stack: Stack,
+    launches: Sequence[Launch],
+    sparse: bool,
+) -> Pooled:
+    out: Pooled = {}
+    for launch in launches:
+        ids, offsets, weights = launch.join(stack, [bags])
+        pooled = _pooling.pool(
+            table,
+            ids,
+            offsets,
+            weights,
+            launch.norm(),
+            how=launch.how,
+            padding_idx=EMPTY,
+            sparse=sparse,
+        )
+        out |= launch.split(pooled, bags)
+    return out
+
+
+class _Mapped(NamedTuple):
+    """What all programs of a stack over a mesh know."""
+
+    stack: Stack
+    launches: tuple[Launch, ...]
+    strategy: Strategy
+    sparse: bool
+
+    @property
+    def rows(self) -> P:
+        """The spec of what has bags, or slots, on the first of two axes."""
+        return P(self.strategy.batch, None)
+
+    def run(self, body: Any, in_specs: Any, out_specs: Any, check: bool = True) -> Any:
+        return per_device(body, self.strategy, in_specs, out_specs, check=check)
+
+    def slots(self, bags: Bags) -> int:
+        """Return how many slots a device has."""
+        return sum(
+            bag.ids.size // self.strategy.size
+            for launch in self.launches
+            for bag in launch.own(bags).values()
+        )
+
+
+def _block(bags: Bags) -> Bags:
+    """Return a device's bags from its block: a ragged one has an axis of one."""
+    return {
+        name: bag if bag.offsets is None else Bag(*_first(tuple(bag)))
+        for name, bag in bags.items()
+    }
+
+
+def _first(arrays: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], arrays)
+
+
+def _pool_fetched(
+    table: Float[Array, "R D"], bags: Bags, mapped: _Mapped, capacity: int | None
+) -> Pooled:
+    stack, launches, strategy, sparse = mapped
+    blocks = strategy.blocks
+    num_rows, slots = stack.shape[0], mapped.slots(bags)
+    if capacity is None:
+        capacity = default_capacity(slots, strategy.size)
+    implementation = launches[0].how.implementation
+
+    def name(bags: Bags) -> tuple[Array, Any, Any]:
+        bags = _block(bags)
+        joined = [launch.join(stack, [bags])[:2] for launch in launches]
+        named = [only_in_bags(*one) for one in joined]
+        unique, places = distinct(
+            jnp.concatenate([ids.reshape(-1) for ids in named]), num_rows
+        )
+        found, counts, first = [], [], 0
+        for launch, ids, (_, offsets) in zip(launches, named, joined, strict=True):
+            own = places[first : first + ids.size]
+            first += ids.size
+            found.append((own.reshape(ids.shape), offsets))
+            if launch.how.scale_grad_by_freq:
+                route = router(strategy, num_rows, unique.size, capacity)
+                dtype = _pooling.accumulation_dtype(jnp.dtype(stack.dtype))
+                own = jnp.where(own < 0, unique.size, own)
+                count = jnp.zeros(unique.size, dtype).at[own].add(1, mode="drop")
+                count = jnp.maximum(totals(count, unique, route), 1)
+                counts.append(_pooling.take(count, own, 1).reshape(ids.shape))
+            else:
+                counts.append(None)
+        return unique, found, counts
+
+    unique, found, counts = mapped.run(name, (blocks,), blocks, check=False)(bags)
+    rows = fetch(
+        table,
+        unique,
+        strategy=strategy,
+        capacity=capacity,
+        implementation=implementation,
+    )
+    if sparse:
+        placement = Routed(strategy, mapped.rows, blocks, capacity)
+        asked = mapped.run(lambda x: x[:, None], (blocks,), mapped.rows, check=False)
+        rows = _pooling.mark_pooled(
+            rows,
+            table,
+            asked(unique),
+            None,
+            None,
+            average=None,
+            empty=None,
+            implementation=implementation,
+            placement=placement,
+        )
+
+    def pool(rows: Array, bags: Bags, found: Any, counts: Any) -> Pooled:
+        bags, out = _block(bags), {}
+        for launch, (ids, offsets), count in zip(launches, found, counts, strict=True):
+            _, _, weights = launch.join(stack, [bags])
+            pooled = _pooling.pool(
+                rows,
+                ids,
+                offsets,
+                weights,
+                launch.norm(),
+                count,
+                how=launch.how,
+                padding_idx=EMPTY,
+                sparse=False,
+            )
+            out |= launch.split(pooled, bags)
+        return out
+
+    specs = (mapped.rows, blocks, blocks, blocks)
+    return mapped.run(pool, specs, mapped.rows)(rows, bags, found, counts)
+
+
+def _pool_there(table: Float[Array, "R D"], bags: Bags, mapped: _Mapped) -> Pooled:
+    out: Pooled = {}
+    for launch in mapped.launches:
+        out |= _launch_there(table, launch.own(bags), mapped, launch)
+    return out
+
+
+def _launch_there(
+    table: Float[Array, "R D"], bags: Bags, mapped: _Mapped, launch: Launch
+) -> Pooled:
+    stack, strategy = mapped.stack, mapped.strategy
+    there = _THERE[strategy.name](stack, launch, strategy)
+    spec, slots = there.placement.cotangent, there.placement.bags
+
+    def combine(table: Array, bags: Bags) -> tuple[Array, Array | None, Pieces]:
+        ids, offsets, weights = there.gather(bags)
+        first = there.first_row(table.shape[0])
+        pieces, _ = _pooling.prepare(
+            table,
+            jnp.where(ids < 0, ids, ids - first),
+            offsets,
+            weights,
+            launch.norm(),
+            how=launch.how,
+            padding_idx=EMPTY,
+            columns=there.columns,
+            replicas=there.replicas,
+        )
+        total, winners = _pooling.combine(table, pieces, how=launch.how, empty=EMPTY)
+        ids = jnp.where(pieces.ids < 0, pieces.ids, pieces.ids + first)
+        return total, winners, pieces._replace(ids=ids, value_scale=None)
+
+    total, winners, pieces = mapped.run(
+        combine, (strategy.table, there.bags), (spec, spec, slots)
+    )(table, bags)
+    if mapped.sparse:
+        total = _pooling.mark(
+            total,
+            winners,
+            table,
+            pieces,
+            how=launch.how,
+            empty=EMPTY,
+            placement=there.placement,
+        )
+
+    def finish(total: Array, bags: Bags) -> Pooled:
+        bags = _block(bags)
+        like = jax.ShapeDtypeStruct(stack.shape, table.dtype)
+        how = launch.how._replace(scale_grad_by_freq=False)
+        joined = launch.join(stack, [bags])
+        pieces, empty = _pooling.prepare(like, *joined, how=how, padding_idx=EMPTY)
+        total = there.bring_home(total, bags)
+        pooled = _pooling.finish(total, pieces, like, how=how, empty=empty)
+        return launch.split(pooled, bags)
+
+    return mapped.run(finish, (spec, strategy.blocks), mapped.rows)(total, bags)
+
+
+class _There:
+    """How the features of a launch are pooled where the table is.
+
+    Attributes:
+      placement: of the gradient.
+      bags: the spec of the features' bags, as `gather` takes them.
+      columns: the axes over which the table's columns are cut, or None.
+      replicas: the axes over which the batch is cut, where a device has a part of it.
+    """
+
+    placement: Here
+    bags: P
+    columns: Any = None
+    replicas: Any = None
+
+    def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
+        self.stack, self.launch, self.strategy = stack, launch, strategy
+        self.bags = strategy.blocks
+
+    def gather(self, bags: Bags) -> tuple[Array, Any, Any]:
+        """Return ids, offsets and weights of the bags that this device pools."""
+        return self.launch.join(self.stack, [_block(bags)])
+
+    def first_row(self, rows: int) -> Array | int:
+        """Return the number of the first of this device's rows."""
+        del rows
+        return 0
+
+    def bring_home(self, total: Array, bags: Bags) -> Array:
+        """Return the rows of this device's own bags."""
+        del bags
+        return total
+
+
+class _Replicated(_There):
+    def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
+        super().__init__(stack, launch, strategy)
+        self.placement = Everywhere(
+            strategy, P(strategy.batch, None), P(strategy.batch)
+        )
+        self.replicas = strategy.batch
+
+
+class _Columns(_There):
+    """All bags go to every device, which pools some of the columns."""
+
+    def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
+        super().__init__(stack, launch, strategy)
+        self.placement = Here(strategy, strategy.table, P())
+        self.bags = P()
+        self.columns = strategy.batch
+
+    def gather(self, bags: Bags) -> tuple[Array, Any, Any]:
+        blocks = []
+        for block in range(self.strategy.size):
+            own = {}
+            for name, bag in bags.items():
+                if bag.offsets is None:
+                    rows = bag.ids.shape[0] // self.strategy.size
+                    span = slice(block * rows, (block + 1) * rows)
+                    own[name] = Bag(*jax.tree.map(lambda x, s=span: x[s], tuple(bag)))
+                else:
+                    own[name] = Bag(*jax.tree.map(lambda x, b=block: x[b], tuple(bag)))
+            blocks.append(own)
+        return self.launch.join(self.stack, blocks)
+
+    def bring_home(self, total: Array, bags: Bags) -> Array:
+        del bags
+        if self.strategy.size == 1:
+            return total
+        return jax.lax.all_to_all(total, self.strategy.batch, 0, 1, tiled=True)
+
+
+class _WholeTables(_There):
+    """Each feature's bags go to the device that has its table."""
+
+    def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
+        super().__init__(stack, launch, strategy)
+        self.placement = Here(strategy, P(strategy.batch, None), P(strategy.batch))
+        assert isinstance(stack.layout, Lanes)
+        lanes = stack.layout.num_lanes // strategy.size
+        self.dealt: list[list[int]] = [[] for _ in range(strategy.size)]
+        for at, table in enumerate(launch.tables):
+            lane = stack.layout.lanes[stack.names.index(table)]
+            self.dealt[lane // lanes].append(at)
+        self.most = max(map(len, self.dealt))
+
+    def gather(self, bags: Bags) -> tuple[Array, Any, Any]:
+        bags = _block(bags)
+        launch, sending = self.launch, []
+        for own in self.dealt:
+            parts, values = [], []
+            for at in own:
+                bag = bags[launch.features[at]]
+                ids = self.stack.place(launch.tables[at], bag.ids)
+                parts.append(ragged(ids, bag.offsets))
+                if bag.weights is not None:
+                    values.append(bag.weights.reshape(-1))
+            like = bags[launch.features[0]]
+            for _ in range(self.most - len(own)):
+                parts.append(_no_bags(like))
+                if like.weights is not None:
+                    values.append(jnp.zeros(0, like.weights.dtype))
+            ids, offsets = join(parts)
+            weights = join_slots(parts, values) if values else None
+            sending.append(Bag(ids, offsets, weights))
+        room = max(bag.ids.size for bag in sending)
+        sending = [
+            Bag(
+                _pad(bag.ids, room, EMPTY),
+                bag.offsets,
+                None if bag.weights is None else _pad(bag.weights, room, 0),
+            )
+            for bag in sending
+        ]
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *map(tuple, sending))
+        got = Bag(*jax.tree.map(self._swap, stacked))
+        sources = range(self.strategy.size)
+        parts = [(got.ids[p], got.offsets[p]) for p in sources]
+        ids, offsets = join(parts)
+        if got.weights is None:
+            return ids, offsets, None
+        return ids, offsets, join_slots(parts, [got.weights[p] for p in sources])
+
+    def first_row(self, rows: int) -> Array | int:
+        return jax.lax.axis_index(self.strategy.batch) * rows
+
+    def bring_home(self, total: Array, bags: Bags) -> Array:
+        count = size(bags[self.launch.features[0]])
+        got = self._swap(total.reshape(self.strategy.size, -1, total.shape[1]))
+        rows = {}
+        for owner, own in enumerate(self.dealt):
+            for place, at in enumerate(own):
+                rows[at] = got[owner, place * count : (place + 1) * count]
+        return jnp.concatenate([rows[at] for at in range(len(rows))])
+
+    def _swap(self, x: Array) -> Array:
+        if self.strategy.size == 1:
+            return x
+        return jax.lax.all_to_all(x, self.strategy.batch, 0, 0)
+
+
+_THERE = {"replicated": _Replicated, "columns": _Columns, "whole": _WholeTables}
+
+
+def _no_bags(like: Bag) -> tuple[Array, Array]:
+    """Return as many empty bags."""
+    dtype = like.ids.dtype if like.offsets is None else like.offsets.dtype
+    return jnp.zeros(0, like.ids.dtype), jnp.zeros(size(like) + 1, dtype)
+
+
+def _pad(x: Array, room: int, fill: int) -> Array:
+    return jnp.pad(x, (0, room - x.size), constant_values=fill)
