@@ -15,6 +15,8 @@ from jbag._pages import to_huge_pages as to_huge_pages
 from jbag._rows import RowSparse as RowSparse
 from jbag._segments import offsets_to_segment_ids as offsets_to_segment_ids
 from jbag._segments import segment_ids_to_offsets as segment_ids_to_offsets
+from jbag._stacks import Feature as Feature
+from jbag._stacks import Table as Table
 from jbag._tables import load_table as load_table
 
 if TYPE_CHECKING:
@@ -23,14 +25,16 @@ if TYPE_CHECKING:
     from jbag import linen as linen
     from jbag import nnx as nnx
     from jbag import optim as optim
+    from jbag import sharding as sharding
     from jbag import text as text
     from jbag.linen import EmbeddingBag as EmbeddingBag
+    from jbag.linen import EmbeddingBagCollection as EmbeddingBagCollection
     from jbag.linen import from_torch as from_torch
     from jbag.linen import to_torch as to_torch
 
 # Flax and Optax take longer to import than the function needs: loaded on use.
-_MODULES = ("data", "fasttext", "linen", "nnx", "optim", "text")
-_FROM_LINEN = ("EmbeddingBag", "from_torch", "to_torch")
+_MODULES = ("data", "fasttext", "linen", "nnx", "optim", "sharding", "text")
+_FROM_LINEN = ("EmbeddingBag", "EmbeddingBagCollection", "from_torch", "to_torch")
 
 
 def __getattr__(name: str) -> object:

@@ -15,8 +15,9 @@ from jaxtyping import Array
 from jbag._bag import check_bags
 from jbag._bags import Bags
 from jbag._kernels import check_implementation
+from jbag._layout import GRID
 from jbag._mesh import Strategy, Whole, current_mesh, strategy
-from jbag._stacked import pool_stack
+from jbag._stacked import Traffic, measure_traffic, pool_stack
 from jbag._stacks import KEYED, Bag, Feature, Stack, Table, make_launches, make_stacks
 from jbag._validation import check_flag, check_integer, on_host
 
@@ -117,30 +118,45 @@ def strategies(
 
 
 def _check_division(stack: Stack, found: Strategy) -> None:
-    if found.name == "rows" and stack.layout.grid % found.size:  # type: ignore[union-attr]  # only a `Whole` has lanes
+    rows, width = stack.shape
+    if found.name == "columns" and width % found.size:
         raise ValueError(
-            f"`grid` must be divisible by the {found.size} devices that share the rows "
-            f"of {stack.name!r}; got {stack.layout.grid}."  # type: ignore[union-attr]  # as above
+            f"`features` must be divisible by the {found.size} devices that share the "
+            f"columns of {stack.name!r}; got {width}."
         )
-    if found.name == "columns" and stack.shape[1] % found.size:
+    if found.name in ("rows", "whole") and rows % found.size:
         raise ValueError(
-            f"`features` of {stack.name!r} must be divisible by the {found.size} "
-            f"devices that share its columns; got {stack.shape[1]}."
+            f"`grid` (or `lanes`) must be divisible by the {found.size} devices that "
+            f"share the rows of {stack.name!r}; got {stack.layout}."
         )
-    if found.name == "whole" and stack.layout.num_lanes % found.size:  # type: ignore[union-attr]  # as above
+    if found.name == "whole" and stack.layout.num_lanes % found.size:  # type: ignore[union-attr]  # whole tables have lanes
         raise ValueError(
             f"`lanes` must be a multiple of the {found.size} devices; "
-            f"got {stack.layout.num_lanes}."  # type: ignore[union-attr]  # as above
+            f"got {stack.layout}."
         )
+
+
+class Collection(NamedTuple):
+    """The options of a collection, as the modules have them as attributes."""
+
+    tables: Any
+    features: Any
+    specs: Any
+    mesh: Any = None
+    batch_axis: Any = None
+    capacity: int | None = None
+    grid: int = GRID
+    sparse: bool = False
+    concatenate: bool = False
+    dtype: Any = None
+    implementation: str | None = None
 
 
 def pool_collection(
     module: Any, parts: Parts, arrays: Mapping[str, Array], batch: Any
 ) -> Any:
     """Return what a collection pools: by feature, or all side by side."""
-    found = strategies(parts.stacks, module.mesh, module.batch_axis)
-    blocks = next(iter(found.values())).size if found else None
-    bags = check_batch(batch, parts, blocks)
+    found, bags = _check_call(module, parts, batch)
     weighted = {
         name: bags[KEYED if KEYED in bags else name].weights is not None
         for name in parts.features
@@ -174,6 +190,59 @@ def pool_collection(
     if module.concatenate:
         return jnp.concatenate(out, axis=1)
     return dict(zip(parts.features, out, strict=True))
+
+
+def _check_call(
+    module: Any, parts: Parts, batch: Any
+) -> tuple[dict[str, Strategy], dict[str, Bag]]:
+    found = strategies(parts.stacks, module.mesh, module.batch_axis)
+    blocks = next(iter(found.values())).size if found else None
+    return found, check_batch(batch, parts, blocks)
+
+
+def collection_traffic(module: Any, batch: Any) -> dict[str, Traffic]:
+    """Return what the rows of each stack that are dealt out are sent for a batch."""
+    parts = check_parts(module)
+    found, bags = _check_call(module, parts, batch)
+    weighted = dict.fromkeys(parts.features, False)
+    out = {}
+    for stack in parts.stacks:
+        launches = make_launches(stack, parts.features, weighted, module.implementation)
+        if launches and stack.name in found and found[stack.name].name == "rows":
+            own: dict[str, Bag] = {}
+            for launch in launches:
+                own |= launch.own(bags)
+            out[stack.name] = measure_traffic(
+                own,
+                stack=stack,
+                launches=launches,
+                strategy=found[stack.name],
+                capacity=module.capacity,
+            )
+    return out
+
+
+def export_tables(parts: Parts, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Return each table's rows in the order of their ids."""
+    return {
+        name: jnp.asarray(arrays[stack.name])[stack.table_rows(name)]
+        for stack in parts.stacks
+        for name in stack.names
+    }
+
+
+def import_tables(parts: Parts, tables: Mapping[str, Any]) -> dict[str, Array]:
+    """Return the arrays that hold tables given in the order of their ids."""
+    if set(tables) != set(parts.tables):
+        raise ValueError(f"`tables` must be {list(parts.tables)}; got {list(tables)}.")
+    for name, table in parts.tables.items():
+        rows = np.shape(tables[name])[:1]
+        if rows != (table.num_embeddings,):
+            raise ValueError(
+                f"`tables[{name!r}]` must have {table.num_embeddings} rows; "
+                f"got shape {np.shape(tables[name])}."
+            )
+    return {stack.name: stack.fill(tables) for stack in parts.stacks}
 
 
 def check_batch(batch: Any, parts: Parts, blocks: int | None) -> dict[str, Bag]:
@@ -219,6 +288,7 @@ def check_batch(batch: Any, parts: Parts, blocks: int | None) -> dict[str, Bag]:
 
 def _check_keyed(batch: Bags, parts: Parts, blocks: int | None) -> Bag:
     bag = _check_bag(batch, None, blocks)
+    assert bag.offsets is not None
     count = bag.offsets.shape[-1] - 1
     if not parts.features or count % len(parts.features):
         raise ValueError(
@@ -255,9 +325,9 @@ def _check_bag(given: Any, rows: int | None, blocks: int | None) -> Bag:
                 )
         return Bag(*map(_as_array, (ids, offsets, weights)))
     shapes = np.shape(given.indices), np.shape(given.offsets)
-    if [len(shape) for shape in shapes] != [2, 2] or {s[0] for s in shapes} != {blocks}:
+    if {(len(shape), *shape[:1]) for shape in shapes} != {(2, blocks)}:
         raise ValueError(
-            f"`bags` must be a stack of {blocks}, a block for each device, with indices "
+            f"`bags` must be a stack of {blocks}, a block for each device, of indices "
             f"[{blocks}, N] and offsets [{blocks}, B + 1]; got shapes {shapes[0]} and "
             f"{shapes[1]}."
         )
@@ -282,14 +352,16 @@ def _as_array(x: Any) -> Any:
     return None if x is None else jnp.asarray(x)
 
 
-def shardings(
-    tree: Any, stacks: tuple[Stack, ...], found: Mapping[str, Strategy]
-) -> Any:
+def collection_shardings(module: Any, tree: Any) -> Any:
     """Return how each array of a tree lies on the mesh: a `NamedSharding` each.
 
-    Arrays under a stack's name, and states of its shape, lie as its spec says; others
-    are replicated.
+    Arrays under a stack's name, of as many rows, lie as its spec says; others are
+    replicated.
     """
+    stacks = check_parts(module).stacks
+    found = strategies(stacks, module.mesh, module.batch_axis)
+    if not found:
+        raise ValueError("`mesh` must be given, or set by jax.set_mesh; got neither.")
     mesh = next(iter(found.values())).mesh
 
     def one(path: Any, x: Any) -> NamedSharding:

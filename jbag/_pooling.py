@@ -177,7 +177,7 @@ def mark(
 def finish(
     total: Float[Array, "B D"],
     pieces: Pieces,
-    table: Float[Array, "V D"] | jax.ShapeDtypeStruct,
+    table: Float[Array, "V D"],
     *,
     how: How,
     empty: int | None,

@@ -14,13 +14,15 @@ ids, so that doubling the number of rounds ends.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import linear_call
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -205,14 +207,30 @@ def fetch(
     `unique` has a block for each device, in order, each row once. It is linear in the
     table; its transpose sends one row for each distinct id back to the owner.
     """
-    options: dict[str, Any] = {"empty": None, "implementation": implementation}
-    num_rows, width = table.shape
-    slots = unique.size // strategy.size
+    return _fetch.bind(
+        table,
+        unique,
+        num_rows=table.shape[0],
+        strategy=strategy,
+        capacity=capacity,
+        implementation=implementation,
+    )
+
+
+def _ask(
+    table: Float[Array, "rows D"],
+    unique: Int[Array, " all_U"],
+    *,
+    num_rows: int,
+    strategy: Strategy,
+    capacity: int,
+    implementation: str | None,
+) -> Float[Array, "all_U D"]:
+    width, slots = table.shape[1], unique.size // strategy.size
     route = router(strategy, num_rows, slots, capacity)
-    blocks, rows = strategy.blocks, P(strategy.batch, None)
 
     def ask(
-        unique: Int[Array, " U"], shard: Float[Array, "S D"]
+        shard: Float[Array, "S D"], unique: Int[Array, " U"]
     ) -> Float[Array, "U D"]:
         def answer(ids: Int[Array, "P C"]) -> Float[Array, "P C D"]:
             # Each id is a bag of its own.
@@ -222,15 +240,32 @@ def fetch(
                 None,
                 None,
                 dtype=shard.dtype,
-                **options | {"empty": route.shard},
+                empty=route.shard,
+                implementation=implementation,
             )
             return rows.reshape(*ids.shape, width)
 
         return route.ask(unique, answer, jnp.zeros((unique.size, width), shard.dtype))
 
-    def give(unique: Int[Array, " U"], rows: Float[Array, "U D"]) -> Array:
-        wide = accumulation_dtype(rows.dtype)
+    rows = P(strategy.batch, None)
+    specs = (rows, strategy.blocks)
+    return per_device(ask, strategy, specs, rows, check=False)(table, unique)
 
+
+def _give(
+    rows: Float[Array, "all_U D"],
+    unique: Int[Array, " all_U"],
+    *,
+    num_rows: int,
+    strategy: Strategy,
+    capacity: int,
+    implementation: str | None,
+) -> Float[Array, "rows D"]:
+    """Return the array of which each owner's rows are the sums of what it is given."""
+    wide = accumulation_dtype(rows.dtype)
+    route = router(strategy, num_rows, unique.size // strategy.size, capacity)
+
+    def give(rows: Float[Array, "U D"], unique: Int[Array, " U"]) -> Array:
         def receive(total: Array, ids: Array, sent: Array) -> Array:
             return total + _product.transposed_product(
                 sent,
@@ -239,16 +274,63 @@ def fetch(
                 None,
                 num_embeddings=route.shard,
                 dtype=wide,
-                **options,
+                empty=None,
+                implementation=implementation,
             )
 
-        total = jnp.zeros((route.shard, width), wide)
+        total = jnp.zeros((route.shard, rows.shape[1]), wide)
         total = route.deliver(unique, rows.astype(wide), receive, total)
         return total.astype(rows.dtype)
 
-    asking = per_device(ask, strategy, (blocks, rows), rows, check=False)
-    giving = per_device(give, strategy, (blocks, rows), rows, check=False)
-    return linear_call(asking, giving, unique, table)
+    spec = P(strategy.batch, None)
+    specs = (spec, strategy.blocks)
+    return per_device(give, strategy, specs, spec, check=False)(rows, unique)
+
+
+def _define(name: str, function: Callable) -> Primitive:
+    """Make the primitive of a function that is linear in its first operand."""
+    primitive = Primitive(f"jbag_{name}")
+
+    @functools.cache
+    def compiled(**params: Any) -> Callable:
+        return jax.jit(functools.partial(primitive.bind, **params))
+
+    @primitive.def_impl
+    def evaluate(*operands: Array, **params: Any) -> Any:
+        with jax.disable_jit(False):
+            return compiled(**params)(*operands)
+
+    @primitive.def_abstract_eval
+    def infer(*avals: Any, **params: Any) -> Any:
+        return jax.make_jaxpr(functools.partial(function, **params))(*avals).out_avals[
+            0
+        ]
+
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+    return primitive
+
+
+def _differentiate(primitive: Primitive, transposed: Primitive) -> None:
+    """Let `transposed` be the transpose of a primitive."""
+
+    def jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+        value = primitive.bind(*primals, **params)
+        if isinstance(tangents[0], ad.Zero):
+            return value, ad.Zero(jax.typeof(value).to_tangent_aval())
+        return value, primitive.bind(tangents[0], primals[1], **params)
+
+    def transpose(cotangent: Any, x: Any, unique: Array, **params: Any) -> list[Any]:
+        if isinstance(cotangent, ad.Zero):
+            return [ad.Zero(x.aval), None]
+        return [transposed.bind(cotangent, unique, **params), None]
+
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+
+
+_fetch, _given = _define("fetch", _ask), _define("give", _give)
+_differentiate(_fetch, _given)
+_differentiate(_given, _fetch)
 
 
 def totals(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jbag import _pooling
 from jbag._joining import join, join_slots, ragged
@@ -26,7 +26,7 @@ from jbag._marks import mark_table
 from jbag._mesh import Strategy, per_device
 from jbag._placement import Everywhere, Here, Routed
 from jbag._pooling import Pieces
-from jbag._primitive import EMPTY
+from jbag._primitive import EMPTY, UNKNOWN
 from jbag._routing import default_capacity, distinct, fetch, router, totals
 from jbag._stacks import Bag, Launch, Stack, only_in_bags, size
 
@@ -56,6 +56,56 @@ def pool_stack(
     if strategy.name == "rows":
         return _pool_fetched(table, bags, mapped, capacity)
     return _pool_there(table, bags, mapped)
+
+
+class Traffic(NamedTuple):
+    """How the rows of a batch travel, over P devices; see `Layout`.
+
+    Attributes:
+      rounds: how many rounds the devices need, a power of two; 1 unless the capacity is
+        too small for a batch.
+      distinct: [P], how many distinct rows each device asks for.
+      asked: [P, P], how many rows device p asks of owner q.
+      strangers: [P], how many slots of each device hold an id that is no row.
+    """
+
+    rounds: Int[Array, ""]
+    distinct: Int[Array, " P"]
+    asked: Int[Array, "P P"]
+    strangers: Int[Array, " P"]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("stack", "launches", "strategy", "capacity")
+)
+def measure_traffic(
+    bags: Bags,
+    *,
+    stack: Stack,
+    launches: tuple[Launch, ...],
+    strategy: Strategy,
+    capacity: int | None,
+) -> Traffic:
+    """Return how rows travel when `pool_stack` is called so."""
+    mapped = _Mapped(stack, launches, strategy, False)
+    num_rows, slots = stack.shape[0], mapped.slots(bags)
+    if capacity is None:
+        capacity = default_capacity(slots, strategy.size)
+
+    def measure(bags: Bags) -> tuple[Array, ...]:
+        bags = _block(bags)
+        ids = [only_in_bags(*launch.join(stack, [bags])[:2]) for launch in launches]
+        named = jnp.concatenate([x.reshape(-1) for x in ids])
+        unique, _ = distinct(named, num_rows)
+        route = router(strategy, num_rows, unique.size, capacity)
+        rounds = jnp.asarray(route.rounds(unique), jnp.int32)
+        owners = jnp.where(unique < num_rows, unique // route.shard, strategy.size)
+        asked = jnp.zeros(strategy.size, jnp.int32).at[owners].add(1, mode="drop")
+        strangers = (named == UNKNOWN).sum(dtype=jnp.int32)
+        return rounds, asked.sum()[None], asked[None], strangers[None]
+
+    specs = (P(), strategy.blocks, strategy.blocks, strategy.blocks)
+    return Traffic(*mapped.run(measure, (strategy.blocks,), specs, check=False)(bags))
 
 
 def _pool_here(
@@ -136,7 +186,9 @@ def _pool_fetched(
         unique, places = distinct(
             jnp.concatenate([ids.reshape(-1) for ids in named]), num_rows
         )
-        found, counts, first = [], [], 0
+        found: list[Any] = []
+        counts: list[Array | None] = []
+        first = 0
         for launch, ids, (_, offsets) in zip(launches, named, joined, strict=True):
             own = places[first : first + ids.size]
             first += ids.size
@@ -176,7 +228,8 @@ def _pool_fetched(
         )
 
     def pool(rows: Array, bags: Bags, found: Any, counts: Any) -> Pooled:
-        bags, out = _block(bags), {}
+        bags = _block(bags)
+        out: Pooled = {}
         for launch, (ids, offsets), count in zip(launches, found, counts, strict=True):
             _, _, weights = launch.join(stack, [bags])
             pooled = _pooling.pool(
@@ -245,7 +298,7 @@ def _launch_there(
 
     def finish(total: Array, bags: Bags) -> Pooled:
         bags = _block(bags)
-        like = jax.ShapeDtypeStruct(stack.shape, table.dtype)
+        like: Any = jax.ShapeDtypeStruct(stack.shape, table.dtype)
         how = launch.how._replace(scale_grad_by_freq=False)
         joined = launch.join(stack, [bags])
         pieces, empty = _pooling.prepare(like, *joined, how=how, padding_idx=EMPTY)
@@ -374,6 +427,7 @@ class _WholeTables(_There):
         stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *map(tuple, sending))
         got = Bag(*jax.tree.map(self._swap, stacked))
         sources = range(self.strategy.size)
+        assert got.offsets is not None
         parts = [(got.ids[p], got.offsets[p]) for p in sources]
         ids, offsets = join(parts)
         if got.weights is None:

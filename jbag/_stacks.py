@@ -220,6 +220,7 @@ class Launch(NamedTuple):
 
     def _place_keyed(self, stack: Stack, bag: Bag) -> Ids:
         """Return the array's row of each slot; those of other launches are empty."""
+        assert bag.offsets is not None
         count = self.sizes({KEYED: bag})[self.features[0]]
         bounds, _ = xla.bag_bounds(bag.offsets, bag.ids.size)
         key = xla.segment_ids(bounds, bag.ids.size) // max(count, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -12,6 +14,15 @@ from jaxtyping import Array, Float
 
 from jbag import _torch
 from jbag._bags import Bags
+from jbag._collection import (
+    check_parts,
+    collection_shardings,
+    collection_traffic,
+    export_tables,
+    import_tables,
+    pool_collection,
+)
+from jbag._layout import GRID
 from jbag._shell import (
     Initializer,
     check_options,
@@ -20,6 +31,8 @@ from jbag._shell import (
     pool,
     pretrained_options,
 )
+from jbag._stacked import Traffic
+from jbag._stacks import Feature, Table
 from jbag._validation import Floats, Integers
 
 if TYPE_CHECKING:
@@ -132,6 +145,116 @@ class EmbeddingBag(nn.Module):
                  [2., 2.]], dtype=float32)
         """
         return cls(freeze=freeze, **pretrained_options(table, options))
+
+
+class EmbeddingBagCollection(nn.Module):
+    """Several tables, and the features that are pooled from them.
+
+    Tables of one group, width and dtype are stacked in one parameter, "group_width", so
+    that all features of a mode are pooled by one call. Its rows are dealt by a
+    `jbag.sharding.Layout`; `export_tables` has each table's in order. To train tables
+    in different ways, put them in groups, by whose parameters `optax.partition` tells.
+
+    Over a mesh, `specs` say how each group lies; see `jbag.sharding`. They are the
+    parameters' partitioning metadata, too. Without a mesh, all is pooled on one device.
+
+    Attributes:
+      tables: a `jbag.Table` by name.
+      features: a `jbag.Feature` by name, in the order of the outputs.
+      specs: by group, a `PartitionSpec` or a `jbag.sharding.Whole`; groups that aren't
+        named are replicated.
+      mesh: the mesh; None is that of `jax.set_mesh`, if there are specs.
+      batch_axis: along which batches are cut, where all tables are replicated.
+      capacity: C, how many rows a device asks of one owner in a round, or None.
+      grid: K of the layouts.
+      sparse: ask for row-sparse gradients.
+      concatenate: return one array, the features side by side.
+      dtype: of the results; None for the tables' own.
+      implementation: the kernel by name, or None for the platform's best one.
+
+    Example:
+      >>> collection = jbag.EmbeddingBagCollection(
+      ...     tables={"items": jbag.Table(1000, 8), "tags": jbag.Table(50, 8)},
+      ...     features={
+      ...         "shown": jbag.Feature("items"),
+      ...         "seen": jbag.Feature("items", mode="sum"),
+      ...         "tags": jbag.Feature("tags"),
+      ...     },
+      ...     concatenate=True,
+      ... )
+      >>> batch = {
+      ...     "shown": numpy.array([[7], [8]]),
+      ...     "seen": jbag.Bags.from_lists([[1, 2, 3], []]),
+      ...     "tags": jbag.Bags.from_lists([[5], [6, 49]]),
+      ... }
+      >>> variables = collection.init(jax.random.key(0), batch)
+      >>> collection.apply(variables, batch).shape
+      (2, 24)
+      >>> list(variables["params"])
+      ['embedding_8']
+    """
+
+    tables: Mapping[str, Table]
+    features: Mapping[str, Feature]
+    specs: Mapping[str, Any] = MappingProxyType({})
+    mesh: Any = None
+    batch_axis: Any = None
+    capacity: int | None = None
+    grid: int = GRID
+    sparse: bool = False
+    concatenate: bool = False
+    dtype: Any = None
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, batch: Any) -> Any:
+        """Pool every feature.
+
+        Args:
+          batch: a dict of the features' bags, each a `Bags` or ids [B, L]; or one keyed
+            `Bags`, the bags of all features one feature after another. Over a mesh, a
+            `Bags` is a stack, a block for each device. Weights are the bags'.
+
+        Returns:
+          A dict of [B, D] by feature, in the order of `features`; or [B, sum of D].
+
+        Raises:
+          IndexError, TypeError, ValueError: as `jbag.embedding_bag`; the batch hasn't
+            the features, or the mesh and the specs don't fit.
+        """
+        parts = check_parts(self)
+        arrays = {}
+        for stack in parts.stacks:
+            init: Any = stack.init
+            if stack.partition_spec is not None:
+                names = (*stack.partition_spec, None, None)[:2]
+                init = nn.with_partitioning(stack.init, names)
+            arrays[stack.name] = self.param(stack.name, init)
+        return pool_collection(self, parts, arrays, batch)
+
+    def traffic(self, batch: Any) -> dict[str, Traffic]:
+        """Return, for each parameter whose rows are dealt out, how a batch's travel."""
+        return collection_traffic(self, batch)
+
+    def shardings(self, tree: Any) -> Any:
+        """Return a `NamedSharding` for each array of a tree, such as a train state's.
+
+        The tables, and what an optimizer keeps of them, lie by their specs; other
+        arrays are replicated. The arrays may be those of `jax.eval_shape`.
+        """
+        return collection_shardings(self, tree)
+
+    def export_tables(self, params: Mapping[str, Any]) -> dict[str, Array]:
+        """Return each table by name, [V, D], its rows in the order of their ids.
+
+        `params` are the module's, or what an optimizer keeps by the same names: then
+        [V, D] or [V].
+        """
+        return export_tables(check_parts(self), nn.meta.unbox(params))
+
+    def import_tables(self, tables: Mapping[str, ArrayLike]) -> dict[str, Array]:
+        """Return the parameters that hold such tables; see `export_tables`."""
+        return import_tables(check_parts(self), tables)
 
 
 def from_torch(module: torch.nn.EmbeddingBag) -> tuple[EmbeddingBag, dict[str, Any]]:

@@ -9,11 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jbag import _torch
 from jbag._bags import Bags
+from jbag._collection import (
+    Collection,
+    check_parts,
+    collection_shardings,
+    collection_traffic,
+    export_tables,
+    import_tables,
+    pool_collection,
+)
+from jbag._layout import GRID
 from jbag._shell import (
     Initializer,
     check_options,
@@ -22,6 +33,8 @@ from jbag._shell import (
     pool,
     pretrained_options,
 )
+from jbag._stacked import Traffic
+from jbag._stacks import Feature, Table
 from jbag._validation import Floats, Integers
 
 if TYPE_CHECKING:
@@ -171,6 +184,100 @@ class EmbeddingBag(nnx.Module):
           >>> module = bag.to_torch()  # doctest: +SKIP
         """
         return _torch.write(self.embedding[...], self)
+
+
+class EmbeddingBagCollection(nnx.Module):
+    """Several tables, and the features that are pooled from them.
+
+    It is `jbag.linen.EmbeddingBagCollection`, of which see the arguments, as an NNX
+    module: each stack of tables is an `nnx.Param`, an attribute "group_width".
+
+    Args:
+      tables: a `jbag.Table` by name.
+      features: a `jbag.Feature` by name, in the order of the outputs.
+      specs: by group, a `PartitionSpec` or a `jbag.sharding.Whole`. They are the
+        parameters' `out_sharding` metadata, too.
+      mesh: the mesh; None is that of `jax.set_mesh`, if there are specs.
+      batch_axis: along which batches are cut, where all tables are replicated.
+      capacity: C, how many rows a device asks of one owner in a round, or None.
+      grid: K of the layouts.
+      sparse: ask for row-sparse gradients.
+      concatenate: return one array, the features side by side.
+      dtype: of the results; None for the tables' own.
+      implementation: the kernel by name, or None for the platform's best one.
+      rngs: gives the initializers their keys.
+
+    Example:
+      >>> collection = jbag.nnx.EmbeddingBagCollection(
+      ...     tables={"items": jbag.Table(1000, 8)},
+      ...     features={"seen": jbag.Feature("items", mode="sum")},
+      ...     rngs=flax.nnx.Rngs(0),
+      ... )
+      >>> collection({"seen": [[1, 2, 3]]})["seen"].shape
+      (1, 8)
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[str, Table],
+        features: Mapping[str, Feature],
+        specs: Mapping[str, Any] = MappingProxyType({}),
+        mesh: Any = None,
+        batch_axis: Any = None,
+        capacity: int | None = None,
+        grid: int = GRID,
+        sparse: bool = False,
+        concatenate: bool = False,
+        dtype: Any = None,
+        implementation: str | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.options = Collection(
+            FrozenDict(tables) if isinstance(tables, Mapping) else tables,
+            FrozenDict(features) if isinstance(features, Mapping) else features,
+            FrozenDict(specs) if isinstance(specs, Mapping) else specs,
+            mesh,
+            batch_axis,
+            capacity,
+            grid,
+            sparse,
+            concatenate,
+            dtype,
+            implementation,
+        )
+        for stack in check_parts(self.options).stacks:
+            metadata: dict[str, Any] = {}
+            if stack.partition_spec is not None:
+                metadata["out_sharding"] = stack.partition_spec
+            setattr(self, stack.name, nnx.Param(stack.init(rngs.params()), **metadata))
+
+    def __call__(self, batch: Any) -> Any:
+        """Pool every feature; see `jbag.linen.EmbeddingBagCollection`."""
+        parts = check_parts(self.options)
+        return pool_collection(self.options, parts, self._arrays(), batch)
+
+    def _arrays(self) -> dict[str, Array]:
+        names = [stack.name for stack in check_parts(self.options).stacks]
+        return {name: getattr(self, name)[...] for name in names}
+
+    def traffic(self, batch: Any) -> dict[str, Traffic]:
+        """Return, for each parameter whose rows are dealt out, how a batch's travel."""
+        return collection_traffic(self.options, batch)
+
+    def shardings(self, tree: Any) -> Any:
+        """Return a `NamedSharding` for each array of a tree, such as an `nnx.State`."""
+        return collection_shardings(self.options, tree)
+
+    def export_tables(self) -> dict[str, Array]:
+        """Return each table by name, [V, D], its rows in the order of their ids."""
+        return export_tables(check_parts(self.options), self._arrays())
+
+    def import_tables(self, tables: Mapping[str, ArrayLike]) -> None:
+        """Take over such tables; see `export_tables`."""
+        parts = check_parts(self.options)
+        for name, array in import_tables(parts, tables).items():
+            getattr(self, name)[...] = array
 
 
 def _map_value(function: Callable[[Array], Array], value: Any) -> Any:

@@ -44,7 +44,8 @@ def files(tmp_path):
 def test_docstring_examples_run(name, tmp_path):
     module = importlib.import_module(name)
     names = {"jbag": jbag, "jax": jax, "jnp": jnp, "numpy": numpy, "flax": flax}
-    names |= {"optax": optax, "directory": tmp_path}
+    names |= {"optax": optax, "directory": tmp_path, "np": numpy}
+    names |= {"P": jax.sharding.PartitionSpec}
     results = doctest.testmod(module, extraglobs=names, optionflags=FLAGS)
     assert results.failed == 0
     source = pathlib.Path(str(module.__file__)).read_text()
