@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -196,7 +196,7 @@ class EmbeddingBagCollection(nn.Module):
 
     tables: Mapping[str, Table]
     features: Mapping[str, Feature]
-    specs: Mapping[str, Any] = MappingProxyType({})
+    specs: Mapping[str, Any] = FrozenDict()
     mesh: Any = None
     batch_axis: Any = None
     capacity: int | None = None
