@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -57,7 +57,10 @@ def check_parts(module: Any) -> Parts:
         raise TypeError(f"`dtype` must be floating; got {jnp.dtype(module.dtype)}.")
     if module.capacity is not None:
         check_integer("capacity", module.capacity, low=1)
-    return Parts(tables, features, make_stacks(tables, specs, module.grid))
+    grid = module.grid
+    if grid is None:
+        grid = GRID if specs else 1
+    return Parts(tables, features, make_stacks(tables, specs, grid))
 
 
 def _check_mapping(name: str, given: Any, kind: Any) -> dict[str, Any]:
@@ -145,7 +148,7 @@ class Collection(NamedTuple):
     mesh: Any = None
     batch_axis: Any = None
     capacity: int | None = None
-    grid: int = GRID
+    grid: int | None = None
     sparse: bool = False
     concatenate: bool = False
     dtype: Any = None
@@ -225,10 +228,18 @@ def collection_traffic(module: Any, batch: Any) -> dict[str, Traffic]:
 def export_tables(parts: Parts, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Return each table's rows in the order of their ids."""
     return {
-        name: jnp.asarray(arrays[stack.name])[stack.table_rows(name)]
+        name: _take(jnp.asarray(arrays[stack.name]), stack.table_rows(name))
         for stack in parts.stacks
         for name in stack.names
     }
+
+
+def _take(array: Array, rows: np.ndarray) -> Array:
+    """Return rows of an array; over a mesh of Explicit axes, on every device."""
+    mesh = jax.typeof(array).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return array[rows]
+    return array.at[rows].get(out_sharding=NamedSharding(mesh, P()))
 
 
 def import_tables(parts: Parts, tables: Mapping[str, Any]) -> dict[str, Array]:

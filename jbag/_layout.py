@@ -69,6 +69,8 @@ class Layout:
 
     def place(self, ids: Int[Any, "..."]) -> Int[Any, "..."]:
         """Return the row of the array that holds each id; ids must lie in [0, V)."""
+        if self.grid == 1:
+            return ids
         column = _multiply(ids % self.grid, self.multiplier % self.grid, self.grid)
         return column * self.height + ids // self.grid
 

@@ -230,14 +230,20 @@ class Here:
 
 @dataclasses.dataclass(frozen=True)
 class Everywhere(Here):
-    """The table is replicated: every device brings its sums of rows to all."""
+    """The table is replicated: every device brings its sums of rows to all.
+
+    Attributes:
+      rows: how many rows there are, without padding.
+    """
+
+    rows: int = 0
 
     def bring(self, terms: list[Term], shape: Any, receive: Receive, carry: Any) -> Any:
         """See `Here`."""
         rows, indices = _distinct_rows(terms, *shape)
         axes = self.strategy.batch
-        rows = jax.lax.all_gather(rows, axes, tiled=True)
-        indices = jax.lax.all_gather(indices, axes, tiled=True)
+        rows = jax.lax.all_gather(rows[: self.rows], axes, tiled=True)
+        indices = jax.lax.all_gather(indices[: self.rows], axes, tiled=True)
         return receive(carry, Term(rows, indices[:, None]))
 
     def settled(self) -> Here:
@@ -246,7 +252,7 @@ class Everywhere(Here):
 
     def room(self, terms: Sequence[Term], rows: int) -> int:
         """See `Here`."""
-        slots = min(rows, sum(term.ids.size for term in terms))
+        slots = min(self.rows, sum(term.ids.size for term in terms))
         return min(rows, slots * self.strategy.size)
 
 

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from jbag import _product
 from jbag._kernels.xla import accumulation_dtype, take
 from jbag._mesh import Strategy, per_device
+from jbag._primitive import UNKNOWN
 
 
 def default_capacity(slots: int, owners: int) -> int:
@@ -48,7 +49,7 @@ def distinct(
     """Return the rows that ids name, in order, and where each id stands among them.
 
     There is room for U = min(N, V') rows; the rest is V'. Ids outside [0, V') name none
-    and stand for themselves if negative, and at -2 otherwise.
+    and stand for themselves if negative, and at `UNKNOWN` otherwise.
     """
     size = ids.size
     known = (ids >= 0) & (ids < num_rows)
@@ -61,7 +62,8 @@ def distinct(
     slots = jnp.where(is_first & (named < num_rows), rank, room)
     unique = jnp.full(room, num_rows, ids.dtype).at[slots].set(named, mode="drop")
     places = jnp.zeros_like(ids).at[order].set(rank, unique_indices=True)
-    return unique, jnp.where(known, places, jnp.minimum(ids, -2 * (ids >= 0)))
+    strangers = jnp.where(ids < 0, ids, UNKNOWN)
+    return unique, jnp.where(known, places, strangers)
 
 
 @dataclasses.dataclass(frozen=True)

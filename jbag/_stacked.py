@@ -346,9 +346,9 @@ class _There:
 class _Replicated(_There):
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
         super().__init__(stack, launch, strategy)
-        self.placement = Everywhere(
-            strategy, P(strategy.batch, None), P(strategy.batch)
-        )
+        rows = sum(table.num_embeddings for table in stack.tables)
+        spec = P(strategy.batch, None)
+        self.placement = Everywhere(strategy, spec, strategy.blocks, rows)
         self.replicas = strategy.batch
 
 

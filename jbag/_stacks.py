@@ -16,7 +16,7 @@ from jbag._bag import check_mode, check_padding_idx
 from jbag._joining import join, join_slots, num_bags
 from jbag._kernels import xla
 from jbag._kernels.xla import Ids, Offsets, Slots, accumulation_dtype
-from jbag._layout import GRID, Lanes, Layout, place
+from jbag._layout import Lanes, Layout, place
 from jbag._mesh import Whole
 from jbag._norm import check_norm
 from jbag._pooling import How
@@ -270,7 +270,7 @@ def only_in_bags(ids: Ids, offsets: Offsets) -> Ids:
 def make_stacks(
     tables: Mapping[str, Table],
     specs: Mapping[str, P | Whole],
-    grid: int = GRID,
+    grid: int,
 ) -> tuple[Stack, ...]:
     """Return the stacks of the tables, in order of their first one.
 

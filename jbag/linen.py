@@ -22,7 +22,6 @@ from jbag._collection import (
     import_tables,
     pool_collection,
 )
-from jbag._layout import GRID
 from jbag._shell import (
     Initializer,
     check_options,
@@ -151,9 +150,10 @@ class EmbeddingBagCollection(nn.Module):
     """Several tables, and the features that are pooled from them.
 
     Tables of one group, width and dtype are stacked in one parameter, "group_width", so
-    that all features of a mode are pooled by one call. Its rows are dealt by a
-    `jbag.sharding.Layout`; `export_tables` has each table's in order. To train tables
-    in different ways, put them in groups, by whose parameters `optax.partition` tells.
+    that all features of a mode are pooled by one call. To be cut over a mesh, its rows
+    are dealt by a `jbag.sharding.Layout`; `export_tables` has each table's in order. To
+    train tables in different ways, put them in groups: `optax.partition` can tell their
+    parameters apart.
 
     Over a mesh, `specs` say how each group lies; see `jbag.sharding`. They are the
     parameters' partitioning metadata, too. Without a mesh, all is pooled on one device.
@@ -166,7 +166,8 @@ class EmbeddingBagCollection(nn.Module):
       mesh: the mesh; None is that of `jax.set_mesh`, if there are specs.
       batch_axis: along which batches are cut, where all tables are replicated.
       capacity: C, how many rows a device asks of one owner in a round, or None.
-      grid: K of the layouts.
+      grid: K of the layouts. None is 20160 if there are specs; and 1, the rows of one
+        table after another's, if there are none.
       sparse: ask for row-sparse gradients.
       concatenate: return one array, the features side by side.
       dtype: of the results; None for the tables' own.
@@ -200,7 +201,7 @@ class EmbeddingBagCollection(nn.Module):
     mesh: Any = None
     batch_axis: Any = None
     capacity: int | None = None
-    grid: int = GRID
+    grid: int | None = None
     sparse: bool = False
     concatenate: bool = False
     dtype: Any = None

@@ -24,7 +24,6 @@ from jbag._collection import (
     import_tables,
     pool_collection,
 )
-from jbag._layout import GRID
 from jbag._shell import (
     Initializer,
     check_options,
@@ -200,7 +199,7 @@ class EmbeddingBagCollection(nnx.Module):
       mesh: the mesh; None is that of `jax.set_mesh`, if there are specs.
       batch_axis: along which batches are cut, where all tables are replicated.
       capacity: C, how many rows a device asks of one owner in a round, or None.
-      grid: K of the layouts.
+      grid: K of the layouts, or None.
       sparse: ask for row-sparse gradients.
       concatenate: return one array, the features side by side.
       dtype: of the results; None for the tables' own.
@@ -225,7 +224,7 @@ class EmbeddingBagCollection(nnx.Module):
         mesh: Any = None,
         batch_axis: Any = None,
         capacity: int | None = None,
-        grid: int = GRID,
+        grid: int | None = None,
         sparse: bool = False,
         concatenate: bool = False,
         dtype: Any = None,

@@ -40,6 +40,7 @@ from jbag._mesh import Whole as Whole
 from jbag._mesh import current_mesh
 from jbag._plan import Load as Load
 from jbag._plan import Plan as Plan
+from jbag._plan import TablePlan as TablePlan
 from jbag._plan import plan as plan
 from jbag._stacked import Traffic as Traffic
 from jbag._stacks import Feature, Table
