@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jbag._kernels.rules import RULES, step
@@ -64,7 +65,8 @@ def transformation(
             if callable(first[name]):
                 return first[name](jnp.asarray(parameter).astype(dtype))
             if name in narrow:
-                return jnp.full(jnp.shape(parameter)[:-1], first[name], dtype)
+                shape, device = jnp.shape(parameter)[:-1], _device_of_rows(parameter)
+                return jnp.full(shape, first[name], dtype, device=device)
             return jnp.full_like(parameter, first[name], dtype)
 
         states = {
@@ -176,6 +178,17 @@ def _move(
     if not shape:
         moved = tuple(x.reshape(()) for x in moved)
     return delta.reshape(shape).astype(gradient.dtype), moved
+
+
+def _device_of_rows(parameter: Any) -> NamedSharding | None:
+    """Return where a number for each row lies, if the parameter lies over a mesh."""
+    if not isinstance(parameter, jax.Array) or isinstance(parameter, jax.core.Tracer):
+        return None
+    sharding = parameter.sharding
+    if not isinstance(sharding, NamedSharding):
+        return None
+    spec = (*sharding.spec, *[None] * parameter.ndim)[: max(parameter.ndim - 1, 0)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def _scalars(

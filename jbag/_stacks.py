@@ -240,13 +240,16 @@ class Launch(NamedTuple):
         self, pooled: Float[Array, "bags D"], bags: Mapping[str, Bag]
     ) -> dict[str, Float[Array, "B D"]]:
         """Return the rows of each feature."""
-        sizes, out, first = self.sizes(bags), {}, 0
-        for feature in self.keys if KEYED in bags else self.features:
-            last = first + sizes.get(feature, sizes[self.features[0]])
-            if feature in sizes:
-                out[feature] = jax.lax.slice_in_dim(pooled, first, last)
-            first = last
-        return out
+        sizes = self.sizes(bags)
+        names = self.keys if KEYED in bags else self.features
+        lengths = [sizes.get(name, sizes[self.features[0]]) for name in names]
+        # Transposed, it is one concatenation; slices would be a sum of as many arrays.
+        parts = jax.lax.split(pooled, lengths)
+        return {
+            name: part
+            for name, part in zip(names, parts, strict=True)
+            if name in self.features
+        }
 
     def norm(self) -> Array | None:
         """Return `max_norm` as an array."""

@@ -275,3 +275,21 @@ def test_text_classifier_is_measured_beside_fasttext(tmp_path, capsys):
         peer.write_text("#!/bin/sh\nexit 3\n")
         with pytest.raises(SystemExit, match="python failed"):
             module.main([*files, "--fasttext", str(peer), "--runs", "1"])
+
+
+def test_the_benchmark_of_meshes_compares_strategies_and_collections(capsys):
+    with program("sharding") as module:
+        module.main(["--quick", "--devices", "4"])
+    out = capsys.readouterr().out
+    steps, loads, collections = map(rows_of_table, out.strip().split("\n\n")[1:])
+    sides = {row["side"]: row for row in steps}
+    assert list(sides) == ["rows", "columns", "replicated", "jit, rows", "jit, dense"]
+    # Bytes are no matter of time: they are the same wherever this runs.
+    assert float(sides["jit, rows"]["sent (MB)"]) > 2 * float(
+        sides["rows"]["sent (MB)"]
+    )
+    for row in loads:
+        assert float(row["dealt"]) < 1.5
+    assert float(loads[2]["in order"]) > 1.5
+    assert {row["ids a bag"] for row in collections} == {"1", "8"}
+    assert all(float(row["x one"]) > 0 for row in collections)
