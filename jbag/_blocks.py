@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
 from jbag._batching import check_capacities, check_examples, select
 from jbag._mesh import Strategy, strategy
@@ -75,11 +76,20 @@ class Blocks:
     @property
     def num_blocks(self) -> int:
         """The blocks of this process."""
-        count = self._strategy.size
-        shape = (count, 1)
+        return len(self._own_blocks)
+
+    @property
+    def positions(self) -> Int[np.ndarray, " n"]:
+        """Where in the whole batch the examples of this process stand, in order."""
+        size = self._batch_size // self._strategy.size
+        return (self._own_blocks[:, None] * size + np.arange(size)).reshape(-1)
+
+    @property
+    def _own_blocks(self) -> Int[np.ndarray, " blocks"]:
+        shape = (self._strategy.size, 1)
         index_map = self._sharding.addressable_devices_indices_map(shape)
         starts = {(index[0].start or 0) for index in index_map.values() if index}
-        return len(starts)
+        return np.array(sorted(starts))
 
     def __call__(self, bags: Any, arrays: Any = None) -> tuple[Any, Any]:
         """Return the whole batch: bags in blocks, and arrays cut along the same axes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jbag._bag import check_bags
 from jbag._bags import Bags
 from jbag._kernels import check_implementation
 from jbag._layout import GRID
-from jbag._mesh import Strategy, Whole, current_mesh, strategy
+from jbag._mesh import Strategy, Whole, current_mesh, lay, strategy
 from jbag._stacked import Traffic, measure_traffic, pool_stack
 from jbag._stacks import KEYED, Bag, Feature, Stack, Table, make_launches, make_stacks
 from jbag._validation import check_flag, check_integer, on_host
@@ -137,6 +137,19 @@ def _check_division(stack: Stack, found: Strategy) -> None:
             f"`lanes` must be a multiple of the {found.size} devices; "
             f"got {stack.layout}."
         )
+
+
+def initializer(module: Any, parts: Parts, stack: Stack) -> Callable[[Array], Array]:
+    """Return the function of a key that makes a stack's first array, where it lies."""
+
+    def init(key: Array) -> Array:
+        found = strategies(parts.stacks, module.mesh, module.batch_axis)
+        array = stack.init(key)
+        if stack.name not in found:
+            return array
+        return lay(array, found[stack.name], found[stack.name].table)
+
+    return init
 
 
 class Collection(NamedTuple):

@@ -53,7 +53,7 @@ def pool_stack(
     if sparse:
         table = mark_table(table)
     mapped = _Mapped(stack, launches, strategy, sparse)
-    if strategy.name == "rows":
+    if strategy.name == "rows" and strategy.size > 1:
         return _pool_fetched(table, bags, mapped, capacity)
     return _pool_there(table, bags, mapped)
 
@@ -261,7 +261,8 @@ def _launch_there(
     table: Float[Array, "R D"], bags: Bags, mapped: _Mapped, launch: Launch
 ) -> Pooled:
     stack, strategy = mapped.stack, mapped.strategy
-    there = _THERE[strategy.name](stack, launch, strategy)
+    kind = _THERE[strategy.name] if strategy.size > 1 else _Alone
+    there = kind(stack, launch, strategy)
     spec, slots = there.placement.cotangent, there.placement.bags
 
     def combine(table: Array, bags: Bags) -> tuple[Array, Array | None, Pieces]:
@@ -341,6 +342,14 @@ class _There:
         """Return the rows of this device's own bags."""
         del bags
         return total
+
+
+class _Alone(_There):
+    """One device has all: nothing travels, whatever the spec is."""
+
+    def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
+        super().__init__(stack, launch, strategy)
+        self.placement = Here(strategy, P(strategy.batch, None), P(strategy.batch))
 
 
 class _Replicated(_There):

@@ -20,6 +20,7 @@ from jbag._collection import (
     collection_traffic,
     export_tables,
     import_tables,
+    initializer,
     pool_collection,
 )
 from jbag._shell import (
@@ -226,10 +227,10 @@ class EmbeddingBagCollection(nn.Module):
         parts = check_parts(self)
         arrays = {}
         for stack in parts.stacks:
-            init: Any = stack.init
+            init: Any = initializer(self, parts, stack)
             if stack.partition_spec is not None:
                 names = (*stack.partition_spec, None, None)[:2]
-                init = nn.with_partitioning(stack.init, names)
+                init = nn.with_partitioning(init, names)
             arrays[stack.name] = self.param(stack.name, init)
         return pool_collection(self, parts, arrays, batch)
 

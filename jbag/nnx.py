@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import FrozenDict
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -22,6 +23,7 @@ from jbag._collection import (
     collection_traffic,
     export_tables,
     import_tables,
+    initializer,
     pool_collection,
 )
 from jbag._shell import (
@@ -245,11 +247,17 @@ class EmbeddingBagCollection(nnx.Module):
             dtype,
             implementation,
         )
-        for stack in check_parts(self.options).stacks:
+        parts = check_parts(self.options)
+        for stack in parts.stacks:
             metadata: dict[str, Any] = {}
             if stack.partition_spec is not None:
+                # A state of one number a row can't lie so: it follows the table.
                 metadata["out_sharding"] = stack.partition_spec
-            setattr(self, stack.name, nnx.Param(stack.init(rngs.params()), **metadata))
+                metadata["optimizer_sharding"] = PartitionSpec()
+                if isinstance(mesh, Mesh):
+                    metadata["mesh"] = mesh
+            array = initializer(self.options, parts, stack)(rngs.params())
+            setattr(self, stack.name, nnx.Param(array, **metadata))
 
     def __call__(self, batch: Any) -> Any:
         """Pool every feature; see `jbag.linen.EmbeddingBagCollection`."""
