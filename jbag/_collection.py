@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,13 @@ from jbag._layout import GRID
 from jbag._mesh import Strategy, Whole, current_mesh, lay, strategy
 from jbag._stacked import Traffic, measure_traffic, pool_stack
 from jbag._stacks import KEYED, Bag, Feature, Stack, Table, make_launches, make_stacks
-from jbag._validation import check_flag, check_integer, on_host
+from jbag._validation import (
+    check_flag,
+    check_ids,
+    check_integer,
+    on_host,
+    to_index_dtype,
+)
 
 
 class Parts(NamedTuple):
@@ -68,7 +74,7 @@ def _check_mapping(name: str, given: Any, kind: Any) -> dict[str, Any]:
         raise TypeError(f"`{name}` must be a dict; got {given!r}.")
     for key, value in given.items():
         if not isinstance(key, str) or not isinstance(value, kind):
-            names = getattr(kind, "__name__", str(kind))
+            names = " or a ".join(one.__name__ for one in get_args(kind) or [kind])
             raise TypeError(
                 f"`{name}` must hold a {names} for each name; got {value!r} at {key!r}."
             )
@@ -260,11 +266,11 @@ def import_tables(parts: Parts, tables: Mapping[str, Any]) -> dict[str, Array]:
     if set(tables) != set(parts.tables):
         raise ValueError(f"`tables` must be {list(parts.tables)}; got {list(tables)}.")
     for name, table in parts.tables.items():
-        rows = np.shape(tables[name])[:1]
-        if rows != (table.num_embeddings,):
+        shape = np.shape(tables[name])
+        full = (table.num_embeddings, table.features)
+        if shape not in (full, full[:1]):
             raise ValueError(
-                f"`tables[{name!r}]` must have {table.num_embeddings} rows; "
-                f"got shape {np.shape(tables[name])}."
+                f"`tables[{name!r}]` must have shape {full} or {full[:1]}; got {shape}."
             )
     return {stack.name: stack.fill(tables) for stack in parts.stacks}
 
@@ -323,10 +329,13 @@ def _check_keyed(batch: Bags, parts: Parts, blocks: int | None) -> Bag:
         ids, ends = np.asarray(batch.indices), np.asarray(batch.offsets)
         size = count // len(parts.features)
         for block, own in zip(ids.reshape(-1, ids.shape[-1]), _rows(ends), strict=True):
-            for at, feature in enumerate(parts.features.values()):
+            for at, (name, feature) in enumerate(parts.features.items()):
                 span = slice(own[at * size], own[(at + 1) * size])
                 rows = parts.tables[feature.table].num_embeddings
-                check_bags(block[span][None], None, None, False, rows)
+                try:
+                    check_ids(block[span], rows)
+                except IndexError as error:
+                    raise IndexError(f"In the bags of {name!r}: {error}") from error
     return bag
 
 
@@ -347,7 +356,7 @@ def _check_bag(given: Any, rows: int | None, blocks: int | None) -> Bag:
                     f"`indices` must have rows for {blocks} devices; "
                     f"got shape {ids.shape}."
                 )
-        return Bag(*map(_as_array, (ids, offsets, weights)))
+        return _as_bag(ids, offsets, weights)
     shapes = np.shape(given.indices), np.shape(given.offsets)
     if {(len(shape), *shape[:1]) for shape in shapes} != {(2, blocks)}:
         raise ValueError(
@@ -366,14 +375,20 @@ def _check_bag(given: Any, rows: int | None, blocks: int | None) -> Bag:
             )
         ]
         stacked = jax.tree.map(lambda *xs: np.stack(xs), *own)
-        return Bag(*map(_as_array, stacked))
+        return _as_bag(*stacked)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), given)
     jax.eval_shape(lambda bags: check_bags(bags, None, None, False, most)[0], example)
-    return Bag(*map(_as_array, (given.indices, given.offsets, given.weights)))
+    return _as_bag(given.indices, given.offsets, given.weights)
 
 
-def _as_array(x: Any) -> Any:
-    return None if x is None else jnp.asarray(x)
+def _as_bag(ids: Any, offsets: Any, weights: Any) -> Bag:
+    """Return bags as arrays, with offsets of 32 bits: -1 where one has more."""
+    if offsets is not None:
+        offsets = jnp.asarray(offsets)
+        fits = (offsets >= 0) & (offsets <= jnp.iinfo(jnp.int32).max)
+        offsets = jnp.where(fits, offsets, -1).astype(jnp.int32)
+    weights = None if weights is None else jnp.asarray(weights)
+    return Bag(jnp.asarray(to_index_dtype(ids)), offsets, weights)
 
 
 def collection_shardings(module: Any, tree: Any) -> Any:

@@ -25,18 +25,21 @@ def join(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets]:
         return jnp.concatenate([ids for ids, _ in parts]), None
     ids: list[Array] = []
     offsets: list[Array] = []
-    dtype = jnp.result_type(*(x.dtype for part in parts for x in part if x is not None))
+    dtype = max((ids.dtype for ids, _ in parts), key=lambda dtype: dtype.itemsize)
     first = 0
     for part in parts:
         own, ends = ragged(*part)
         if ends.size == 1:  # no bags
             continue
         bounds, _ = xla.bag_bounds(ends, own.size)
-        in_bag = jnp.arange(own.size, dtype=bounds.dtype) < bounds[-1]
-        # One more slot on either side tells of the outer bounds, which parts share.
+        # One more slot on either side tells of the outer bounds, which parts share: of
+        # a bag that is malformed by them, the id there alone is left.
         is_moved = bounds != ends
         before, after = jnp.where(is_moved[jnp.array([0, -1])], UNKNOWN, EMPTY)
-        own = jnp.where(in_bag, own, EMPTY).astype(dtype)
+        low = jnp.where(is_moved[0], bounds[1], 0)
+        high = jnp.where(is_moved[-1], bounds[-2], bounds[-1])
+        slots = jnp.arange(own.size, dtype=bounds.dtype)
+        own = jnp.where((slots >= low) & (slots < high), own, EMPTY).astype(dtype)
         ids += [before.astype(dtype)[None], own, after.astype(dtype)[None]]
         inner = jnp.where(is_moved, -1, ends.astype(dtype) + (first + 1))[1:-1]
         offsets += [jnp.full(1, first, dtype), inner]

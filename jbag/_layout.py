@@ -156,8 +156,8 @@ def place(
     In a `Layout`, `base` is how many rows the tables before it have.
     """
     known = (ids >= 0) & (ids < size)
-    # Kept in range, so that nothing overflows.
-    inside = jnp.where(known, ids, 0)
+    # Kept in range, so that nothing overflows: arrays have less than 2^31 rows.
+    inside = jnp.where(known, ids, 0).astype(jnp.int32)
     if isinstance(layout, Layout):
         rows = layout.place(inside + base)
     else:

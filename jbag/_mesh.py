@@ -105,7 +105,7 @@ def strategy(
       ValueError: it names other axes than the mesh has, or cuts rows and columns both.
     """
     if isinstance(spec, Whole):
-        return Strategy(mesh, "whole", _check_axis(mesh, spec, spec.axis))
+        return Strategy(mesh, "whole", _check_axis(mesh, "spec", spec, spec.axis))
     if not isinstance(spec, P):
         raise TypeError(
             "`spec` must be a jax.sharding.PartitionSpec or a jbag.sharding.Whole; "
@@ -117,19 +117,20 @@ def strategy(
     if rows is not None and columns is not None:
         raise ValueError(f"`spec` must cut rows or columns, not both; got {spec}.")
     if rows is not None:
-        return Strategy(mesh, "rows", _check_axis(mesh, spec, rows))
+        return Strategy(mesh, "rows", _check_axis(mesh, "spec", spec, rows))
     if columns is not None:
-        return Strategy(mesh, "columns", _check_axis(mesh, spec, columns))
+        return Strategy(mesh, "columns", _check_axis(mesh, "spec", spec, columns))
     axes = tuple(mesh.axis_names) if batch_axis is None else batch_axis
-    return Strategy(mesh, "replicated", _check_axis(mesh, spec, axes))
+    axes = _check_axis(mesh, "batch_axis", batch_axis, axes)
+    return Strategy(mesh, "replicated", axes)
 
 
-def _check_axis(mesh: Mesh | AbstractMesh, spec: Any, axis: Any) -> Axis:
+def _check_axis(mesh: Mesh | AbstractMesh, name: str, given: Any, axis: Any) -> Axis:
     axes = axis if isinstance(axis, tuple) else (axis,)
     for one in axes:
         if one not in mesh.axis_names:
             raise ValueError(
-                f"`spec` must name axes of the mesh, {mesh.axis_names}; got {spec}."
+                f"`{name}` must name axes of the mesh, {mesh.axis_names}; got {given!r}."
             )
     return axes
 

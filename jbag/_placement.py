@@ -241,6 +241,8 @@ class Everywhere(Here):
     def bring(self, terms: list[Term], shape: Any, receive: Receive, carry: Any) -> Any:
         """See `Here`."""
         rows, indices = _distinct_rows(terms, *shape)
+        if not indices.size:  # there are no bags
+            return receive(carry, Term(rows, indices[:, None]))
         axes = self.strategy.batch
         rows = jax.lax.all_gather(rows[: self.rows], axes, tiled=True)
         indices = jax.lax.all_gather(indices[: self.rows], axes, tiled=True)

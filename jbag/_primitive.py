@@ -68,7 +68,12 @@ def dispatch(name: str, call: Callable, *, several: bool) -> Primitive:
     @primitive.def_abstract_eval
     def infer(*avals: Any, implementation: str | None, **params: Any) -> Any:
         del implementation
-        inferred = jax.make_jaxpr(functools.partial(reference, **params))(*avals)
+
+        def typed(*operands: Array) -> Any:
+            out = reference(*operands, **params)
+            return jax.tree.map(lambda x: _varying_as(x, operands[0]), out)
+
+        inferred = jax.make_jaxpr(typed)(*avals)
         return inferred.out_avals if several else inferred.out_avals[0]
 
     def lowering(platform: str | None) -> Callable:
@@ -177,6 +182,13 @@ def equally_varying(*operands: Array) -> list[Array]:
         jax.lax.pcast(x, tuple(sorted(every - own)), to="varying") if every - own else x
         for x, own in zip(operands, varying, strict=True)
     ]
+
+
+def _varying_as(x: Array, operand: Array) -> Array:
+    """Return x, varying where an operand does: zeros for no slots wouldn't."""
+    every = jax.typeof(operand).manual_axis_type.varying
+    missing = every - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
 def _batch(

@@ -52,6 +52,7 @@ def pool_stack(
         return _pool_here(table, bags, stack, launches, sparse)
     if sparse:
         table = mark_table(table)
+    bags = _with_slots(bags, strategy)
     mapped = _Mapped(stack, launches, strategy, sparse)
     if strategy.name == "rows" and strategy.size > 1:
         return _pool_fetched(table, bags, mapped, capacity)
@@ -87,6 +88,7 @@ def measure_traffic(
     capacity: int | None,
 ) -> Traffic:
     """Return how rows travel when `pool_stack` is called so."""
+    bags = _with_slots(bags, strategy)
     mapped = _Mapped(stack, launches, strategy, False)
     num_rows, slots = stack.shape[0], mapped.slots(bags)
     if capacity is None:
@@ -155,6 +157,26 @@ class _Mapped(NamedTuple):
             for launch in self.launches
             for bag in launch.own(bags).values()
         )
+
+
+def _with_slots(bags: Bags, strategy: Strategy) -> Bags:
+    """Return bags of which each device has a slot: XLA can't cut arrays of none."""
+
+    def with_slot(bag: Bag) -> Bag:
+        ids, offsets, weights = bag
+        if ids.size:
+            return bag
+        if offsets is None:
+            shape = (strategy.size, ids.shape[0] // strategy.size + 1)
+            offsets = jnp.zeros(shape, ids.dtype)
+        slot = (strategy.size, 1)  # of no bag
+        return Bag(
+            jnp.zeros(slot, ids.dtype),
+            jnp.where(offsets == 0, 0, -1),  # a malformed one stays so
+            None if weights is None else jnp.zeros(slot, weights.dtype),
+        )
+
+    return {name: with_slot(bag) for name, bag in bags.items()}
 
 
 def _block(bags: Bags) -> Bags:
@@ -466,8 +488,7 @@ _THERE = {"replicated": _Replicated, "columns": _Columns, "whole": _WholeTables}
 
 def _no_bags(like: Bag) -> tuple[Array, Array]:
     """Return as many empty bags."""
-    dtype = like.ids.dtype if like.offsets is None else like.offsets.dtype
-    return jnp.zeros(0, like.ids.dtype), jnp.zeros(size(like) + 1, dtype)
+    return jnp.zeros(0, jnp.int32), jnp.zeros(size(like) + 1, jnp.int32)
 
 
 def _pad(x: Array, room: int, fill: int) -> Array:

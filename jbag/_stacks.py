@@ -22,7 +22,7 @@ from jbag._norm import check_norm
 from jbag._pooling import How
 from jbag._primitive import EMPTY
 from jbag._shell import Initializer, default_embedding_init
-from jbag._validation import check_flag, check_integer
+from jbag._validation import TABLE_DTYPES, check_flag, check_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +68,10 @@ class Table:
             raise TypeError(f"`max_norm` must be a number; got {self.max_norm!r}.")
         check_norm(self.max_norm, self.norm_type)
         check_flag("scale_grad_by_freq", self.scale_grad_by_freq)
-        if not jnp.issubdtype(self.param_dtype, jnp.floating):
-            dtype = jnp.dtype(self.param_dtype)
-            raise TypeError(f"`param_dtype` must be floating; got {dtype}.")
+        dtype = jnp.dtype(self.param_dtype).name
+        if dtype not in TABLE_DTYPES:
+            names = ", ".join(TABLE_DTYPES)
+            raise TypeError(f"`param_dtype` must be one of {names}; got {dtype}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +302,11 @@ def make_stacks(
         others = {d for g, w, d in groups if (g, w) == (group, width)}
         suffix = f"_{dtype.name}" if len(others) > 1 else ""
         title = f"{group}_{width}{suffix}"
+        if layout.num_rows >= 1 << 31:
+            raise ValueError(
+                f"`tables` of {title!r} must have less than 2147483648 rows together; "
+                f"got {layout.num_rows}. More go in several groups."
+            )
         stacks.append(Stack(title, tuple(names), own, layout, spec))
     return tuple(stacks)
 
