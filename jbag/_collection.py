@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,10 @@ def check_parts(module: Any) -> Parts:
       TypeError: something is of the wrong type.
       ValueError: a feature's table isn't there, or a group's spec.
     """
-    tables = _check_mapping("tables", module.tables, Table)
-    features = _check_mapping("features", module.features, Feature)
-    specs = _check_mapping("specs", module.specs, P | Whole)
+    tables = _check_mapping("tables", module.tables, Table, "Table")
+    features = _check_mapping("features", module.features, Feature, "Feature")
+    kinds = "PartitionSpec or a Whole"
+    specs = _check_mapping("specs", module.specs, P | Whole, kinds)
     if not tables:
         raise ValueError("`tables` must hold at least one Table; got none.")
     for name, feature in features.items():
@@ -69,14 +70,14 @@ def check_parts(module: Any) -> Parts:
     return Parts(tables, features, make_stacks(tables, specs, grid))
 
 
-def _check_mapping(name: str, given: Any, kind: Any) -> dict[str, Any]:
+def _check_mapping(name: str, given: Any, kind: Any, called: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise TypeError(f"`{name}` must be a dict; got {given!r}.")
     for key, value in given.items():
         if not isinstance(key, str) or not isinstance(value, kind):
-            names = " or a ".join(one.__name__ for one in get_args(kind) or [kind])
             raise TypeError(
-                f"`{name}` must hold a {names} for each name; got {value!r} at {key!r}."
+                f"`{name}` must hold a {called} for each name; "
+                f"got {value!r} at {key!r}."
             )
     return dict(given)
 

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int
 from jbag import _program
 from jbag._kernels import xla
 from jbag._kernels.xla import Ids, Offsets, Slots
-from jbag._rows import RowSparse, Term
+from jbag._rows import RowSparse
+from jbag._terms import Term
 from jbag._validation import check_flag
 
 

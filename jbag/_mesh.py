@@ -130,7 +130,8 @@ def _check_axis(mesh: Mesh | AbstractMesh, name: str, given: Any, axis: Any) -> 
     for one in axes:
         if one not in mesh.axis_names:
             raise ValueError(
-                f"`{name}` must name axes of the mesh, {mesh.axis_names}; got {given!r}."
+                f"`{name}` must name axes of the mesh, {mesh.axis_names}; "
+                f"got {given!r}."
             )
     return axes
 

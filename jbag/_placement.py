@@ -23,7 +23,7 @@ from jbag._mesh import Strategy, lay, per_device
 from jbag._primitive import EMPTY
 from jbag._product import transposed_product
 from jbag._routing import router
-from jbag._rows import Term, join_terms
+from jbag._terms import Term, join_terms
 from jbag._update import coalesce, update_rows
 
 Receive = Callable[[Any, Term], Any]

@@ -54,16 +54,7 @@ def dispatch(name: str, call: Callable, *, several: bool) -> Primitive:
     primitive = Primitive(f"jbag_{name}")
     primitive.multiple_results = several
     reference = functools.partial(call, KERNELS["xla"])
-
-    @functools.cache
-    def compiled(**params: Any) -> Callable:
-        return jax.jit(functools.partial(primitive.bind, **params))
-
-    @primitive.def_impl
-    def evaluate(*operands: Array, **params: Any) -> Any:
-        # Met under `disable_jit`; choosing a kernel needs a lowering all the same.
-        with jax.disable_jit(False):
-            return compiled(**params)(*operands)
+    evaluate_compiled(primitive)
 
     @primitive.def_abstract_eval
     def infer(*avals: Any, implementation: str | None, **params: Any) -> Any:
@@ -98,6 +89,20 @@ def dispatch(name: str, call: Callable, *, several: bool) -> Primitive:
     ad.primitive_jvps[primitive] = functools.partial(_jvp, reference)
     batching.primitive_batchers[primitive] = functools.partial(_vmap, reference)
     return primitive
+
+
+def evaluate_compiled(primitive: Primitive) -> None:
+    """Let a primitive be compiled where it is met outside of a program."""
+
+    @functools.cache
+    def compiled(**params: Any) -> Callable:
+        return jax.jit(functools.partial(primitive.bind, **params))
+
+    @primitive.def_impl
+    def evaluate(*operands: Array, **params: Any) -> Any:
+        # Met under `disable_jit`; choosing a kernel needs a lowering all the same.
+        with jax.disable_jit(False):
+            return compiled(**params)(*operands)
 
 
 def _jvp(

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from jbag import _product
 from jbag._kernels.xla import accumulation_dtype, take
 from jbag._mesh import Strategy, per_device
-from jbag._primitive import UNKNOWN
+from jbag._primitive import UNKNOWN, evaluate_compiled
 
 
 def default_capacity(slots: int, owners: int) -> int:
@@ -292,15 +292,7 @@ def _give(
 def _define(name: str, function: Callable) -> Primitive:
     """Make the primitive of a function that is linear in its first operand."""
     primitive = Primitive(f"jbag_{name}")
-
-    @functools.cache
-    def compiled(**params: Any) -> Callable:
-        return jax.jit(functools.partial(primitive.bind, **params))
-
-    @primitive.def_impl
-    def evaluate(*operands: Array, **params: Any) -> Any:
-        with jax.disable_jit(False):
-            return compiled(**params)(*operands)
+    evaluate_compiled(primitive)
 
     @primitive.def_abstract_eval
     def infer(*avals: Any, **params: Any) -> Any:

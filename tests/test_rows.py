@@ -9,7 +9,7 @@ from jax.experimental.sparse import BCOO
 
 import jbag
 from jbag._kernels.xla import accumulation_dtype
-from jbag._rows import Term
+from jbag._terms import Term
 
 V, D = 9, 3
 RNG = np.random.default_rng(0)
