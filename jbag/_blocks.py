@@ -133,16 +133,13 @@ class Blocks:
         if signature not in self._others_agree:
             self._agree("the arrays of a batch", signature)
             self._others_agree.add(signature)
-        placed = jax.tree.map(self._place, (blocks, examples.arrays))
+        placed = jax.make_array_from_process_local_data(
+            self._sharding, (blocks, examples.arrays)
+        )
         return (
             jax.tree.unflatten(examples.bags_tree, placed[0]),
             jax.tree.unflatten(examples.arrays_tree, placed[1]),
         )
-
-    def _place(self, own: np.ndarray) -> jax.Array:
-        if jax.process_count() == 1:
-            return jax.device_put(own, self._sharding)
-        return jax.make_array_from_process_local_data(self._sharding, own)
 
     def _agree(self, what: str, own: Any) -> None:
         """Raise unless all processes have the same."""

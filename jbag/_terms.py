@@ -1,4 +1,4 @@
-"""Transposed products that aren't multiplied out: what a row-sparse array is made of."""
+"""Transposed products that are not multiplied out: the terms of row-sparse arrays."""
 
 from __future__ import annotations
 
