@@ -9,6 +9,22 @@ pairs of vectors, through a second network, give the log-odds of a click.
     python examples/train_recommender.py --optimizer ftrl --rows 1000000
     python examples/train_recommender.py --steps 20000 --batch-size 8192
 
+On several devices, each has some rows of the large table (see --strategy), the small
+tables whole, and trains on a part of each batch. Of CPU devices there can be any number
+in a process, and several processes share the work, started by one command each:
+
+    python examples/train_recommender.py --devices 8
+    python examples/train_recommender.py --processes 2 --process 0
+    python examples/train_recommender.py --processes 2 --process 1
+
+(on several machines with --coordinator HOST:PORT, where process 0 is). Examples, losses
+and checkpoints are the same on any number of devices and processes. If a process dies,
+the others stop at once, and if one hangs, after --heartbeat seconds. Started again, all
+go on from the last checkpoint, and so does another number of them, on other devices,
+with another strategy, if they reach the same files:
+
+    python examples/train_recommender.py --checkpoint /tmp/clicks --save-every 500
+
 The clicks are made up, by a teacher whose probabilities are known. The best that any
 model could do is known, too, and printed beside what this one does on new examples.
 """
@@ -16,27 +32,35 @@ model could do is known, too, and printed beside what this one does on new examp
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import math
+import os
 import statistics
+import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import jbag
 
 CATEGORIES, COUNTRIES, TAGS, DENSE = 997, 200, 5000, 13
+HISTORY_LENGTH, TAGS_LENGTH = 9, 3  # on average
+PART = 1024  # The examples that are drawn together, whichever process draws them.
 # How the tables can be trained, and the learning rate that each way starts from.
 LEARNING_RATES = {
     "sgd": 200.0,
@@ -46,19 +70,21 @@ LEARNING_RATES = {
     "rowwise_adam": 0.01,
     "ftrl": 0.2,
 }
+# How the large table can lie over the devices.
+STRATEGIES = {"rows": P("x", None), "columns": P(None, "x"), "replicated": P()}
 
 
 class Batch(NamedTuple):
     """Examples: an item was shown to a user, who clicked on it or didn't."""
 
-    item: np.ndarray  # [B, 1]: the item shown
-    category: np.ndarray  # [B, 1]: of the item
-    history: jbag.Bags  # the items that the user had looked at before
-    tags: jbag.Bags  # the user's interests
-    country: np.ndarray  # [B, 1]: of the user
-    dense: np.ndarray  # [B, DENSE]: of the user
-    clicks: np.ndarray  # [B]: 0 or 1
-    log_odds: np.ndarray  # [B]: what the teacher knows, and the model isn't told
+    item: Any  # [B, 1]: the item shown
+    category: Any  # [B, 1]: of the item
+    history: Any  # `Bags`: the items that the user had looked at before
+    tags: Any  # `Bags`: the user's interests
+    country: Any  # [B, 1]: of the user
+    dense: Any  # [B, DENSE]: of the user
+    clicks: Any  # [B]: 0 or 1
+    log_odds: Any  # [B]: what the teacher knows, and the model isn't told
 
 
 class Teacher(NamedTuple):
@@ -84,29 +110,47 @@ def mlp(x: Any, hidden: int, features: int) -> jax.Array:
     return nn.Dense(features)(nn.relu(nn.Dense(hidden)(x)))
 
 
+def make_tables(args: argparse.Namespace, mesh: Mesh) -> jbag.EmbeddingBagCollection:
+    """Return the tables, of which the large one is cut, and what is pooled of them."""
+
+    def table(rows: int, group: str) -> jbag.Table:
+        return jbag.Table(rows, args.features, group=group, embedding_init=small)
+
+    return jbag.EmbeddingBagCollection(
+        tables={
+            "items": table(args.rows, "large"),
+            "categories": table(CATEGORIES, "small"),
+            "tags": table(TAGS, "small"),
+            "countries": table(COUNTRIES, "small"),
+        },
+        # One table for the items shown and those looked at.
+        features={
+            "item": jbag.Feature("items"),
+            "history": jbag.Feature("items"),
+            "category": jbag.Feature("categories"),
+            "tags": jbag.Feature("tags", mode="sum"),
+            "country": jbag.Feature("countries"),
+        },
+        specs={"large": STRATEGIES[args.strategy], "small": P()},
+        mesh=mesh,
+        # A batch holds few of the rows: only they have a gradient, and only they are
+        # read and written.
+        sparse=True,
+    )
+
+
 class Recommender(nn.Module):
     """Score how likely each example of a batch is a click."""
 
-    rows: int
-    features: int
+    tables: jbag.EmbeddingBagCollection
 
     @nn.compact
     def __call__(self, batch: Batch) -> jax.Array:
         """Return the log-odds, [B]."""
-        bag = functools.partial(
-            jbag.EmbeddingBag, features=self.features, embedding_init=small
+        pooled = self.tables(
+            {name: getattr(batch, name) for name in self.tables.features}
         )
-        # One table for the items shown and those looked at. A batch holds few of its
-        # rows: only they have a gradient, and only they are read and written.
-        items = bag(self.rows, sparse=True, name="items")
-        vectors = [
-            mlp(batch.dense, 64, self.features),
-            items(batch.item),
-            items(batch.history),
-            bag(CATEGORIES, name="categories")(batch.category),
-            bag(TAGS, mode="sum", name="tags")(batch.tags),
-            bag(COUNTRIES, name="countries")(batch.country),
-        ]
+        vectors = [mlp(batch.dense, 64, pooled["item"].shape[1]), *pooled.values()]
         dots = [jnp.sum(a * b, axis=1) for a, b in itertools.combinations(vectors, 2)]
         top = jnp.concatenate([vectors[0], jnp.stack(dots, axis=1)], axis=1)
         return mlp(top, 64, 1)[:, 0]
@@ -142,12 +186,7 @@ def draw_bags(
 ) -> jbag.Bags:
     """Draw bags of such ids: many short ones, some of them empty, and a few long."""
     lengths = rng.geometric(1 / (mean_length + 1), size) - 1
-    ids = draw_ids(rng, rows, lengths.sum())
-    # The same capacity for all batches, as each is compiled once: six standard
-    # deviations of their sizes above the mean.
-    usual = size * mean_length + 6 * math.sqrt(size * mean_length * (mean_length + 1))
-    capacity = jbag.bucket(max(len(ids), math.ceil(usual)))
-    return jbag.Bags.from_lengths(ids, lengths).pad_to(capacity)
+    return jbag.Bags.from_lengths(draw_ids(rng, rows, lengths.sum()), lengths)
 
 
 def sum_bags(factors: np.ndarray, bags: jbag.Bags) -> np.ndarray:
@@ -158,13 +197,13 @@ def sum_bags(factors: np.ndarray, bags: jbag.Bags) -> np.ndarray:
     return sums[bags.offsets[1:]] - sums[bags.offsets[:-1]]
 
 
-def draw_batch(teacher: Teacher, size: int, seed: Sequence[int]) -> Batch:
+def draw_part(teacher: Teacher, size: int, seed: Sequence[int]) -> Batch:
     """Draw examples, and let the teacher click."""
     rng = np.random.default_rng(seed)
     item = draw_ids(rng, teacher.rows, size)
     category = item % CATEGORIES
-    history = draw_bags(rng, teacher.rows, size, mean_length=9)
-    tags = draw_bags(rng, TAGS, size, mean_length=3)
+    history = draw_bags(rng, teacher.rows, size, HISTORY_LENGTH)
+    tags = draw_bags(rng, TAGS, size, TAGS_LENGTH)
     country = draw_ids(rng, COUNTRIES, size)
     dense = rng.standard_normal((size, DENSE), np.float32)
     shown = teacher.every_item + teacher.items[item % len(teacher.items)]
@@ -187,17 +226,87 @@ def draw_batch(teacher: Teacher, size: int, seed: Sequence[int]) -> Batch:
     )
 
 
+def join(parts: Sequence[Any], own: slice) -> Any:
+    """Return some of the examples of several parts, which are arrays or `Bags`."""
+    if not isinstance(parts[0], jbag.Bags):
+        return np.concatenate(parts)[own]
+    ids = np.concatenate([bags.indices for bags in parts])
+    lengths = np.concatenate([bags.lengths for bags in parts])
+    first = lengths[: own.start].sum()
+    last = first + lengths[own].sum()
+    return jbag.Bags.from_lengths(ids[first:last], lengths[own])
+
+
+def draw_batch(
+    teacher: Teacher, size: int, seed: Sequence[int], own: range | None = None
+) -> Batch:
+    """Draw a batch of that size; or of it, the examples that are a process's own."""
+    own = own or range(size)
+    starts = range(own.start // PART * PART, own.stop, PART)
+    parts = [
+        draw_part(teacher, min(PART, size - start), (*seed, start // PART))
+        for start in starts
+    ]
+    kept = slice(own.start - starts[0], own.stop - starts[0])
+    return Batch(*(join(field, kept) for field in zip(*parts, strict=True)))
+
+
+def room(size: int, mean_length: int) -> int:
+    """Return the ids that so many bags have room for: a capacity for all batches.
+
+    Each is compiled once, and the same in all processes, so that it can't depend on
+    what is drawn. One of 10^10 batches is larger, by Bernstein's inequality.
+    """
+    deviation = math.sqrt(size * mean_length * (mean_length + 1))
+    return math.ceil(size * mean_length + 7 * deviation + 25 * (mean_length + 1))
+
+
+def make_blocks(mesh: Mesh, size: int) -> jbag.sharding.Blocks:
+    """Return what makes batches over the mesh of what each process has drawn."""
+    each = size // mesh.size
+    capacity = {"history": room(each, HISTORY_LENGTH), "tags": room(each, TAGS_LENGTH)}
+    return jbag.sharding.Blocks(mesh, batch_size=size, capacity=capacity)
+
+
+def place(blocks: jbag.sharding.Blocks, own: Batch) -> Batch:
+    """Return the whole batch, on all devices, of which each process has its own."""
+    bags = {"history": own.history, "tags": own.tags}
+    bags, rest = blocks(bags, own._replace(history=None, tags=None))
+    return rest._replace(**bags)
+
+
 def batches(
-    teacher: Teacher, size: int, stream: tuple[int, int], count: int, ahead: int = 4
+    teacher: Teacher,
+    blocks: jbag.sharding.Blocks,
+    size: int,
+    stream: tuple[int, int],
+    numbers: range,
+    ahead: int = 4,
 ) -> Iterator[Batch]:
-    """Yield batches, drawn by another thread while the caller works on earlier ones."""
+    """Yield whole batches, on all devices, of which each process draws its own part.
+
+    Another thread draws them while the caller works on earlier ones. Only with the
+    first batch, for which the caller waits, do processes talk of what they have.
+    """
+    own = range(blocks.positions[0], blocks.positions[-1] + 1)
+
+    def draw(number: int) -> Batch:
+        return place(blocks, draw_batch(teacher, size, (*stream, number), own))
+
     drawn: deque[Future[Batch]] = deque()
     with ThreadPoolExecutor(1) as pool:
-        for number in range(count + ahead):
-            if number < count:
-                drawn.append(pool.submit(draw_batch, teacher, size, (*stream, number)))
-            if number >= ahead:
+        for number in numbers:
+            drawn.append(pool.submit(draw, number))
+            if len(drawn) > ahead:
                 yield drawn.popleft().result()
+        while drawn:
+            yield drawn.popleft().result()
+
+
+def say(line: str) -> None:
+    """Print a line, once for all processes."""
+    if jax.process_index() == 0:
+        tqdm.write(line)
 
 
 def auc(clicks: np.ndarray, scores: np.ndarray) -> float:
@@ -216,11 +325,8 @@ def log_loss(clicks: np.ndarray, log_odds: np.ndarray) -> float:
     return float(np.mean(np.logaddexp(0.0, log_odds) - clicks * log_odds))
 
 
-def make_state(args: argparse.Namespace, batch: Batch) -> TrainState:
-    """Return the model before its first step."""
-    model = Recommender(args.rows, args.features)
-    # Compiled, it doesn't run the model. Of JAX's generators, "rbg" is the fast one.
-    params = jax.jit(model.init)(jax.random.key(args.seed, impl="rbg"), batch)["params"]
+def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
+    """Return one optimizer for the tables, and one for the networks."""
     rate = args.learning_rate or LEARNING_RATES[args.optimizer]
     options = {}
     if args.optimizer.endswith(("adagrad", "ftrl")):
@@ -232,12 +338,82 @@ def make_state(args: argparse.Namespace, batch: Batch) -> TrainState:
         "tables": make(optax.linear_schedule(rate, 0.0, args.steps), **options),
         "networks": optax.adam(optax.linear_schedule(0.01, 0.0, args.steps)),
     }
-    labels = jax.tree.map_with_path(
-        lambda path, _: "tables" if path[-1].key == "embedding" else "networks", params
-    )
-    tx = optax.partition(optimizers, labels)
-    params = jbag.to_huge_pages(params)  # Rows are read at random: faster from there.
-    return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+    def labels(params: dict[str, Any]) -> dict[str, str]:
+        return {name: name if name == "tables" else "networks" for name in params}
+
+    return optax.partition(optimizers, labels)
+
+
+class Checkpoints:
+    """What is saved of a run, on any devices, and what it goes on from on others."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        # What examples and steps depend on: nothing of devices, processes, strategies.
+        names = ("rows", "features", "steps", "batch_size", "optimizer")
+        self.run = {name: getattr(args, name) for name in names}
+        self.run |= {"learning_rate": args.learning_rate, "seed": args.seed}
+        self.path = args.checkpoint.absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2,
+            # Not while the next step updates the tables where they are.
+            enable_async_checkpointing=False,
+        )
+        self.manager = ocp.CheckpointManager(self.path, options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The number of steps before the last checkpoint."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Save the state; every process writes what its devices have."""
+        own = ocp.args.StandardSave(state)
+        parts = ocp.args.Composite(state=own, run=ocp.args.JsonSave(self.run))
+        self.manager.save(step, args=parts)
+        say(f"Saved after step {step:,}")
+
+    def restore(self, shapes: TrainState, shardings: Any) -> TrainState:
+        """Return the state that was saved last, as it lies on this run's devices."""
+
+        def read(**parts: Any) -> Any:
+            return self.manager.restore(self.latest, args=ocp.args.Composite(**parts))
+
+        run = read(run=ocp.args.JsonRestore()).run
+        if run != self.run:
+            sys.exit(f"{self.path} is of another run, {run}; this one is {self.run}.")
+        empty = jax.tree.map(
+            lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
+            shapes,
+            shardings,
+        )
+        say(f"Going on after step {self.latest:,}, from {self.path}")
+        return read(state=ocp.args.StandardRestore(empty)).state
+
+
+def make_state(
+    args: argparse.Namespace,
+    tables: jbag.EmbeddingBagCollection,
+    batch: Batch,
+    saved: Checkpoints | None,
+) -> TrainState:
+    """Return the model before its first step, or as it was saved last."""
+    model, tx = Recommender(tables), make_optimizer(args)
+
+    def first(batch: Batch) -> TrainState:
+        # Of JAX's generators, "rbg" is the fast one.
+        key = jax.random.key(args.seed, impl="rbg")
+        params = nn.meta.unbox(model.init(key, batch))["params"]
+        return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+    shapes = jax.eval_shape(first, batch)
+    shardings = tables.shardings(shapes)
+    if saved is not None and saved.latest is not None:
+        state = saved.restore(shapes, shardings)
+    else:
+        # Compiled, it doesn't run the model, and makes each row where it lies.
+        state = jax.jit(first, out_shardings=shardings)(batch)
+    return jbag.to_huge_pages(state)  # Rows are read at random: faster from there.
 
 
 # Donated, the tables are updated where they are: ten million rows are never copied.
@@ -253,53 +429,89 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
     return state.apply_gradients(grads=gradient), loss
 
 
-@jax.jit
 def predict(state: TrainState, batch: Batch) -> jax.Array:
-    """Return the log-odds of a click, [B]."""
-    return state.apply_fn({"params": state.params}, batch)
+    """Return the clicks, their log-odds, and those that the teacher knows, [3, B]."""
+    log_odds = state.apply_fn({"params": state.params}, batch)
+    return jnp.stack([batch.clicks, log_odds, batch.log_odds])
 
 
-def train(args: argparse.Namespace, teacher: Teacher) -> TrainState:
+def note_loss(args: argparse.Namespace, step: int, loss: float) -> None:
+    """Add a line to the file of losses, if there is to be one."""
+    if args.losses and jax.process_index() == 0:
+        with args.losses.open("a") as file:
+            file.write(f"{step} {loss:.9g}\n")
+
+
+def train(args: argparse.Namespace, teacher: Teacher, mesh: Mesh) -> TrainState:
     """Train on new examples in every step; print how fast it went."""
     size, stream = args.batch_size, (args.seed, 1)
-    state = make_state(args, next(batches(teacher, size, stream, 1)))
-    met = np.zeros(args.rows, bool)
+    blocks = make_blocks(mesh, size)
+    saved = Checkpoints(args) if args.checkpoint else None
+    example = next(batches(teacher, blocks, size, stream, range(1)))
+    state = make_state(args, make_tables(args, mesh), example, saved)
+    first = int(state.step)
     losses: list[float] = []
     times: list[float] = []
     start = time.perf_counter()
-    with tqdm(total=args.steps * size, unit=" examples", unit_scale=True) as bar:
-        for batch in batches(teacher, size, stream, args.steps):
+    with tqdm(
+        total=args.steps * size,
+        initial=first * size,
+        unit=" examples",
+        unit_scale=True,
+        disable=jax.process_index() > 0,
+    ) as bar:
+        drawn = batches(teacher, blocks, size, stream, range(first, args.steps))
+        for step, batch in enumerate(drawn, first + 1):
             before = time.perf_counter()
             state, loss = train_step(state, batch)
             losses.append(float(loss))  # Waits for the step to end.
             times.append(time.perf_counter() - before)
-            met[batch.item] = met[batch.history.indices] = True
+            note_loss(args, step, losses[-1])
+            if saved and (step % args.save_every == 0 or step == args.steps):
+                saved.save(step, state)
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
             bar.update(size)
-    seconds = time.perf_counter() - start
-    count = args.steps * size
-    print(f"{count:,} examples in {seconds:.1f} s, {count / seconds:,.0f} a second")
-    # The median: steps that were compiled first took longer.
-    print(f"{1e3 * statistics.median(times):.1f} ms a step of {size} examples (median)")
-    print(f"{met.sum():,} of {args.rows:,} items met")
+    if times:
+        seconds = time.perf_counter() - start
+        count = len(times) * size
+        say(f"{count:,} examples in {seconds:.1f} s, {count / seconds:,.0f} a second")
+        # The median: steps that were compiled first took longer.
+        median = 1e3 * statistics.median(times)
+        say(f"{median:.1f} ms a step of {size} examples (median)")
     return state
 
 
 def evaluate(
-    args: argparse.Namespace, teacher: Teacher, state: TrainState
+    args: argparse.Namespace, teacher: Teacher, mesh: Mesh, state: TrainState
 ) -> tuple[float, float]:
     """Print how the model and its teacher do on new examples; return their AUCs."""
     count = math.ceil(args.test_examples / args.batch_size)
-    test = list(batches(teacher, args.batch_size, (args.seed, 2), count))
-    clicks = np.concatenate([batch.clicks for batch in test])
-    model = np.concatenate([predict(state, batch) for batch in test])
-    best = np.concatenate([batch.log_odds for batch in test])
-    print(f"{clicks.size:,} new examples:")
-    print(f"{'':20}  {'AUC':>6}  {'log loss':>8}")
+    blocks = make_blocks(mesh, args.batch_size)
+    # What lies on all devices, every process can read.
+    everywhere = jax.jit(predict, out_shardings=NamedSharding(mesh, P()))
+    clicks, model, best = np.concatenate(
+        [
+            everywhere(state, batch)
+            for batch in batches(
+                teacher, blocks, args.batch_size, (args.seed, 2), range(count)
+            )
+        ],
+        axis=1,
+    )
+    say(f"{clicks.size:,} new examples:")
+    say(f"{'':20}  {'AUC':>6}  {'log loss':>8}")
     for name, log_odds in {"the model": model, "the best there is": best}.items():
         loss = log_loss(clicks, log_odds)
-        print(f"{name:20}  {auc(clicks, log_odds):6.4f}  {loss:8.4f}")
+        say(f"{name:20}  {auc(clicks, log_odds):6.4f}  {loss:8.4f}")
     return auc(clicks, model), auc(clicks, best)
+
+
+def export(args: argparse.Namespace, mesh: Mesh, state: TrainState) -> None:
+    """Write each table, its rows in the order of their ids."""
+    # Put together on the host: the large table might not fit on one device.
+    arrays = jax.tree.map(np.asarray, state.params["tables"])
+    tables: dict[str, Any] = make_tables(args, mesh).export_tables(arrays)
+    np.savez(args.export, **tables)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -314,25 +526,92 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--optimizer", choices=LEARNING_RATES, default="rowwise_adagrad")
     add("--learning-rate", type=float, help="of the tables, at first (see the program)")
     add("--seed", type=int, default=0, help="of the teacher, examples and model (0)")
+    add("--strategy", choices=STRATEGIES, default="rows", help="of the large table")
+    add("--devices", type=int, help="CPU devices of each process (what JAX finds)")
+    add("--processes", type=int, default=1, help="how many are started (1)")
+    add("--process", type=int, default=0, help="which of them this one is (0)")
+    add("--coordinator", default="127.0.0.1:12355", help="HOST:PORT of process 0")
+    add("--heartbeat", type=int, default=100, help="s until a process is dead (100)")
+    add("--checkpoint", type=Path, help="where to save, and to go on from")
+    add("--save-every", type=int, default=500, help="steps (500)")
+    add("--losses", type=Path, help="a file to add each step's loss to")
+    add("--export", type=Path, help="an .npz file for the trained tables")
     args = parser.parse_args(argv)
-    for name in ("rows", "features", "steps", "batch_size", "test_examples"):
+    least = dict.fromkeys(("rows", "features", "steps", "batch_size"), 1)
+    least |= dict.fromkeys(("test_examples", "devices", "processes"), 1)
+    least |= {"process": 0, "heartbeat": 1, "save_every": 1, "seed": 0}
+    for name, low in least.items():
         value = getattr(args, name)
-        if value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        if value is not None and value < low:
+            parser.error(
+                f"--{name.replace('_', '-')} must be at least {low}; got {value}"
+            )
     if args.rows >= 1 << 31:
         parser.error(f"--rows must be below 2147483648; got {args.rows}")
     if args.learning_rate is not None and not 0 < args.learning_rate < math.inf:
         parser.error(f"--learning-rate must be above 0; got {args.learning_rate}")
-    if args.seed < 0:
-        parser.error(f"--seed must be at least 0; got {args.seed}")
+    if args.process >= args.processes:
+        parser.error(f"--process must be below {args.processes}; got {args.process}")
+    if args.export and args.processes > 1:
+        parser.error("--export is for one process: it can go on from --checkpoint")
     return args
+
+
+def find_devices(args: argparse.Namespace) -> Mesh:
+    """Return the mesh of all devices of all processes."""
+    if args.devices is not None:
+        jax.config.update("jax_num_cpu_devices", args.devices)
+    if args.processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            args.coordinator,
+            args.processes,
+            args.process,
+            heartbeat_timeout_seconds=args.heartbeat,
+        )
+    return jax.make_mesh((jax.device_count(),), ("x",))
+
+
+def stop(args: argparse.Namespace, error: BaseException) -> NoReturn:
+    """Say why this process, one of several, can't go on, and end it."""
+    traceback.print_exception(error)
+    lines = [
+        f"Process {args.process} of {args.processes} stopped, by the error above: its "
+        "own, or that of waiting for another one that has stopped."
+    ]
+    if args.checkpoint and args.checkpoint.exists():
+        # Those that aren't complete have other names.
+        names = [path.name for path in args.checkpoint.iterdir()]
+        latest = max([int(name) for name in names if name.isdigit()], default=0)
+        lines.append(
+            f"The last checkpoint in {args.checkpoint} is that after step {latest:,}. "
+            "Start all processes again, and they go on from there."
+            if latest
+            else f"There is no checkpoint in {args.checkpoint} yet."
+        )
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    if args.process == 0:
+        time.sleep(2)  # Where this one is gone, JAX ends the others in mid-sentence.
+    # Not sys.exit: on its way out, JAX would wait for all processes to come along, of
+    # which one is gone.
+    os._exit(1)
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     """Run the program; return the AUC of the model, and the best there is."""
     args = parse_arguments(argv)
-    teacher = make_teacher(args.rows, args.seed)
-    return evaluate(args, teacher, train(args, teacher))
+    mesh = find_devices(args)
+    try:
+        teacher = make_teacher(args.rows, args.seed)
+        state = train(args, teacher, mesh)
+        reached = evaluate(args, teacher, mesh, state)
+        if args.export:
+            export(args, mesh, state)
+    except (Exception, KeyboardInterrupt) as error:
+        if args.processes == 1:
+            raise
+        stop(args, error)
+    return reached
 
 
 if __name__ == "__main__":

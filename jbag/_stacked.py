@@ -102,7 +102,7 @@ def measure_traffic(
         owners = jnp.where(unique < num_rows, unique // route.shard, strategy.size)
         asked = jnp.zeros(strategy.size, jnp.int32).at[owners].add(1, mode="drop")
         strangers = (named == UNKNOWN).sum(dtype=jnp.int32)
-        return rounds, asked.sum()[None], asked[None], strangers[None]
+        return rounds, asked.sum(dtype=asked.dtype)[None], asked[None], strangers[None]
 
     specs = (P(), strategy.blocks, strategy.blocks, strategy.blocks)
     return Traffic(*mapped.run(measure, (strategy.blocks,), specs, check=False)(bags))

@@ -1,12 +1,16 @@
 """The example that trains a recommender, run as a user would."""
 
 import importlib.util
+import itertools
 import math
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+
+import jbag
 
 PATH = Path(__file__).parent.parent / "examples" / "train_recommender.py"
 TINY = "--rows 300 --steps 200 --batch-size 1024 --features 8 --test-examples 20000"
@@ -26,6 +30,11 @@ def example():
 @pytest.fixture(autouse=True)
 def strict_promotion():
     """Optax's Adam relies on JAX's defaults."""
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((4,), ("x",))
 
 
 @pytest.fixture(scope="module")
@@ -92,24 +101,55 @@ def test_ids_are_as_popular_as_promised(example):
     assert np.isin(ids, ranks).mean() == pytest.approx(0.9, abs=0.01)
 
 
-def test_batches_have_one_shape(example, drawn):
-    def shapes(number):
-        batch = example.draw_batch(drawn[0], 256, (0, 1, number))
-        return batch.history.capacity, batch.tags.capacity
+@pytest.mark.parametrize("size", [100, 1024, 3000])
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_what_processes_draw_is_the_same_batch(example, drawn, size, count):
+    whole = example.draw_batch(drawn[0], size, (0, 1, 5))
+    edges = [size * i // count for i in range(count + 1)]
+    parts = [
+        example.draw_batch(drawn[0], size, (0, 1, 5), range(first, last))
+        for first, last in itertools.pairwise(edges)
+    ]
+    for field, own in zip(whole, zip(*parts, strict=True), strict=True):
+        if isinstance(field, jbag.Bags):
+            lists = [bags.to_lists() for bags in own]
+            assert list(itertools.chain(*lists)) == field.to_lists()
+        else:
+            np.testing.assert_array_equal(np.concatenate(own), field)
 
-    assert len({shapes(number) for number in range(50)}) == 1
+
+@pytest.mark.parametrize("size", [1, 8, 100, 4096, 100_000])
+@pytest.mark.parametrize("mean", [3, 9])
+def test_bags_have_room(example, size, mean):
+    room = example.room(size, mean)
+    # Chernoff's bound on the sum of lengths: the probability that it is that large.
+    a = room / size
+    rate = a * math.log(a / mean) - (1 + a) * math.log((1 + a) / (1 + mean))
+    assert math.exp(-size * rate) < 1e-10
+    if size >= 4096:
+        assert room < 1.2 * size * mean
 
 
-def test_batches_come_in_order_and_differ(example):
+def test_batches_have_one_shape(example, drawn, mesh):
+    blocks = example.make_blocks(mesh, 256)
+    stream = example.batches(drawn[0], blocks, 256, (0, 1), range(50))
+    shapes = {str(jax.tree.map(jax.typeof, batch)) for batch in stream}
+    assert len(shapes) == 1
+
+
+def test_batches_come_in_order_and_differ(example, mesh):
     teacher = example.make_teacher(rows=100, seed=0)
-    stream = list(example.batches(teacher, 8, (0, 1), 6))
+    blocks = example.make_blocks(mesh, 8)
+    stream = list(example.batches(teacher, blocks, 8, (0, 1), range(2, 8)))
     assert len(stream) == 6
-    for number, batch in enumerate(stream):
+    for number, batch in enumerate(stream, 2):
         alone = example.draw_batch(teacher, 8, (0, 1, number))
         np.testing.assert_array_equal(batch.dense, alone.dense)
-        np.testing.assert_array_equal(batch.history.indices, alone.history.indices)
-    assert len({batch.dense.tobytes() for batch in stream}) == 6
-    assert list(example.batches(teacher, 8, (0, 1), 0)) == []
+        history = zip(batch.history.indices, batch.history.offsets, strict=True)
+        lists = [jbag.Bags(*block).to_lists() for block in history]
+        assert list(itertools.chain(*lists)) == alone.history.to_lists()
+    assert len({np.asarray(batch.dense).tobytes() for batch in stream}) == 6
+    assert list(example.batches(teacher, blocks, 8, (0, 1), range(0))) == []
 
 
 def test_model_learns_and_is_measured_beside_its_teacher(example, capsys):
@@ -126,6 +166,35 @@ def test_tables_learn_by_other_optimizers(example):
     assert 0.75 < reached < best
 
 
+def test_tables_are_saved_and_exported_in_order(example, tmp_path, capsys):
+    options = "--rows 300 --steps 3 --batch-size 64 --features 8 --test-examples 64"
+    options = [*options.split(), "--checkpoint", str(tmp_path / "saved")]
+    path = tmp_path / "tables.npz"
+    example.main(options)
+    assert "Going on" not in capsys.readouterr().out
+    example.main([*options, "--strategy", "columns", "--export", str(path)])
+    assert "Going on after step 3, from" in capsys.readouterr().out
+    tables = np.load(path)
+    shapes = {name: tables[name].shape for name in tables}
+    assert shapes == {
+        "items": (300, 8),
+        "categories": (997, 8),
+        "tags": (5000, 8),
+        "countries": (200, 8),
+    }
+    met = {name: np.zeros(len(tables[name]), bool) for name in tables}
+    teacher = example.make_teacher(300, 0)
+    for number in range(3):
+        batch = example.draw_batch(teacher, 64, (0, 1, number))
+        met["items"][batch.item] = met["items"][batch.history.indices] = True
+        met["categories"][batch.category] = met["countries"][batch.country] = True
+        met["tags"][batch.tags.indices] = True
+    # Rows start within 0.1 of zero, and leave no faster than they are met.
+    for name, own in met.items():
+        assert np.abs(tables[name][~own]).max() <= 0.1
+        assert np.abs(tables[name][own]).max() > 0.1
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -135,6 +204,11 @@ def test_tables_learn_by_other_optimizers(example):
         ["--optimizer", "best"],
         ["--learning-rate", "nan"],
         ["--seed", "-1"],
+        ["--devices", "0"],
+        ["--processes", "2", "--process", "2"],
+        ["--strategy", "whole"],
+        ["--save-every", "0"],
+        ["--export", "tables.npz", "--processes", "2"],
     ],
     ids=" ".join,
 )
