@@ -23,7 +23,10 @@ with ``sparse=True`` are `RowSparse`; `jbag.optim` moves the rows where they lie
 one sum for each distinct row of a device has gone to its owner. Neither V x D numbers
 on a device, nor (ids x D) between devices, are ever made.
 
-Make a large table where it lies, by `jax.jit` with ``out_shardings``, and donate it.
+Make a large table where it lies, by `jax.jit` with ``out_shardings``, from a key of
+``impl="rbg"``: to draw the numbers of the default one, each device would make all of
+them on CPUs. Donate it to the steps that move it. Rounding at random (see `jbag.optim`)
+depends on how a table is cut.
 """
 
 from __future__ import annotations
