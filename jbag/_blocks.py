@@ -64,7 +64,7 @@ class Blocks:
         for one in jax.tree.leaves(capacity):
             check_integer("capacity", one, low=0)
         self._capacity = capacity
-        self._others_agree: set[tuple[Any, ...]] = set()
+        self._arrays: tuple[Any, ...] | None = None
         sizes = (batch_size, devices, tuple(jax.tree.leaves(capacity)))
         self._agree("batch_size, devices and capacity", sizes)
 
@@ -99,8 +99,9 @@ class Blocks:
           arrays: a tree of arrays with the examples on their first axis, or None.
 
         Raises:
-          TypeError, ValueError: an argument is of another type or length; or the ids of
-            a block don't fit, before any device has been told of the batch.
+          TypeError, ValueError: an argument is of another type or length, or isn't like
+            the first batch's; or the ids of a block don't fit. No device has been told
+            of the batch then.
         """
         examples = check_examples(bags, arrays)
         if examples.size != self.num_bags:
@@ -130,9 +131,15 @@ class Blocks:
             for name, leaf in [("bags", blocks), ("arrays", examples.arrays)]
             for x in jax.tree.leaves(leaf)
         )
-        if signature not in self._others_agree:
-            self._agree("the arrays of a batch", signature)
-            self._others_agree.add(signature)
+        if self._arrays is None:
+            self._agree("arrays in a batch", signature)
+            self._arrays = signature
+        elif signature != self._arrays:
+            # No word to the others: they may be on their way without this batch.
+            raise ValueError(
+                f"A batch must be of arrays like the first one's, {self._arrays}; "
+                f"got {signature}."
+            )
         placed = jax.make_array_from_process_local_data(
             self._sharding, (blocks, examples.arrays)
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,16 @@ from jbag._kernels import check_implementation
 from jbag._layout import GRID
 from jbag._mesh import Strategy, Whole, current_mesh, lay, strategy
 from jbag._stacked import Traffic, measure_traffic, pool_stack
-from jbag._stacks import KEYED, Bag, Feature, Stack, Table, make_launches, make_stacks
+from jbag._stacks import (
+    KEYED,
+    Bag,
+    Feature,
+    Launch,
+    Stack,
+    Table,
+    make_launches,
+    make_stacks,
+)
 from jbag._validation import (
     check_flag,
     check_integer,
@@ -168,18 +177,8 @@ def pool_collection(
 ) -> Any:
     """Return what a collection pools: by feature, or all side by side."""
     found, bags = _check_call(module, parts, batch)
-    weighted = {
-        name: bags[KEYED if KEYED in bags else name].weights is not None
-        for name in parts.features
-    }
     pooled: dict[str, Array] = {}
-    for stack in parts.stacks:
-        launches = make_launches(stack, parts.features, weighted, module.implementation)
-        if not launches:
-            continue
-        own: dict[str, Bag] = {}
-        for launch in launches:
-            own |= launch.own(bags)
+    for stack, launches, own in _calls(module, parts, bags):
         one = found.get(stack.name)
         if one is not None and one.name == "whole" and KEYED in bags:
             raise ValueError(
@@ -211,27 +210,39 @@ def _check_call(
     return found, check_batch(batch, parts, blocks)
 
 
+def _calls(
+    module: Any, parts: Parts, bags: Mapping[str, Bag]
+) -> Iterator[tuple[Stack, tuple[Launch, ...], dict[str, Bag]]]:
+    """Yield each stack with what is pooled from it, and of which bags."""
+    weighted = {
+        name: bags[KEYED if KEYED in bags else name].weights is not None
+        for name in parts.features
+    }
+    for stack in parts.stacks:
+        launches = make_launches(stack, parts.features, weighted, module.implementation)
+        own: dict[str, Bag] = {}
+        for launch in launches:
+            own |= launch.own(bags)
+        if launches:
+            yield stack, launches, own
+
+
 def collection_traffic(module: Any, batch: Any) -> dict[str, Traffic]:
     """Return what the rows of each stack that are dealt out are sent for a batch."""
     parts = check_parts(module)
     found, bags = _check_call(module, parts, batch)
     bags = {name: bag._replace(weights=None) for name, bag in bags.items()}
-    weighted = dict.fromkeys(parts.features, False)
-    out = {}
-    for stack in parts.stacks:
-        launches = make_launches(stack, parts.features, weighted, module.implementation)
-        if launches and stack.name in found and found[stack.name].name == "rows":
-            own: dict[str, Bag] = {}
-            for launch in launches:
-                own |= launch.own(bags)
-            out[stack.name] = measure_traffic(
-                own,
-                stack=stack,
-                launches=launches,
-                strategy=found[stack.name],
-                capacity=module.capacity,
-            )
-    return out
+    return {
+        stack.name: measure_traffic(
+            own,
+            stack=stack,
+            launches=launches,
+            strategy=found[stack.name],
+            capacity=module.capacity,
+        )
+        for stack, launches, own in _calls(module, parts, bags)
+        if stack.name in found and found[stack.name].name == "rows"
+    }
 
 
 def export_tables(parts: Parts, arrays: Mapping[str, Array]) -> dict[str, Array]:

@@ -95,15 +95,11 @@ def _check_bag(given: Any, rows: int | None, blocks: int | None) -> Bag:
     """Return bags that pass for a table of so many rows, or of any number of them."""
     most = np.iinfo(np.int32).max if rows is None else rows
     if blocks is None or not isinstance(given, Bags):
-        if isinstance(given, Bags):
-            ids, offsets, weights = check_bags(given, None, None, False, most)
-        else:
-            ids, offsets, weights = check_bags(given, None, None, False, most)
-            if blocks is not None and ids.shape[0] % blocks:
-                raise ValueError(
-                    f"`indices` must have rows for {blocks} devices; "
-                    f"got shape {ids.shape}."
-                )
+        ids, offsets, weights = check_bags(given, None, None, False, most)
+        if blocks is not None and ids.shape[0] % blocks:
+            raise ValueError(
+                f"`indices` must have rows for {blocks} devices; got shape {ids.shape}."
+            )
         return _as_bag(ids, offsets, weights)
     shapes = np.shape(given.indices), np.shape(given.offsets)
     if {(len(shape), *shape[:1]) for shape in shapes} != {(2, blocks)}:
