@@ -247,6 +247,12 @@ def collection_traffic(module: Any, batch: Any) -> dict[str, Traffic]:
 
 def export_tables(parts: Parts, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Return each table's rows in the order of their ids."""
+    names = {stack.name for stack in parts.stacks}
+    if not isinstance(arrays, Mapping) or not names <= set(arrays):
+        raise ValueError(
+            f"`params` must be a dict with {sorted(names)}; "
+            f"got {list(arrays) if isinstance(arrays, Mapping) else arrays!r}."
+        )
     return {
         name: _take(jnp.asarray(arrays[stack.name]), stack.table_rows(name))
         for stack in parts.stacks

@@ -49,7 +49,8 @@ class Here:
         It is called with terms whose rows are the shard's; every row is whole in one of
         them. `shape` is the shard's.
         """
-        term = join_terms(terms, shape[1])
+        # Divided before ids of no row are taken for empty slots.
+        term = join_terms(terms, shape[1]).plain()
         return receive(carry, _to_local(term, self.strategy, shape[0]))
 
     def settled(self) -> Here:

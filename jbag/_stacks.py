@@ -60,7 +60,9 @@ class Table:
     def __post_init__(self) -> None:
         size = check_integer("num_embeddings", self.num_embeddings, low=1)
         check_integer("features", self.features, low=1)
-        if not isinstance(self.group, str) or not self.group.isidentifier():
+        if not isinstance(self.group, str):
+            raise TypeError(f"`group` must be a name; got {self.group!r}.")
+        if not self.group.isidentifier():
             raise ValueError(f"`group` must be a name; got {self.group!r}.")
         if self.padding_idx is not None:
             check_padding_idx(self.padding_idx, size)

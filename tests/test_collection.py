@@ -534,6 +534,7 @@ def test_bad_options_and_batches_are_named(options, batch, error, message):
         (lambda: jbag.Table(0, 1), ValueError, "`num_embeddings` must be at least 1"),
         (lambda: jbag.Table(1, 1.5), TypeError, "`features` must be an integer"),
         (lambda: jbag.Table(1, 1, group="a b"), ValueError, "`group` must be a name"),
+        (lambda: jbag.Table(1, 1, group=1), TypeError, "`group` must be a name"),
         (lambda: jbag.Table(2, 1, padding_idx=2), ValueError, "`padding_idx` must be"),
         (
             lambda: jbag.Table(2, 2, param_dtype=int),

@@ -59,6 +59,13 @@ def test_values_and_gradients_are_those_of_the_oracle(strategy):
     cases.check(make(*own, STRATEGIES[strategy], make_mesh("auto")), 4)
 
 
+@pytest.mark.parametrize("strategy", ["columns", "replicated", "whole"])
+def test_averages_alone_count_ids_of_no_row(strategy):
+    # Of one launch alone, the gradient is one term, not divided yet.
+    own = cases.only("padded_mean")
+    cases.check(make(*own, STRATEGIES[strategy], make_mesh("auto")), 4)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_explicit_meshes_and_the_reference_kernel(strategy):
     mesh = make_mesh("explicit")
