@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jbag import _product
 from jbag._extremum import extremum
+from jbag._joining import num_bags
 from jbag._kernels import xla
 from jbag._kernels.xla import Ids, Offsets, Size, Slots, accumulation_dtype, take
 from jbag._marks import mark_pooled, mark_table
@@ -247,9 +248,8 @@ def _occurrences(
     replicas: Any,
 ) -> Slots:
     """Return, for each slot, how many slots name the same row, at least 1."""
-    num_bags = ids.shape[0] if offsets is None else offsets.size - 1
     counts = _product.transposed_product(
-        jnp.ones((num_bags, 1), dtype),
+        jnp.ones((num_bags(ids, offsets), 1), dtype),
         ids,
         offsets,
         None,

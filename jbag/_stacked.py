@@ -88,9 +88,7 @@ def measure_traffic(
     """Return how rows travel when `pool_stack` is called so."""
     bags = _with_slots(bags, strategy)
     mapped = _Mapped(stack, launches, strategy, False)
-    num_rows, slots = stack.shape[0], mapped.slots(bags)
-    if capacity is None:
-        capacity = default_capacity(slots, strategy.size)
+    num_rows, capacity = stack.shape[0], mapped.capacity(bags, capacity)
 
     def measure(bags: Bags) -> tuple[Array, ...]:
         bags = own_block(bags)
@@ -148,13 +146,16 @@ class _Mapped(NamedTuple):
     def run(self, body: Any, in_specs: Any, out_specs: Any, check: bool = True) -> Any:
         return per_device(body, self.strategy, in_specs, out_specs, check=check)
 
-    def slots(self, bags: Bags) -> int:
-        """Return how many slots a device has."""
-        return sum(
+    def capacity(self, bags: Bags, given: int | None) -> int:
+        """Return C: what is given, or what a device's slots want."""
+        if given is not None:
+            return given
+        slots = sum(
             bag.ids.size // self.strategy.size
             for launch in self.launches
             for bag in launch.own(bags).values()
         )
+        return default_capacity(slots, self.strategy.size)
 
 
 def _with_slots(bags: Bags, strategy: Strategy) -> Bags:
@@ -182,9 +183,7 @@ def _pool_fetched(
 ) -> Pooled:
     stack, launches, strategy, sparse = mapped
     blocks = strategy.blocks
-    num_rows, slots = stack.shape[0], mapped.slots(bags)
-    if capacity is None:
-        capacity = default_capacity(slots, strategy.size)
+    num_rows, capacity = stack.shape[0], mapped.capacity(bags, capacity)
     implementation = launches[0].how.implementation
 
     def name(bags: Bags) -> tuple[Array, Any, Any]:
