@@ -270,6 +270,49 @@ def test_a_train_state_is_made_and_moves_where_it_lies(strategy):
     assert state.params["bags"]["embedding_4"].sharding.is_equivalent_to(lies, 2)
 
 
+def test_training_goes_on_with_tables_that_lie_whole_and_back():
+    """Whole tables lie in other rows: they, and their state, go by way of tables."""
+    optimizer = optim.rowwise_adam(0.1, eps=1e-3)
+
+    def train(collection, params, state, steps):
+        blocks = None if collection.mesh is None else 4
+
+        def loss(params, batch):
+            pooled = collection.apply({"params": params}, batch).values()
+            return sum((jnp.nan_to_num(x) ** 2).sum() for x in pooled)
+
+        @quick_jit
+        def step(params, state, batch):
+            gradient = jbag.grad(loss)(params, batch)
+            updates, state = optimizer.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        for k in steps:
+            params, state = step(params, state, batch_of(k, blocks))
+        return params, state
+
+    def start(collection):
+        params = collection.import_tables({k: cases.values()[k] for k in TABLES})
+        return params, optimizer.init(params)
+
+    one = make()
+    expected = [
+        one.export_tables(x)
+        for params, state in [train(one, *start(one), range(6))]
+        for x in (params, *state.states.values())
+    ]
+    before = make("rows", make_mesh())
+    params, state = train(before, *start(before), range(2))
+    for strategy, steps in (("whole", (2, 3)), ("columns", (4, 5))):
+        after = make(strategy, make_mesh())
+        move = lambda x: after.import_tables(before.export_tables(x))  # noqa: B023  (called at once)
+        params, states = move(params), {k: move(x) for k, x in state.states.items()}
+        params, state = train(after, params, state._replace(states=states), steps)
+        before = after
+    found = [after.export_tables(x) for x in (params, *state.states.values())]
+    jax.tree.map(close, found, expected)
+
+
 class NNX(nnx.Module):
     def __init__(self, **options):
         self.bags = jbag.nnx.EmbeddingBagCollection(
