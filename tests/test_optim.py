@@ -9,6 +9,7 @@ import optax
 import optimizer_oracle as formulas
 import oracle
 import pytest
+from jax import export
 
 import jbag
 from jbag import optim
@@ -241,6 +242,30 @@ def test_each_step_equals_pytorch_with_sparse_gradients(ours, theirs, options):
 def squares_gradient(table, ids, implementation=None):
     options = {"padding_idx": PADDING, "sparse": True, "implementation": implementation}
     return (jbag.embedding_bag(table, ids, **options) ** 2).sum()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_lowered_for_every_platform(case):
+    optimizer = make(case)
+
+    def loss(table, ids):
+        options = {"padding_idx": PADDING, "sparse": True}
+        modes = "mean", "max"  # which differ in how rows' gradients are made
+        pooled = [jbag.embedding_bag(table, ids, mode=m, **options) for m in modes]
+        return sum((x**2).sum() for x in pooled)
+
+    @jax.jit
+    def step(table, state, ids):
+        updates, state = optimizer.update(jbag.grad(loss)(table, ids), state, table)
+        return optax.apply_updates(table, updates), state
+
+    table = start()["table"]
+    args = table, optimizer.init(table), jnp.arange(24, dtype=jnp.int32).reshape(6, 4)
+    exported = export.export(step, platforms=("cpu", "cuda", "tpu"))(*args)
+    assert "custom_call @jbag" not in exported.mlir_module()
+    if jax.default_backend() in exported.platforms:
+        close = functools.partial(oracle.assert_close, dtype="float32")
+        jax.tree.map(close, exported.call(*args), step(*args))
 
 
 def labels(params):
