@@ -560,6 +560,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def find_devices(args: argparse.Namespace) -> Mesh:
     """Return the mesh of all devices of all processes."""
     if args.devices is not None:
+        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.devices)
     if args.processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -4,8 +4,11 @@ import os
 import jax
 import pytest
 
-# Before any device is asked for: shard_map needs several.
-jax.config.update("jax_num_cpu_devices", 4)
+# Before any device is asked for: meshes need several.
+if "JAX_NUM_CPU_DEVICES" not in os.environ:
+    jax.config.update("jax_num_cpu_devices", 4)
+# GPUs and TPUs multiply matrices in fewer bits than float32 has, unless told otherwise.
+jax.config.update("jax_default_matmul_precision", "highest")
 
 from jbag._kernels import KERNELS  # noqa: E402  (the devices come first)
 

@@ -287,6 +287,7 @@ def restore(devices, folder):
 
 
 def main(task, folder, processes, process, port, devices):
+    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(devices))
     if int(processes) > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -278,6 +278,8 @@ def test_text_classifier_is_measured_beside_fasttext(tmp_path, capsys):
 
 
 def test_the_benchmark_of_meshes_compares_strategies_and_collections(capsys):
+    if len(jax.devices("cpu")) < 4:
+        pytest.skip("needs 4 devices of the CPU")
     with program("sharding") as module:
         module.main(["--quick", "--devices", "4"])
     out = capsys.readouterr().out

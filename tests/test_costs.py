@@ -6,6 +6,7 @@ import optax
 import pytest
 from hlo import bytes_sent
 from jax.sharding import PartitionSpec as P
+from meshes import make_mesh
 from modes import QUICKLY
 
 import jbag
@@ -38,7 +39,7 @@ def make_block(rng, weighted):
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("strategy", SPECS)
 def test_a_step_sends_what_is_planned(strategy, weighted):
-    mesh = jax.sharding.Mesh(jax.devices()[:DEVICES], ("x",))
+    mesh = make_mesh(sizes=(DEVICES,))
     collection = jbag.EmbeddingBagCollection(
         tables={f"t{i}": jbag.Table(3000 + i, WIDTH) for i in range(COUNT)},
         features={f"f{i}": jbag.Feature(f"t{i}", "sum") for i in range(COUNT)},

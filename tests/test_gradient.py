@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from meshes import make_mesh
 from modes import QUICKLY
 
 import jbag
@@ -320,7 +321,7 @@ def test_nothing_as_large_as_the_table_or_all_ids_is_made():
 
 @pytest.mark.parametrize("varying", [False, True])
 def test_under_shard_map(varying):
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = make_mesh(sizes=(2,))
     ids = jnp.arange(8).reshape(4, 2)
     loss = lambda table, ids: (bag(table, ids) ** 2).sum()
 

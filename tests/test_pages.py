@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
+from meshes import make_mesh
 
 import jbag
 from jbag import _pages
@@ -61,7 +62,7 @@ def _missing():
 
 
 def test_a_sharded_array_keeps_its_sharding():
-    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    mesh = make_mesh(sizes=(2,))
     for spec in (PartitionSpec("x"), PartitionSpec()):
         sharding = NamedSharding(mesh, spec)
         x = jax.device_put(jnp.arange(float(1 << 21)).reshape(LARGE), sharding)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from meshes import make_mesh
 
 import jbag
 from jbag._mesh import Whole
@@ -452,7 +453,7 @@ def test_specs_are_those_of_groups_named_by_their_strategies():
 
 
 def test_specs_lay_arrays_on_a_mesh():
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = make_mesh()
     rows = plan_one(Table(10**6, 10), Load("t", 400), memory=20 * 10**6)
     columns = plan_one(Table(20160, 128), Load("t", 1024))
     replicated = plan_one(Table(100, 10), Load("t", 16), batch_size=64)

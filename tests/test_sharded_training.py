@@ -12,8 +12,9 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import make_mesh
 from modes import QUICKLY
 
 import jbag
@@ -35,12 +36,6 @@ TABLES, FEATURES = cases.only("plain_mean", "padded_sum", "counted_max")
 @pytest.fixture(autouse=True)
 def strict_promotion():
     """Optax relies on JAX's default promotion."""
-
-
-def make_mesh(kind="auto"):
-    if kind == "auto":
-        return Mesh(np.array(jax.devices()), ("x",))
-    return jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
 
 
 def make(strategy=None, mesh=None, **options):

@@ -9,8 +9,8 @@ import numpy as np
 import oracle
 import pytest
 from collection_cases import quick_jit
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from meshes import make_mesh
 
 import jbag
 from jbag.sharding import Whole
@@ -26,14 +26,6 @@ SOME = cases.only(
     "plain_sqrtn", "padded_sum", "counted_max", "normed_mean", "flat_mean", "tied_min"
 )
 FEW = cases.only("plain_mean", "flat_mean", "padded_sum", "counted_max")
-
-
-def make_mesh(kind, size=4):
-    devices = jax.devices()[:size]
-    if kind == "auto":
-        return Mesh(np.array(devices), ("x",))
-    types = (jax.sharding.AxisType.Explicit,)
-    return jax.make_mesh((size,), ("x",), axis_types=types, devices=devices)
 
 
 def make(tables, features, spec, mesh, **options):
@@ -78,7 +70,7 @@ def test_explicit_meshes_and_the_reference_kernel(strategy):
     [("rows", "auto", 1), ("rows", "explicit", 3), ("whole", "auto", 3)],
 )
 def test_any_number_of_devices(strategy, kind, size):
-    mesh, grid = make_mesh(kind, size), jbag.sharding.Layout(1).grid
+    mesh, grid = make_mesh(kind, (size,)), jbag.sharding.Layout(1).grid
     cases.check(make(*SOME, STRATEGIES[strategy], mesh, grid=grid), size)
 
 
@@ -94,10 +86,7 @@ def test_any_number_of_devices(strategy, kind, size):
     ids=str,
 )
 def test_meshes_of_two_axes(spec, batch_axis, kind, blocks):
-    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
-    if kind == "explicit":
-        types = (jax.sharding.AxisType.Explicit,) * 2
-        mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=types)
+    mesh = make_mesh(kind, (2, 2), ("x", "y"))
     cases.check(make(*FEW, spec, mesh, batch_axis=batch_axis), blocks)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from meshes import some_devices
 
 import jbag
 
@@ -34,7 +35,7 @@ def strict_promotion():
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((4,), ("x",))
+    return jax.make_mesh((4,), ("x",), devices=some_devices(4))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 from jax import export
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
+from meshes import make_mesh, some_devices
 from modes import QUICKLY
 from oracle import MODES
 
@@ -318,13 +319,9 @@ def test_batches_run_one_by_one_give_the_same(
     chex.assert_trees_all_close(joint, single)
 
 
-@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, "Explicit"])
-def test_shard_map_over_bags_equals_one_device(axis_type, implementation):
-    if len(jax.devices()) < 4:
-        pytest.skip("needs 4 devices")
-    if axis_type == "Explicit":
-        axis_type = jax.sharding.AxisType.Explicit
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_shard_map_over_bags_equals_one_device(kind, implementation):
+    mesh = make_mesh(kind)
     table, weights = make_table(10, 3), make_table(8, 3, seed=1) + 2
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 10, (8, 3)), jnp.int32)
 
@@ -347,9 +344,7 @@ def test_shard_map_over_bags_equals_one_device(axis_type, implementation):
 
 
 def test_shard_map_over_ragged_blocks_and_columns(implementation):
-    if len(jax.devices()) < 4:
-        pytest.skip("needs 4 devices")
-    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    mesh = jax.make_mesh((2, 2), ("x", "y"), devices=some_devices(4))
     lists = [[[1, 2], [3]], [[], [4, 0, 0]]]
     blocks = [jbag.Bags.from_lists(x, capacity=4) for x in lists]
     bags = jax.tree.map(
@@ -371,10 +366,7 @@ def test_shard_map_over_ragged_blocks_and_columns(implementation):
 
 
 def test_jit_partitions_a_sharded_batch(implementation):
-    if len(jax.devices()) < 4:
-        pytest.skip("needs 4 devices")
-    auto = jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(auto,))
+    mesh = make_mesh()
     table = make_table(8, 3)
     ids = jnp.arange(24, dtype=jnp.int32).reshape(8, 3) % 8
     pool = lambda t, i: every_mode(t, i, implementation=implementation)

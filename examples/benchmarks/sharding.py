@@ -123,7 +123,7 @@ def sides_of(args: argparse.Namespace, mesh: Any, ids: jax.Array) -> Iterator[Si
 
 def measure_steps(args: argparse.Namespace) -> list[dict[str, str]]:
     """Return the rows of the first table."""
-    mesh = jax.sharding.Mesh(jax.devices()[: args.devices], ("x",))
+    mesh = jax.sharding.Mesh(jax.devices("cpu")[: args.devices], ("x",))
     rng = np.random.default_rng(0)
     cut = NamedSharding(mesh, P("x"))
     batches = [
@@ -283,9 +283,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"One table of {args.rows} x {args.features}, {args.batch_size} bags of "
         f"{args.length} uniform ids, {args.devices} devices:\n"
     )
-    show(measure_steps(args))
-    show(measure_loads(args))
-    show(measure_collection(args))
+    with jax.default_device("cpu"):
+        show(measure_steps(args))
+        show(measure_loads(args))
+        show(measure_collection(args))
 
 
 if __name__ == "__main__":
