@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from jbag._bag import embedding_bag as embedding_bag
 from jbag._bags import Bags as Bags
+from jbag._gradient import DenseGradientWarning as DenseGradientWarning
 from jbag._gradient import grad as grad
 from jbag._gradient import value_and_grad as value_and_grad
 from jbag._norm import renorm as renorm
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from jbag import nnx as nnx
     from jbag import optim as optim
     from jbag import sharding as sharding
+    from jbag import sparse as sparse
     from jbag import text as text
     from jbag.linen import EmbeddingBag as EmbeddingBag
     from jbag.linen import EmbeddingBagCollection as EmbeddingBagCollection
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from jbag.linen import to_torch as to_torch
 
 # Flax and Optax take longer to import than the function needs: loaded on use.
-_MODULES = ("data", "fasttext", "linen", "nnx", "optim", "sharding", "text")
+_MODULES = ("data", "fasttext", "linen", "nnx", "optim", "sharding", "sparse", "text")
 _FROM_LINEN = ("EmbeddingBag", "EmbeddingBagCollection", "from_torch", "to_torch")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -58,10 +57,7 @@ def accumulate_gradients(value_and_grad: Callable, steps: int) -> Callable:
         zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes]
         dense, (values, stacked) = jax.lax.scan(body, zeros, batches, length=steps)
         tree, sparse = places
-        rows = [
-            sum(jax.tree.map(operator.itemgetter(k), x) for k in range(steps))
-            for x in stacked
-        ]
+        rows = [x.sum() for x in stacked]
         left = {True: iter(rows), False: iter(dense)}
         gradient = jax.tree.unflatten(tree, [next(left[x]) / steps for x in sparse])
         if isinstance(values, tuple):

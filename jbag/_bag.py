@@ -113,29 +113,54 @@ def embedding_bag(
              [18., 20.],
              [42., 46.]], dtype=float32)
     """
+    check_flag("sparse", sparse)
+    table, bags, max_norm, options = check_call(
+        table,
+        indices,
+        offsets,
+        mode=mode,
+        weights=weights,
+        padding_idx=padding_idx,
+        include_last_offset=include_last_offset,
+        max_norm=max_norm,
+        norm_type=norm_type,
+        scale_grad_by_freq=scale_grad_by_freq,
+        implementation=implementation,
+    )
+    return pool(table, *bags, max_norm, sparse=bool(sparse), **options)
+
+
+def check_call(
+    table: ArrayLike,
+    indices: Integers | Bags,
+    offsets: Integers | None,
+    *,
+    mode: str,
+    weights: Floats | None,
+    padding_idx: int | None,
+    include_last_offset: bool,
+    max_norm: Any,
+    norm_type: float,
+    scale_grad_by_freq: bool,
+    implementation: str | None,
+) -> tuple[Array, tuple, Array | None, dict[str, Any]]:
+    """Check the arguments of `embedding_bag`.
+
+    Returns the table, (ids, offsets, weights), `max_norm`, and the options that are
+    known when a program is traced: `how` and `padding_idx`.
+    """
     table = check_table(table)
     check_flag("include_last_offset", include_last_offset)
     check_flag("scale_grad_by_freq", scale_grad_by_freq)
-    check_flag("sparse", sparse)
     check_mode(mode)
     check_implementation(implementation)
     num_embeddings = table.shape[0]
     if padding_idx is not None:
         padding_idx = check_padding_idx(padding_idx, num_embeddings)
     max_norm, norm_type = check_norm(max_norm, norm_type)
-    indices, offsets, weights = check_bags(
-        indices, offsets, weights, include_last_offset, num_embeddings
-    )
-    return pool(
-        table,
-        indices,
-        offsets,
-        weights,
-        max_norm,
-        how=How(mode, norm_type, bool(scale_grad_by_freq), implementation),
-        padding_idx=padding_idx,
-        sparse=bool(sparse),
-    )
+    bags = check_bags(indices, offsets, weights, include_last_offset, num_embeddings)
+    how = How(mode, norm_type, bool(scale_grad_by_freq), implementation)
+    return table, bags, max_norm, {"how": how, "padding_idx": padding_idx}
 
 
 def check_mode(mode: Any) -> None:

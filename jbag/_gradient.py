@@ -1,15 +1,16 @@
-"""`value_and_grad` and `grad`: like JAX's, but row-sparse for tables that ask for it.
+"""`value_and_grad` and `grad`: like JAX's, but row-sparse where `sparse=True`.
 
-The loss is traced to a program, in which sparse bags have left their marks. The program
-is run with a zero "tap" added to what each of them pooled, its table held constant, and
-differentiated with respect to the taps: with the bags, the gradient of a tap is the
-gradient of the table, not yet multiplied out. Nothing of the table's size is made, nor
-of (ids, features).
+The loss is traced to a program, in which marked bags are found. The program is run
+with zeros added to what each of them pooled, its table held constant, and
+differentiated with respect to these zeros; `pull_back` makes the table's gradient of
+theirs, as in `jbag.sparse.pool`. Nothing of the table's size is made, nor of (ids,
+features).
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,16 +19,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jbag import _program
-from jbag._kernels import xla
-from jbag._kernels.xla import Ids, Offsets, Slots
+from jbag._program import Path, PooledCall, find, run
+from jbag._pullback import pull_back
 from jbag._rows import RowSparse
-from jbag._terms import Term
 from jbag._validation import check_flag
 
 
+class DenseGradientWarning(UserWarning):
+    """A table that is pooled with `sparse=True` gets a dense gradient, V * D numbers.
+
+    Example:
+      >>> warnings.simplefilter("ignore", jbag.DenseGradientWarning)  # doctest: +SKIP
+    """
+
+
 def value_and_grad(
-    loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False
+    loss: Callable,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    allow_dense: bool | None = None,
 ) -> Callable:
     """Return a function that gives the loss and its gradient.
 
@@ -36,15 +47,20 @@ def value_and_grad(
     Tables are found by themselves among the arrays of the arguments, be they those of a
     dict, of Linen's variables, or of an NNX module or state.
 
-    The gradient of a table is an array, and right, where it can't be row-sparse: if the
-    loss uses the table otherwise, too (tied weights), pools what was computed of it (a
-    cast, say), or pools it in the body of a `scan`, of a `cond` or of a function with
-    derivatives of its own. Leaves that aren't floating get zeros of dtype float0.
+    Bags are found through `jax.jit`, `jax.checkpoint`, `jax.vmap` over bags, `scan`
+    and `cond`. The gradient of a table is an array of V * D numbers, and right, where
+    it can't be row-sparse: if the loss uses the table otherwise, too (tied weights),
+    pools what was computed of it (a cast, say), pools it in a function with derivatives
+    of its own or in `shard_map`, carries it through a loop, or writes to JAX's
+    references.
+    Leaves that aren't floating get zeros of dtype float0.
 
     Args:
       loss: returns a scalar, or (scalar, auxiliary data) with `has_aux`.
       argnums: which positional arguments to differentiate with respect to.
       has_aux: whether the loss returns auxiliary data.
+      allow_dense: what happens where a table that is pooled with `sparse=True` gets an
+        array: None warns with `DenseGradientWarning`, True allows it, False raises.
 
     Returns:
       A function of the arguments of `loss`, that returns (value, gradient); value is
@@ -53,6 +69,7 @@ def value_and_grad(
 
     Raises:
       TypeError: an argument holds nothing to differentiate; the loss isn't a scalar.
+      ValueError: a gradient is dense and `allow_dense` is False.
 
     Example:
       >>> def loss(params, bags):
@@ -67,6 +84,8 @@ def value_and_grad(
     if not callable(loss):
         raise TypeError(f"`loss` must be a function; got {loss!r}.")
     check_flag("has_aux", has_aux)
+    if allow_dense is not None:
+        check_flag("allow_dense", allow_dense)
 
     @functools.wraps(loss)
     def differentiated(*args: Any, **kwargs: Any) -> Any:
@@ -74,6 +93,8 @@ def value_and_grad(
         chosen = [args[position] for position in positions]
         leaves, tree = jax.tree.flatten(chosen)
         moving = [k for k, leaf in enumerate(leaves) if _is_floating(leaf)]
+        named = jax.tree.leaves_with_path(dict(zip(positions, chosen, strict=True)))
+        paths = [f"argument {jax.tree_util.keystr(named[k][0])}" for k in moving]
         _check_moving(positions, chosen)
         aux: list[Any] = []  # the structure of what was traced, without its arrays
 
@@ -88,6 +109,8 @@ def value_and_grad(
                 full[position] = arg
             out = loss(*full, **kwargs)
             if not has_aux:
+                if not _is_array(out):
+                    raise TypeError(f"The loss must return a scalar; got {out!r}.")
                 return out, []
             if not isinstance(out, tuple | list) or len(out) != 2:
                 raise TypeError(
@@ -101,7 +124,9 @@ def value_and_grad(
             return out[0], [p for p, a in zip(parts, is_array, strict=True) if a]
 
         value, arrays, gradients = _differentiate(
-            traced, [jnp.asarray(leaves[k]) for k in moving]
+            traced,
+            [jnp.asarray(leaves[k]) for k in moving],
+            functools.partial(_check_dense, allow_dense, paths),
         )
         found = dict(zip(moving, gradients, strict=True))
         result = [
@@ -109,7 +134,7 @@ def value_and_grad(
             for k, leaf in enumerate(leaves)
         ]
         gradient = jax.tree.unflatten(tree, result)
-        gradient = gradient[0] if isinstance(argnums, int) else tuple(gradient)
+        gradient = tuple(gradient) if np.ndim(argnums) else gradient[0]
         if not has_aux:
             return value, gradient
         structure, is_array, kept = aux
@@ -121,7 +146,11 @@ def value_and_grad(
 
 
 def grad(
-    loss: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False
+    loss: Callable,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    allow_dense: bool | None = None,
 ) -> Callable:
     """Return a function that gives the gradient of the loss; see `value_and_grad`.
 
@@ -134,7 +163,7 @@ def grad(
       Array([[0.5, 0.5],
              [0.5, 0.5]], dtype=float32)
     """
-    both = value_and_grad(loss, argnums, has_aux)
+    both = value_and_grad(loss, argnums, has_aux, allow_dense=allow_dense)
 
     @functools.wraps(loss)
     def differentiated(*args: Any, **kwargs: Any) -> Any:
@@ -145,14 +174,32 @@ def grad(
 
 
 def _positions(argnums: Any, num_args: int) -> list[int]:
-    given = [argnums] if isinstance(argnums, int) else list(argnums)
+    given = list(argnums) if np.ndim(argnums) else [argnums]
     for position in given:
-        if not isinstance(position, int) or not -num_args <= position < num_args:
+        if (
+            isinstance(position, bool)
+            or not isinstance(position, int | np.integer)
+            or not -num_args <= position < num_args
+        ):
             raise ValueError(
                 f"`argnums` must be positions of the {num_args} positional arguments; "
                 f"got {argnums!r}."
             )
-    return [position % num_args for position in given]
+    return [int(position) % num_args for position in given]
+
+
+def _check_dense(allow_dense: bool | None, paths: list[str], dense: list[int]) -> None:
+    if not dense or allow_dense:
+        return
+    message = (
+        f"The gradient of {', '.join(paths[k] for k in dense)} is a dense array, "
+        "though the table is pooled with `sparse=True`: the loss uses it otherwise, "
+        "too, or where rows can't be followed (see `jbag.value_and_grad`). "
+        "`allow_dense=True` allows it."
+    )
+    if allow_dense is False:
+        raise ValueError(message)
+    warnings.warn(message, DenseGradientWarning, stacklevel=4)
 
 
 def _is_array(x: Any) -> bool:
@@ -184,60 +231,69 @@ def _no_gradient(leaf: Any) -> Any:
 
 
 def _differentiate(
-    function: Callable, leaves: list[Array]
+    function: Callable, leaves: list[Array], check_dense: Callable[[list[int]], None]
 ) -> tuple[Array, list[Array], list[Any]]:
-    """Return the value of `function(leaves)`, what comes with it, and its gradient."""
-    closed = jax.make_jaxpr(function)(leaves)
-    program, constants = _program.inline(closed)
-    plan = _program.plan(program)
-    pooled = {tap.leaf for tap in plan.taps.values()}
-    moving = [k for k in range(len(leaves)) if k in plan.dense or k not in pooled]
+    """Return the value of `function(leaves)`, what comes with it, and its gradient.
 
-    def tapped(zeros: dict[int, Array], arrays: list[Array]) -> Any:
+    `check_dense` is called with the numbers of the leaves that are pooled with
+    `sparse=True` and get a dense gradient all the same.
+    """
+    closed = jax.make_jaxpr(function)(leaves)
+    found = find(closed)
+    pooled = {call.leaf for call in found.calls.values()} - found.dense
+    if (
+        found.has_refs or not closed.jaxpr.outvars
+    ):  # what flows through them is JAX's to follow
+        pooled = set()
+    check_dense(sorted(found.requested - pooled))
+    if not pooled:
+        (value, rest), gradients = jax.value_and_grad(function, has_aux=True)(leaves)
+        return value, rest, gradients
+    calls = {path: call for path, call in found.calls.items() if call.leaf in pooled}
+    tables = {path: leaf for path, leaf in found.tables.items() if leaf in pooled}
+    found = found._replace(calls=calls, tables=tables)
+    moving = [k for k in range(len(leaves)) if k not in pooled]
+
+    def with_zeros(zeros: dict[Path, Array], arrays: list[Array]) -> Any:
         merged = list(leaves)
         for k, array in zip(moving, arrays, strict=True):
             merged[k] = array
-        environment = constants | dict(zip(program.ins, merged, strict=True))
-        (value, *rest), bags = _program.run(program, environment, plan, zeros, leaves)
+        (value, *rest), bags = run(closed, merged, found, zeros, leaves)
         return value, (rest, bags)
 
-    zeros = {place: tap.zeros() for place, tap in plan.taps.items()}
-    (value, (rest, bags)), (to_taps, to_leaves) = jax.value_and_grad(
-        tapped, argnums=(0, 1), has_aux=True
+    zeros = {path: call.zeros() for path, call in calls.items()}
+    (value, (rest, bags)), (cotangents, to_leaves) = jax.value_and_grad(
+        with_zeros, argnums=(0, 1), has_aux=True
     )(zeros, [leaves[k] for k in moving])
-    gradients: list[Any] = [None] * len(leaves)
-    for k, gradient in zip(moving, to_leaves, strict=True):
-        gradients[k] = gradient
-    for k in sorted(pooled):
-        terms = tuple(
-            _term(value, to_taps[place], *bags[place], **tap.equation.params)
-            for place, tap in plan.taps.items()
-            if tap.leaf == k
-        )
-        rows = RowSparse(terms, jnp.shape(leaves[k]), jax.typeof(leaves[k]).dtype)
-        gradients[k] = rows if gradients[k] is None else gradients[k] + rows
-    return value, rest, gradients
+    gradients = dict(zip(moving, to_leaves, strict=True))
+    for path, call in calls.items():
+        table = leaves[call.leaf]
+        rows = _pull_back(value, cotangents[path], bags[path], call, table)
+        before = gradients.get(call.leaf)
+        gradients[call.leaf] = rows if before is None else before + rows
+    return value, rest, [gradients[k] for k in range(len(leaves))]
 
 
-def _term(
+def _pull_back(
     value: Float[Array, ""],
-    cotangent: Float[Array, "B D"],
-    winners: Int[Array, "B D"] | None,
-    ids: Ids,
-    offsets: Offsets,
-    coefficients: Slots | None,
-    *,
-    has_winners: bool,
-    **options: Any,
-) -> Term:
-    """Return the gradient of a table from the gradient of what was pooled."""
-    del has_winners
+    cotangent: Float[Array, "*loops B D"],
+    bags: tuple,
+    call: PooledCall,
+    table: Float[Array, "V D"],
+) -> RowSparse:
+    """Return the gradient of the table from the gradient of what was pooled."""
+    winners, ids, offsets, coefficients = bags
     if offsets is None:
         ids = _after(value, ids)
     else:
         offsets = _after(value, offsets)
-    wide = cotangent.astype(xla.accumulation_dtype(cotangent.dtype))
-    return Term(wide, ids, offsets, coefficients, winners=winners, **options)
+    options = {k: x for k, x in call.equation.params.items() if k != "has_winners"}
+    one = functools.partial(
+        pull_back, shape=jnp.shape(table), dtype=jax.typeof(table).dtype, **options
+    )
+    for _ in call.loops:
+        one = jax.vmap(one)
+    return one(cotangent, ids, offsets, coefficients, winners).sum()
 
 
 def _after(value: Float[Array, ""], x: Int[Array, "..."]) -> Int[Array, "..."]:

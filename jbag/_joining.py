@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jbag._kernels import xla
-from jbag._kernels.xla import Ids, Offsets
-from jbag._primitive import EMPTY, UNKNOWN
+from jbag._kernels.xla import Ids, Offsets, Slots
+from jbag._primitive import EMPTY, UNKNOWN, lay_end_to_end, merge, name_slots
 
 
 def join(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets]:
@@ -63,6 +64,34 @@ def join_slots(
         if (ids.shape[0] if ends is None else ends.size - 1) > 0
     ]
     return jnp.concatenate(kept) if kept else jnp.zeros(0, values[0].dtype)
+
+
+def fold_bags(
+    ids: Int[Array, "K *slots"],
+    offsets: Int[Array, "K ends"] | None,
+    coefficients: Float[Array, "K *slots"] | None,
+    winners: Int[Array, "K B D"] | None,
+    *,
+    empty: int | None,
+    num_embeddings: Any,
+) -> tuple[Ids, Offsets, Slots | None, Int[Array, "K*B D"] | None]:
+    """Return K batches of bags of one table as one; its empty slots are `EMPTY`.
+
+    Winners, flat slots, are numbered anew; N, of a bag without one, stays the end.
+    """
+    size, slots = ids.shape[0], ids[0].size
+    ids = name_slots(ids, empty, num_embeddings)
+    if offsets is not None:
+        ids, offsets, _ = lay_end_to_end(ids, offsets)
+    if winners is not None:
+        shift = slots * jnp.arange(size, dtype=winners.dtype)[:, None, None]
+        winners = merge(jnp.where(winners == slots, size * slots, winners + shift))
+    return (
+        merge(ids),
+        offsets,
+        coefficients if coefficients is None else merge(coefficients),
+        winners,
+    )
 
 
 def ragged(ids: Ids, offsets: Offsets) -> tuple[Int[Array, " N"], Int[Array, " ends"]]:

@@ -16,15 +16,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int
 
+from jbag._joining import fold_bags
 from jbag._kernels.xla import Ids, Offsets, Slots
-from jbag._primitive import (
-    EMPTY,
-    equally_varying,
-    lay_end_to_end,
-    layout,
-    merge,
-    name_slots,
-)
+from jbag._primitive import EMPTY, equally_varying, layout, merge
 
 
 def mark_table(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
@@ -96,7 +90,8 @@ def _transpose(cotangent: Any, *operands: Any, **_: Any) -> list[Any]:
 
 
 def _batch_table(operands: Sequence, dims: Sequence) -> tuple[Any, Any]:
-    return operands[0], dims[0]  # several tables: none of them is marked
+    # Several tables: the mark stays on all, but nothing that is pooled belongs to it.
+    return table_mark.bind(operands[0]), dims[0]
 
 
 def _batch_pooled(
@@ -117,22 +112,19 @@ def _batch_pooled(
     )
     if dims[1] is not None or size == 0 or params["placement"] is not None:
         return pooled, 0  # none of them is marked
-    dense, ids, offsets, coefficients = layout(int(has_winners), rest, batch_ndim=1)
-    slots = ids[0].size
-    ids = name_slots(ids, empty, table.shape[1])
-    if offsets is not None:
-        ids, offsets, _ = lay_end_to_end(ids, offsets)
-    winners = None
-    if has_winners:
-        shift = slots * jnp.arange(size, dtype=dense[0].dtype)[:, None, None]
-        winners = jnp.where(dense[0] == slots, size * slots, dense[0] + shift)
-        winners = merge(winners)
+    dense, *bags = layout(int(has_winners), rest, batch_ndim=1)
+    ids, offsets, coefficients, winners = fold_bags(
+        *bags,
+        dense[0] if has_winners else None,
+        empty=empty,
+        num_embeddings=table.shape[1],
+    )
     out = mark_pooled(
         merge(pooled),
         operands[1],
-        merge(ids),
+        ids,
         offsets,
-        None if coefficients is None else merge(coefficients),
+        coefficients,
         winners,
         empty=EMPTY,
         **params,

@@ -161,18 +161,30 @@ def mark(
     placement: Any = None,
 ) -> Float[Array, "B D"]:
     """Return what was combined of a marked table, marked."""
+    ids, offsets, coefficients, options = transposed(pieces, how, empty)
     return mark_pooled(
         total,
         table,
-        pieces.ids,
-        pieces.offsets,
-        _product.times(pieces.weights, pieces.gradient_scale),
+        ids,
+        offsets,
+        coefficients,
         winners,
-        average=_average(pieces, how),
-        empty=empty,
-        implementation=how.implementation,
         placement=placement,
+        **options,
     )
+
+
+def transposed(
+    pieces: Pieces, how: How, empty: int | None
+) -> tuple[Ids, Offsets, Slots | None, dict[str, Any]]:
+    """Return the bags by which the gradient flows to the table, and their options."""
+    coefficients = _product.times(pieces.weights, pieces.gradient_scale)
+    options = {
+        "average": _average(pieces, how),
+        "empty": empty,
+        "implementation": how.implementation,
+    }
+    return pieces.ids, pieces.offsets, coefficients, options
 
 
 def finish(

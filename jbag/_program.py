@@ -1,10 +1,17 @@
-"""A traced program as steps, in which sparse bags can be found and tapped."""
+"""A traced program, in which the bags that left marks are found and run apart.
+
+`find` reads the program: which of its operands are tables that marked bags pool, and
+which are used otherwise, too. `run` interprets it with zeros added to what each such
+bag pooled. Both walk through calls, checkpoints, `scan` and `cond` that hold marks;
+anything else is one operation to them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import itertools
-from collections.abc import Sequence
+import numbers
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,246 +22,410 @@ from jaxtyping import Array
 
 from jbag._marks import pooled_mark, read, table_mark
 
-# The calls that are seen through, by name, and the parameter that holds their program.
-# Those of the second kind stay calls, as how they are differentiated is their meaning.
-_INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
-_CHECKPOINTS = {"checkpoint": "jaxpr", "remat2": "jaxpr"}
+# JAX's primitives that are walked through, by name, and the parameter that holds their
+# program. (`closed_call` is what `jax.jit` leaves in a program that was exported.)
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
+CHECKPOINTS = {"checkpoint": "jaxpr", "remat2": "jaxpr"}
+SCAN, COND, STOP_GRADIENT = "scan", "cond", "stop_gradient"
 
-# Where a value is kept: a number, or the value itself where it is a literal.
-Place = Any
-
-
-class Step(NamedTuple):
-    """An equation; a checkpoint has a body."""
-
-    equation: core.JaxprEqn
-    ins: tuple[Place, ...]
-    outs: tuple[int, ...]
-    body: Program | None
+# Where an equation stands: its number, after those of the equations around it.
+Path = tuple[int, ...]
 
 
-class Program(NamedTuple):
-    """Steps, from the places of the operands to those of the results."""
+class PooledCall(NamedTuple):
+    """A marked bag that pools from an operand of the program.
 
-    ins: tuple[int, ...]
-    steps: list[Step]
-    outs: tuple[Place, ...]
-    debug_info: Any
-
-
-class Tap(NamedTuple):
-    """What is pooled, in an equation, from the leaf of this number."""
+    Attributes:
+      leaf: the number of the operand.
+      equation: the mark of what is pooled.
+      loops: the lengths of the scans around it, the outermost first.
+    """
 
     leaf: int
     equation: core.JaxprEqn
+    loops: tuple[int, ...]
 
     def zeros(self) -> Array:
-        """Return zeros like what is pooled."""
+        """Return zeros like what is pooled, in all turns of the loops."""
         pooled: Any = self.equation.outvars[0].aval
         placement = self.equation.params["placement"]
         if placement is not None:
             return placement.zeros(pooled.shape, pooled.dtype)
-        zeros = jnp.zeros(pooled.shape, pooled.dtype)
+        zeros = jnp.zeros((*self.loops, *pooled.shape), pooled.dtype)
         varying = pooled.manual_axis_type.varying  # under `shard_map`
         return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
 
 
-def inline(closed: core.ClosedJaxpr) -> tuple[Program, dict[int, Any]]:
-    """Return the program, calls that hold marks replaced by their steps; and constants.
-
-    A constant is kept at its place.
-    """
-    new_place = itertools.count()
-    constants: dict[int, Any] = {}
-
-    def build(jaxpr: core.Jaxpr, consts: Sequence, ins: tuple[Place, ...]) -> Program:
-        places: dict[Any, Place] = dict(zip(jaxpr.invars, ins, strict=True))
-        for variable, value in zip(jaxpr.constvars, consts, strict=True):
-            places[variable] = next(new_place)
-            constants[places[variable]] = _as_array(value)
-
-        def read(variables: Sequence) -> tuple[Place, ...]:
-            return tuple(v if _is_literal(v) else places[v] for v in variables)
-
-        steps: list[Step] = []
-        for equation in jaxpr.eqns:
-            operands, body = read(equation.invars), None
-            inner = _marked(equation, _INLINED)
-            if inner is not None:
-                called = build(inner.jaxpr, inner.consts, operands)
-                steps += called.steps
-                places |= zip(equation.outvars, called.outs, strict=True)
-                continue
-            inner = _marked(equation, _CHECKPOINTS)
-            if inner is not None:
-                body = build(inner, (), tuple(next(new_place) for _ in inner.invars))
-            results = tuple(next(new_place) for _ in equation.outvars)
-            places |= zip(equation.outvars, results, strict=True)
-            steps.append(Step(equation, operands, results, body))
-        return Program(ins, steps, read(jaxpr.outvars), jaxpr.debug_info)
-
-    ins = tuple(next(new_place) for _ in closed.jaxpr.invars)
-    return build(closed.jaxpr, closed.consts, ins), constants
-
-
-def _is_literal(x: Any) -> bool:
-    return isinstance(x, core.Literal)
-
-
-def _as_array(x: Any) -> Any:
-    """Return what a program holds as NumPy's array as one of JAX's."""
-    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
-
-
-def _marked(equation: core.JaxprEqn, calls: dict[str, str]) -> Any:
-    """Return the program that an equation calls, if it is of these and holds marks."""
-    name = equation.primitive.name
-    called = equation.params[calls[name]] if name in calls else None
-    return called if called is not None and _has_marks(called) else None
-
-
-def _has_marks(jaxpr: Any) -> bool:
-    return any(
-        equation.primitive is table_mark
-        or _marked(equation, _INLINED | _CHECKPOINTS) is not None
-        for equation in jaxpr.eqns
-    )
-
-
-class Plan(NamedTuple):
+class Found(NamedTuple):
     """What is to be differentiated, and how.
 
     Attributes:
-      taps: where leaves, the program's operands, are pooled, by place of the result.
-      cuts: the places behind the mark of a table, and the number of its leaf.
-      dense: the leaves on which the first result depends by any other way.
+      calls: the marked bags whose gradient can be row-sparse, by path.
+      tables: the marks before pooling, by path, and the number of the operand.
+      dense: the operands on which the first result depends in any other way.
+      requested: the operands of which some marked bag pools, be it in vain.
+      has_refs: whether JAX's references carry values: then the others mean nothing.
     """
 
-    taps: dict[int, Tap]
-    cuts: dict[int, int]
-    dense: set[int]
+    calls: dict[Path, PooledCall]
+    tables: dict[Path, int]
+    dense: frozenset[int]
+    requested: frozenset[int]
+    has_refs: bool
 
 
-def plan(program: Program) -> Plan:
-    """Find what is pooled from marked leaves, and which leaves are used otherwise.
+class _Value(NamedTuple):
+    """What is known of a variable.
 
-    A table that goes round its mark, as in a derivative that the loss itself takes, is
-    an ordinary array: cut off, it would lose a part of its gradient.
+    Attributes:
+      sources: what it depends on, as far as derivatives go: numbers of operands, and
+        paths of marks of tables.
+      leaf: the operand that it is, unchanged.
+      table: the path of the mark of a table that it comes out of.
     """
-    leaf_of = {place: number for number, place in enumerate(program.ins)}
-    cuts: dict[int, int] = {}
-    taps: dict[int, Tap] = {}
-    # What each place depends on, as far as derivatives go: leaves, and cuts.
-    sources: dict[Place, frozenset] = {
-        place: frozenset([("leaf", number)]) for place, number in leaf_of.items()
-    }
 
-    def source(place: Place) -> frozenset:
-        return frozenset() if _is_literal(place) else sources.get(place, frozenset())
+    sources: frozenset = frozenset()
+    leaf: int | None = None
+    table: Path | None = None
 
-    def leaf(place: Place) -> int | None:
-        return None if _is_literal(place) else leaf_of.get(place)
 
-    def visit(program: Program) -> None:
-        for equation, ins, outs, body in program.steps:
-            if body is not None:
-                for inner, outer in zip(body.ins, ins, strict=True):
-                    sources[inner] = source(outer)
-                    if leaf(outer) is not None:
-                        leaf_of[inner] = leaf_of[outer]
-                visit(body)
-                sources.update(
-                    (outer, source(inner))
-                    for inner, outer in zip(body.outs, outs, strict=True)
-                )
-                continue
-            if equation.primitive.name == "stop_gradient":
-                continue
-            reached = frozenset().union(*map(source, ins))
-            if equation.primitive is table_mark and leaf(ins[0]) is not None:
-                cuts[outs[0]] = leaf_of[ins[0]]
-                reached = frozenset([("cut", outs[0])])
-            elif equation.primitive is pooled_mark:
-                # Its other operands are there to be read, not to be differentiated.
-                reached = source(ins[0])
-                if not _is_literal(ins[1]) and ins[1] in cuts:
-                    reached -= {("cut", ins[1])}
-                    taps[outs[0]] = Tap(cuts[ins[1]], equation)
-            for out, variable in zip(outs, equation.outvars, strict=True):
-                dtype = getattr(variable.aval, "dtype", jnp.int32)
-                if jnp.issubdtype(dtype, jnp.inexact):
-                    sources[out] = reached
-
-    visit(program)
-    reached = source(program.outs[0])
-    around = {cuts[x] for kind, x in reached if kind == "cut"}
-    return Plan(
-        {place: tap for place, tap in taps.items() if tap.leaf not in around},
-        {place: leaf for place, leaf in cuts.items() if leaf not in around},
-        around | {x for kind, x in reached if kind == "leaf"},
+def find(closed: core.ClosedJaxpr) -> Found:
+    """Find the marked bags of a program, and which operands are used otherwise."""
+    search = _Search()
+    operands = [_Value(frozenset([k]), k) for k in range(len(closed.jaxpr.invars))]
+    results = search.visit(closed.jaxpr, operands, (), ())
+    first = results[0] if results else _Value()
+    # A table that goes round its mark, as in a derivative that the loss itself takes,
+    # is an ordinary array: cut off, it would lose a part of its gradient.
+    around = {search.tables[x] for x in first.sources if isinstance(x, tuple)}
+    dense = around | {x for x in first.sources if isinstance(x, int)}
+    return Found(
+        {p: call for p, call in search.calls.items() if call.leaf not in around},
+        {p: leaf for p, leaf in search.tables.items() if leaf not in around},
+        frozenset(dense),
+        frozenset(search.requested),
+        search.has_refs,
     )
+
+
+@dataclasses.dataclass
+class _Search:
+    calls: dict[Path, PooledCall] = dataclasses.field(default_factory=dict)
+    tables: dict[Path, int] = dataclasses.field(default_factory=dict)
+    requested: set[int] = dataclasses.field(default_factory=set)
+    has_refs: bool = False
+
+    def visit(
+        self,
+        jaxpr: core.Jaxpr,
+        operands: Sequence[_Value],
+        path: Path,
+        loops: tuple[int, ...],
+    ) -> list[_Value]:
+        """Return what is known of the results."""
+        known = dict(zip(jaxpr.invars, operands, strict=True))
+
+        def of(variable: Any) -> _Value:
+            if isinstance(variable, core.Literal):
+                return _Value()
+            return known.get(variable, _Value())
+
+        for number, equation in enumerate(jaxpr.eqns):
+            ins = [of(variable) for variable in equation.invars]
+            outs = self._visit_equation(equation, ins, (*path, number), loops)
+            for variable, value in zip(equation.outvars, outs, strict=True):
+                self.has_refs |= not _is_array_type(variable.aval)
+                if jnp.issubdtype(_dtype(variable), jnp.inexact):
+                    known[variable] = value
+            self.has_refs |= not all(_is_array_type(x.aval) for x in equation.invars)
+        return [of(variable) for variable in jaxpr.outvars]
+
+    def _visit_equation(
+        self,
+        equation: core.JaxprEqn,
+        ins: list[_Value],
+        path: Path,
+        loops: tuple[int, ...],
+    ) -> list[_Value]:
+        name, params = equation.primitive.name, equation.params
+        reached = frozenset().union(*(value.sources for value in ins))
+        if equation.primitive is table_mark:
+            self.requested |= {x for x in ins[0].sources if isinstance(x, int)}
+            if ins[0].leaf is not None:
+                self.tables[path] = ins[0].leaf
+                reached = frozenset([path])
+            return [_Value(reached, table=path if path in self.tables else None)]
+        if equation.primitive is pooled_mark:
+            # Its other operands are there to be read, not to be differentiated.
+            table = ins[1].table
+            over_mesh = params["placement"] is not None
+            if table is None or (over_mesh and loops):
+                return [_Value(ins[0].sources)]
+            self.calls[path] = PooledCall(self.tables[table], equation, loops)
+            return [_Value(ins[0].sources - {table})]
+        if name == STOP_GRADIENT:
+            return [_Value() for _ in equation.outvars]
+        if not _has_marks(equation):
+            return [_Value(reached) for _ in equation.outvars]
+        if name in CALLS or name in CHECKPOINTS:
+            body, _ = _body(equation)
+            return self.visit(body, ins, path, loops)
+        if name == SCAN:
+            return self._visit_scan(equation, ins, path, loops)
+        if name == COND:
+            return self._visit_cond(equation, ins, path, loops)
+        self.requested |= {x for x in reached if isinstance(x, int)} & set(
+            _marked_operands(equation, ins)
+        )
+        return [_Value(reached) for _ in equation.outvars]
+
+    def _visit_scan(
+        self,
+        equation: core.JaxprEqn,
+        ins: list[_Value],
+        path: Path,
+        loops: tuple[int, ...],
+    ) -> list[_Value]:
+        body = equation.params["jaxpr"].jaxpr
+        num_consts, num_carry = _scan_sizes(equation.params)
+        loops = (*loops, equation.params["length"])
+        consts, changing = ins[:num_consts], ins[num_consts:]
+        changing = [_Value(value.sources) for value in changing]
+        while True:
+            outs = self.visit(body, [*consts, *changing], path, loops)
+            carry = [
+                _Value(before.sources | after.sources)
+                for before, after in zip(
+                    changing[:num_carry], outs[:num_carry], strict=True
+                )
+            ]
+            if carry == changing[:num_carry]:
+                return [_Value(value.sources) for value in outs]
+            changing[:num_carry] = carry
+
+    def _visit_cond(
+        self,
+        equation: core.JaxprEqn,
+        ins: list[_Value],
+        path: Path,
+        loops: tuple[int, ...],
+    ) -> list[_Value]:
+        branches = [
+            self.visit(branch.jaxpr, ins[1:], (*path, k), loops)
+            for k, branch in enumerate(equation.params["branches"])
+        ]
+        return [
+            _Value(frozenset().union(*(value.sources for value in values)))
+            for values in zip(*branches, strict=True)
+        ]
 
 
 def run(
-    program: Program,
-    environment: dict[int, Any],
-    plan: Plan,
-    zeros: dict[int, Array],
+    closed: core.ClosedJaxpr,
+    operands: Sequence[Any],
+    found: Found,
+    zeros: dict[Path, Array],
     tables: Sequence[Array],
-) -> tuple[list[Any], dict[int, Any]]:
-    """Run the program with zeros added at the taps; return results, and the taps' bags.
+) -> tuple[list[Any], dict[Path, Any]]:
+    """Run the program with zeros added at the marked bags.
 
     Args:
-      program: to run.
-      environment: the values of its operands, and constants, by place.
-      plan: of the program.
-      zeros: to add, by place.
-      tables: by number, the leaves as they are pooled where the plan cuts.
+      closed: the program.
+      operands: of the program.
+      found: in the program.
+      zeros: by path, what is added to what is pooled.
+      tables: by number, the operands as marked bags pool them.
+
+    Returns:
+      The results, and by path the winners and bags of what is pooled.
     """
-    environment = dict(environment)
-    bags: dict[int, Any] = {}
+    runner = _Runner(found, tables)
+    return runner.run(closed.jaxpr, closed.consts, operands, (), zeros)
 
-    def read_all(places: Sequence[Place]) -> list[Any]:
-        return [_as_array(x.val) if _is_literal(x) else environment[x] for x in places]
 
-    for equation, ins, outs, body in program.steps:
-        operands = read_all(ins)
-        if body is not None:
-            results, inner_bags = _run_checkpoint(
-                equation, body, operands, environment, plan, zeros, tables
+class _Runner(NamedTuple):
+    found: Found
+    tables: Sequence[Array]
+
+    def run(
+        self,
+        jaxpr: core.Jaxpr,
+        consts: Sequence[Any],
+        operands: Sequence[Any],
+        path: Path,
+        zeros: dict[Path, Array],
+    ) -> tuple[list[Any], dict[Path, Any]]:
+        values = dict(zip(jaxpr.constvars, map(_as_array, consts), strict=True))
+        values |= zip(jaxpr.invars, operands, strict=True)
+        bags: dict[Path, Any] = {}
+
+        def read_all(variables: Sequence[Any]) -> list[Any]:
+            return [
+                _as_array(v.val) if isinstance(v, core.Literal) else values[v]
+                for v in variables
+            ]
+
+        for number, equation in enumerate(jaxpr.eqns):
+            here = (*path, number)
+            ins = read_all(equation.invars)
+            outs, inner = self._run_equation(
+                equation, ins, here, _within(here, zeros), jaxpr.debug_info
             )
-            bags |= inner_bags
-        elif outs[:1] and outs[0] in plan.cuts:
-            results = [tables[plan.cuts[outs[0]]]]
-        elif outs[:1] and outs[0] in plan.taps:
-            results = [operands[0] + zeros[outs[0]]]
-            bags[outs[0]] = read(operands, **equation.params)
-        else:
-            results = _evaluate(equation, operands, program.debug_info)
-        environment.update(zip(outs, results, strict=True))
-    return read_all(program.outs), bags
+            bags |= inner
+            values |= zip(equation.outvars, outs, strict=True)
+        return read_all(jaxpr.outvars), bags
+
+    def _run_equation(
+        self,
+        equation: core.JaxprEqn,
+        ins: list[Any],
+        path: Path,
+        zeros: dict[Path, Array],
+        debug_info: Any,
+    ) -> tuple[list[Any], dict[Path, Any]]:
+        if path in self.found.tables:
+            return [self.tables[self.found.tables[path]]], {}
+        if path in self.found.calls:
+            return [ins[0] + zeros[path]], {path: read(ins, **equation.params)}
+        name, params = equation.primitive.name, equation.params
+        if not (_within(path, self.found.calls) or _within(path, self.found.tables)):
+            return _evaluate(equation, ins, debug_info), {}
+        if name == SCAN:
+            return self._run_scan(params, ins, path, zeros)
+        if name == COND:
+            return self._run_cond(params, ins, path, zeros)
+        body, consts = _body(equation)
+
+        def call(ins: list[Any], zeros: dict[Path, Array]) -> Any:
+            return self.run(body, consts, ins, path, zeros)
+
+        if name in CHECKPOINTS:
+            options = {k: params[k] for k in ("prevent_cse", "policy")}
+            call = jax.checkpoint(call, **options)
+        return call(ins, zeros)
+
+    def _run_scan(
+        self,
+        params: dict[str, Any],
+        ins: list[Any],
+        path: Path,
+        zeros: dict[Path, Array],
+    ) -> tuple[list[Any], dict[Path, Any]]:
+        body = params["jaxpr"]
+        num_consts, num_carry = _scan_sizes(params)
+        consts, rest = ins[:num_consts], ins[num_consts:]
+
+        def step(carry: list[Any], x: Any) -> Any:
+            own, zeros = x
+            outs, bags = self.run(
+                body.jaxpr, body.consts, [*consts, *carry, *own], path, zeros
+            )
+            return outs[:num_carry], (outs[num_carry:], bags)
+
+        carry, (stacked, bags) = jax.lax.scan(
+            step,
+            rest[:num_carry],
+            (rest[num_carry:], zeros),
+            length=params["length"],
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
+        return [*carry, *stacked], bags
+
+    def _run_cond(
+        self,
+        params: dict[str, Any],
+        ins: list[Any],
+        path: Path,
+        zeros: dict[Path, Array],
+    ) -> tuple[list[Any], dict[Path, Any]]:
+        index, *operands = ins
+
+        def branch(
+            k: int, operands: list[Any], zeros: dict[Path, Array]
+        ) -> tuple[list[Any], dict[Path, Any]]:
+            closed = params["branches"][k]
+            return self.run(closed.jaxpr, closed.consts, operands, (*path, k), zeros)
+
+        branches = [
+            functools.partial(branch, k) for k in range(len(params["branches"]))
+        ]
+        bags: dict[Path, Any] = {}
+        for one in branches:
+            bags |= jax.eval_shape(one, operands, zeros)[1]
+
+        def with_all_bags(one: Callable) -> Callable:
+            def call(operands: list[Any], zeros: dict[Path, Array]) -> Any:
+                outs, own = one(operands, zeros)
+                others = {p: x for p, x in bags.items() if p not in own}
+                return outs, own | jax.tree.map(_no_bags, others)
+
+            return call
+
+        index = jnp.asarray(index, jnp.int32)
+        return jax.lax.switch(
+            index, [with_all_bags(one) for one in branches], operands, zeros
+        )
 
 
-def _run_checkpoint(
-    equation: core.JaxprEqn,
-    body: Program,
-    operands: list[Any],
-    environment: dict[int, Any],
-    plan: Plan,
-    zeros: dict[int, Array],
-    tables: Sequence[Array],
-) -> tuple[list[Any], dict[int, Any]]:
-    @functools.partial(
-        jax.checkpoint,
-        prevent_cse=equation.params["prevent_cse"],
-        policy=equation.params["policy"],
+def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """Return how many constants and carried values a scan has."""
+    if "num_consts" in params:  # before JAX 0.12
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def _no_bags(x: Any) -> Array:
+    """Return an array of bags without a slot: as ids they name no row."""
+    return jnp.full(x.shape, -2 if jnp.issubdtype(x.dtype, jnp.integer) else 0, x.dtype)
+
+
+def _within(path: Path, places: dict[Path, Any]) -> dict[Path, Any]:
+    return {p: x for p, x in places.items() if p[: len(path)] == path}
+
+
+def _body(equation: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """Return the program that a call calls, and its constants."""
+    called = equation.params[(CALLS | CHECKPOINTS)[equation.primitive.name]]
+    closed = isinstance(called, core.ClosedJaxpr)
+    return (called.jaxpr, called.consts) if closed else (called, ())
+
+
+def _marked_operands(equation: core.JaxprEqn, ins: list[_Value]) -> Iterator[int]:
+    """Yield the operands that marked bags within an operation may pool."""
+    for jaxpr in core.jaxprs_in_params(equation.params):
+        whole = len(jaxpr.invars) == len(ins)
+        inner = _Search()
+        numbers = [
+            _Value(frozenset([k]), k) for k in range(len(jaxpr.invars))
+        ]  # its own operands
+        inner.visit(jaxpr, numbers, (), ())
+        for k, value in enumerate(ins):
+            if not whole or k in inner.requested:
+                yield from (x for x in value.sources if isinstance(x, int))
+
+
+def _has_marks(equation: core.JaxprEqn) -> bool:
+    return any(
+        inner.primitive is table_mark or _has_marks(inner)
+        for jaxpr in core.jaxprs_in_params(equation.params)
+        for inner in jaxpr.eqns
     )
-    def call(operands: list[Any], zeros: dict[int, Array]) -> Any:
-        inner = environment | dict(zip(body.ins, operands, strict=True))
-        return run(body, inner, plan, zeros, tables)
 
-    inside = {out for step in body.steps for out in step.outs}
-    return call(operands, {p: x for p, x in zeros.items() if p in inside})
+
+def _is_array_type(aval: Any) -> bool:
+    return isinstance(aval, jax.core.ShapedArray)
+
+
+def _dtype(variable: Any) -> Any:
+    return getattr(variable.aval, "dtype", jnp.int32)
+
+
+def _as_array(x: Any) -> Any:
+    """Return an array that a program holds as one of JAX's."""
+    is_number = isinstance(x, numbers.Number | np.generic)
+    return x if is_number or isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def _evaluate(
@@ -264,7 +435,11 @@ def _evaluate(
     variables: dict[Any, Any] = {
         v: x
         for v, x in zip(equation.invars, operands, strict=True)
-        if not _is_literal(v)
+        if not isinstance(v, core.Literal)
+    }
+    names = {
+        "arg_names": ("",) * len(variables),
+        "result_paths": ("",) * len(equation.outvars),
     }
     jaxpr = core.Jaxpr(
         (),
@@ -272,6 +447,6 @@ def _evaluate(
         equation.outvars,
         [equation],
         equation.effects,
-        debug_info=debug_info,
+        debug_info=debug_info._replace(**names),
     )
     return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*variables.values())

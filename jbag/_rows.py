@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import numbers
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,17 +18,12 @@ from jaxtyping import Array, Float, Int, Shaped
 from jbag._kernels import xla
 from jbag._kernels.xla import take
 from jbag._product import transposed_product
-from jbag._terms import Term, join_terms
+from jbag._terms import SealedTerms, Term, fold, join_terms
 from jbag._update import coalesce, update_rows
 from jbag._validation import check_integer, check_integers, to_index_dtype
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["terms", "applied"],
-    meta_fields=["shape", "dtype", "is_coalesced"],
-)
-@dataclasses.dataclass(frozen=True, eq=False)
+@jax.tree_util.register_pytree_node_class
 class RowSparse:
     """A [V, D] array of which few rows aren't zero: a table's gradient, or its update.
 
@@ -39,8 +35,17 @@ class RowSparse:
 
     `array + rows` adds them to an array of the same shape, in place where that is
     donated; so `optax.apply_updates` works as it is. Further `rows + rows`, `-rows` and
-    `rows * number`. Functions that map over the arrays of a gradient, such as
-    `optax.scale`, don't know of rows: use those of `jbag.optim`.
+    `rows * number`.
+
+    A function that maps over the leaves of a gradient, such as `optax.scale` or
+    `jax.lax.psum`, raises a TypeError: all leaves but the cotangent are sealed, of a
+    dtype without arithmetic. `jbag.optim` has `scale`, `scale_by_schedule`,
+    `clip_by_global_norm` and the like, `jbag.sparse` has `psum` and `pmean`, and
+    `jax.tree.map(..., is_leaf=lambda x: isinstance(x, jbag.RowSparse))` maps over whole
+    gradients.
+
+    What `jax.vmap` or `jax.lax.scan` returns is a batch of them, with leading axes
+    `batch_shape`: `rows.sum()` adds it up, `todense` and `coalesce` take it as it is.
 
     To `jax.experimental.sparse.BCOO`, of which a padded index is out of bounds, too::
 
@@ -70,12 +75,52 @@ class RowSparse:
       Array([0., 1., 0., 2., 0.], dtype=float32)
     """
 
-    terms: tuple[Term, ...]
-    shape: tuple[int, ...]
-    dtype: Any
-    is_coalesced: bool = False
-    # Of an update that an optimizer has made already: the table before and after.
-    applied: tuple[Array, Array] | None = None
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        shape: tuple[int, ...],
+        dtype: Any,
+        is_coalesced: bool = False,
+    ) -> None:
+        self.shape, self.dtype, self.is_coalesced = shape, dtype, is_coalesced
+        self._fresh: tuple[Term, ...] | None = tuple(terms)
+        self._sealed: SealedTerms | None = None
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The products that it is the sum of."""
+        if self._fresh is not None:
+            return self._fresh
+        assert self._sealed is not None
+        if self.batch_shape:
+            raise ValueError(
+                f"This is a batch of RowSparse, of shape {self.batch_shape}, as `vmap` "
+                "and `scan` return it: add it up with `rows.sum()`, or call this under "
+                "`jax.vmap`."
+            )
+        return self._sealed.open()
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes of a batch, as `vmap` and `scan` return it; () of one."""
+        if self._sealed is None or not self._sealed.leaves:
+            return ()
+        return self._sealed.leaves[0][0].shape[:-2]
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """Return the leaves, of which all but the cotangents are sealed."""
+        sealed = SealedTerms.close(self.terms) if self._sealed is None else self._sealed
+        aux = (sealed.structure, self.shape, self.dtype, self.is_coalesced)
+        return (sealed.leaves,), aux
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> RowSparse:
+        """Return the array of these leaves, whatever they are."""
+        structure, shape, dtype, is_coalesced = aux
+        rows = cls.__new__(cls)
+        RowSparse.__init__(rows, (), shape, dtype, is_coalesced)
+        rows._fresh, rows._sealed = None, SealedTerms(children[0], structure)
+        return rows
 
     @classmethod
     def from_rows(
@@ -139,6 +184,8 @@ class RowSparse:
         """
         if self.is_coalesced:
             return self
+        if self.batch_shape:
+            return jax.vmap(RowSparse.coalesce)(self)
         placement = self._placement
         if placement is not None:
             unique = placement.coalesce(self.terms, self.shape[0])
@@ -146,10 +193,48 @@ class RowSparse:
             term = self._joined()
             indices, sums = term.apply(coalesce, num_embeddings=self.shape[0])
             unique = Term(sums, indices[:, None], implementation=term.implementation)
-        return dataclasses.replace(self, terms=(unique,), is_coalesced=True)
+        return RowSparse((unique,), self.shape, self.dtype, is_coalesced=True)
+
+    def sum(self, axis: int | None = None) -> RowSparse:
+        """Return the sum of a batch, over one of its axes or over all.
+
+        Nothing is multiplied out: the bags are laid end to end.
+
+        Example:
+          >>> loss = lambda t, ids: jbag.embedding_bag(t, ids, sparse=True).sum()
+          >>> rows = jax.vmap(jbag.grad(loss), in_axes=(None, 0))(
+          ...     jnp.ones((9, 1)), jnp.array([[[1, 2]], [[2, 3]]])
+          ... )
+          >>> rows.batch_shape, rows.sum().coalesce().values[:, 0].tolist()
+          ((2,), [0.5, 1.0, 0.5, 0.0])
+        """
+        axes = len(self.batch_shape)
+        if axis is None:
+            rows = self
+            for _ in range(axes):
+                rows = rows.sum(0)
+            return rows
+        if not -axes <= axis < axes:
+            raise ValueError(
+                f"`axis` must be one of the {axes} of the batch; got {axis}."
+            )
+        if axes > 1:  # the others stay
+            rest = 1 if axis % axes == 0 else 0
+            inner = functools.partial(RowSparse.sum, axis=max(axis % axes - 1, 0))
+            return jax.vmap(inner, in_axes=rest)(self)
+        assert self._sealed is not None
+        terms = self._sealed.open()
+        if any(term.placement is not None for term in terms):
+            size = self.batch_shape[0]
+            parts = [jax.tree.map(operator.itemgetter(k), self) for k in range(size)]
+            return functools.reduce(operator.add, parts)
+        terms = tuple(fold(term, self.shape[0]) for term in terms)
+        return RowSparse(terms, self.shape, self.dtype)
 
     def todense(self) -> Float[Array, "V D"]:
         """Return the array, rounded once to `dtype`."""
+        if self.batch_shape:
+            return jax.vmap(RowSparse.todense)(self)
         if self._placement is not None:
             dense = self._placement.todense(self.terms, self.shape)
             return dense.astype(self.dtype)
@@ -194,8 +279,8 @@ class RowSparse:
     def with_values(self, values: Float[Array, "N D"]) -> RowSparse:
         """Return it with other rows at the same indices."""
         term = self._flat()
-        term = Term(values, term.ids, placement=term.placement)
-        return dataclasses.replace(self, terms=(term,), applied=None)
+        term = dataclasses.replace(term, cotangent=values)
+        return RowSparse((term,), self.shape, self.dtype, self.is_coalesced)
 
     def scale_rows(self, scale: Float[Array, " N"]) -> RowSparse:
         """Return it with each of the `values` times its number."""
@@ -229,11 +314,13 @@ class RowSparse:
             return self
         if not isinstance(other, jax.Array | np.ndarray):
             return NotImplemented
-        if self.applied is not None and other is self.applied[0]:
-            return self.applied[1]
         if other.shape != self.shape:
             raise ValueError(
                 f"Shapes must be equal; got {other.shape} and {self.shape}."
+            )
+        if not jnp.issubdtype(other.dtype, jnp.floating):
+            raise TypeError(
+                f"Rows are added to a floating array; got one of {other.dtype}."
             )
         numbers = (-1.0, 0.0)  # a step of size one upwards, without decay
         return self.move(jnp.asarray(other), (), numbers, rule="sgd")[0]
@@ -252,19 +339,25 @@ class RowSparse:
             isinstance(scale, jax.Array | np.ndarray) and scale.ndim == 0
         ):
             return NotImplemented
-        terms = tuple(
+        if self.batch_shape:
+            return jax.vmap(RowSparse.__mul__, in_axes=(0, None))(self, scale)
+        terms = [
             dataclasses.replace(
                 term,
                 cotangent=term.cotangent * jnp.asarray(scale, term.cotangent.dtype),
             )
             for term in self.terms
-        )
-        return dataclasses.replace(self, terms=terms, applied=None)
+        ]
+        return RowSparse(terms, self.shape, self.dtype, self.is_coalesced)
 
     __rmul__ = __mul__
 
     def __truediv__(self, scale: Any) -> RowSparse:
         return self * (1 / scale)
+
+    def __repr__(self) -> str:
+        batch = f", batch_shape={self.batch_shape}" if self.batch_shape else ""
+        return f"RowSparse(shape={self.shape}, dtype={jnp.dtype(self.dtype)}{batch})"
 
     # NumPy's arrays and numbers then leave arithmetic to these methods, as JAX's do.
     __array_ufunc__ = None
@@ -285,7 +378,41 @@ class RowSparse:
         kept &= xla.filled(term.ids, term.empty)
         indices = jnp.where(kept, term.ids, self.shape[0]).reshape(-1, 1)
         rows = jnp.where(kept[..., None], rows, 0)
-        return Term(rows.reshape(indices.size, self.shape[1]), indices)
+        rows = rows.reshape(indices.size, self.shape[1])
+        return Term(rows, indices, implementation=term.implementation)
+
+
+@jax.tree_util.register_pytree_node_class
+class RowUpdate(RowSparse):
+    """What an optimizer adds to a table whose rows it has moved already.
+
+    Added to that very table, it gives the moved one, in place; added to another array,
+    or after it has passed through a function, it is the `RowSparse` that `difference`
+    computes, which is done only then.
+    """
+
+    def __init__(
+        self,
+        table: Float[Array, "V D"],
+        moved: Float[Array, "V D"],
+        difference: Callable[[], RowSparse],
+    ) -> None:
+        super().__init__((), table.shape, table.dtype, is_coalesced=True)
+        self._fresh = None
+        self._table, self._moved, self._difference = table, moved, difference
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The products that it is the sum of."""
+        if self._sealed is not None:
+            return super().terms
+        return self._difference().terms
+
+    def __radd__(self, other: Any) -> Any:
+        """Return the moved table, or an array with the rows added to it."""
+        if self._sealed is None and other is self._table:
+            return self._moved
+        return super().__radd__(other)
 
 
 def is_rows(x: Any) -> bool:

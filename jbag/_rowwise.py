@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import numbers
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from jaxtyping import Array, Int
 from jbag._kernels.rules import RULES, step
 from jbag._kernels.xla import accumulation_dtype
 from jbag._pages import to_huge_pages
-from jbag._rows import RowSparse, is_rows
+from jbag._rows import RowSparse, RowUpdate, is_rows
 from jbag._validation import check_integer
 
 Rate = float | Array | Callable[[Int[Array, ""]], Any]
@@ -121,21 +120,23 @@ def _move_rows(
     scalars: list[Array],
     noise: Array | None,
 ) -> tuple[RowSparse, tuple[Array, ...]]:
-    """Move the rows and their states, in place where they may be; return the update.
-
-    What it adds to the rows is there for whoever asks; compiled, it is left out.
-    """
+    """Move the rows and their states, in place where they may be; return the update."""
+    table, states = jnp.asarray(table), tuple(map(jnp.asarray, states))
     if gradient.shape != table.shape:
         raise ValueError(
             f"A gradient must have the shape of its table, {table.shape}; "
             f"got {gradient.shape}."
         )
     moved, *moved_states = gradient.move(table, states, scalars, noise, rule=rule)
-    delta, _ = _step_rows(rule, gradient, table, states, scalars)
-    if noise is not None:
+
+    def difference() -> RowSparse:
+        delta, _ = _step_rows(rule, gradient, table, states, scalars)
+        if noise is None:
+            return delta
         wide = [delta.rows_of(x).astype(jnp.float32) for x in (table, moved)]
-        delta = delta.with_values(wide[1] - wide[0])
-    return dataclasses.replace(delta, applied=(table, moved)), tuple(moved_states)
+        return delta.with_values(wide[1] - wide[0])
+
+    return RowUpdate(table, moved, difference), tuple(moved_states)
 
 
 def _step_rows(

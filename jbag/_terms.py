@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jbag._joining import join, join_slots, ones
+from jbag._joining import fold_bags, join, join_slots, ones
 from jbag._kernels import xla
 from jbag._kernels.xla import Ids, Offsets, Slots
-from jbag._primitive import EMPTY, UNKNOWN
+from jbag._primitive import EMPTY, UNKNOWN, merge
 from jbag._product import divided
+from jbag._sealed import seal, unseal
 
 
 @functools.partial(
@@ -91,19 +92,83 @@ class Term:
         )
 
 
+class SealedTerms(NamedTuple):
+    """Terms as the leaves of a pytree: the cotangents, and sealed arrays.
+
+    Attributes:
+      leaves: of each term the cotangent, ids, offsets, coefficients and winners.
+      structure: of each term the options, and the dtypes of what is sealed.
+    """
+
+    leaves: tuple[tuple[Any, ...], ...]
+    structure: tuple[Any, ...]
+
+    @classmethod
+    def close(cls, terms: Sequence[Term]) -> SealedTerms:
+        leaves, structure = [], []
+        for term in terms:
+            arrays = (term.ids, term.offsets, term.coefficients, term.winners)
+            dtypes = tuple(None if x is None else jnp.dtype(x.dtype) for x in arrays)
+            leaves.append(
+                (term.cotangent, *(x if x is None else seal(x) for x in arrays))
+            )
+            options = (term.empty, term.implementation, term.average, term.placement)
+            structure.append((dtypes, *options))
+        return cls(tuple(leaves), tuple(structure))
+
+    def open(self) -> tuple[Term, ...]:
+        terms = []
+        for (cotangent, *sealed), (dtypes, *options) in zip(
+            self.leaves, self.structure, strict=True
+        ):
+            ids, offsets, coefficients, winners = (
+                x if x is None else unseal(x, dtype)
+                for x, dtype in zip(sealed, dtypes, strict=True)
+            )
+            empty, implementation, average, placement = options
+            terms.append(
+                Term(
+                    cotangent,
+                    ids,
+                    offsets,
+                    coefficients,
+                    empty,
+                    implementation,
+                    winners,
+                    average,
+                    placement,
+                )
+            )
+        return tuple(terms)
+
+
+def fold(batch: Term, num_embeddings: int) -> Term:
+    """Return the sum of a batch of terms, whose arrays have one axis more, in front."""
+    ids, offsets, coefficients, winners = fold_bags(
+        batch.ids,
+        batch.offsets,
+        batch.coefficients,
+        batch.winners,
+        empty=batch.empty,
+        num_embeddings=num_embeddings,
+    )
+    return dataclasses.replace(
+        batch,
+        cotangent=merge(batch.cotangent),
+        ids=ids,
+        offsets=offsets,
+        coefficients=coefficients,
+        winners=winners,
+        empty=EMPTY,
+    )
+
+
 def join_terms(terms: Sequence[Term], width: int, dtype: Any = jnp.float32) -> Term:
     """Return one term that is the sum of all: their bags laid end to end.
 
     Without any, it is zeros of that width and dtype.
     """
     terms = [t for t in terms if t.ids.size and t.cotangent.shape[0]]
-    for term in terms:
-        if not jnp.issubdtype(term.ids.dtype, jnp.integer):
-            raise TypeError(
-                "The ids of a RowSparse must be integers; got "
-                f"{term.ids.dtype}. A function that maps over the arrays of a "
-                "gradient changed them: those of `jbag.optim` know of rows."
-            )
     if not terms:
         return Term(jnp.zeros((0, width), dtype), jnp.zeros((0, 1), jnp.int32))
     if len(terms) == 1:

@@ -34,10 +34,14 @@ import optax
 from jaxtyping import Array
 
 from jbag._accumulation import accumulate_gradients as accumulate_gradients
-from jbag._clipping import add_decayed_weights as add_decayed_weights
-from jbag._clipping import clip_by_global_norm as clip_by_global_norm
-from jbag._clipping import clip_by_row_norm as clip_by_row_norm
-from jbag._clipping import global_norm as global_norm
+from jbag._row_transforms import add_decayed_weights as add_decayed_weights
+from jbag._row_transforms import apply_if_finite as apply_if_finite
+from jbag._row_transforms import clip_by_global_norm as clip_by_global_norm
+from jbag._row_transforms import clip_by_row_norm as clip_by_row_norm
+from jbag._row_transforms import global_norm as global_norm
+from jbag._row_transforms import scale as scale
+from jbag._row_transforms import scale_by_learning_rate as scale_by_learning_rate
+from jbag._row_transforms import scale_by_schedule as scale_by_schedule
 from jbag._rowwise import Rate, is_zero, rate_at, transformation
 from jbag._rowwise import RowState as RowState
 

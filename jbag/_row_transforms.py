@@ -1,17 +1,115 @@
-"""What is done to gradients before an optimizer takes them."""
+"""Transformations of gradients and updates, some leaves of which are `RowSparse`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jbag._kernels.xla import accumulation_dtype
 from jbag._rows import RowSparse, is_rows
 from jbag._rowwise import check_at_least_zero
+
+
+def scale(step_size: float | Array) -> optax.GradientTransformation:
+    """Multiply all gradients by a number: `optax.scale` for trees with rows.
+
+    Example:
+      >>> optimizer = optax.chain(jbag.optim.scale(0.5), jbag.optim.adagrad(0.1))
+    """
+    return optax.stateless(lambda updates, _: _scaled(updates, step_size))
+
+
+def scale_by_schedule(
+    step_size_fn: Callable[[Int[Array, ""]], Any],
+) -> optax.GradientTransformation:
+    """Multiply all gradients by a function of the number of steps taken.
+
+    It is `optax.scale_by_schedule` for trees with rows.
+
+    Example:
+      >>> warmup = jbag.optim.scale_by_schedule(lambda step: (step + 1) / 100)
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        count = optax.safe_increment(state.count)
+        updates = _scaled(updates, step_size_fn(state.count))
+        return updates, optax.ScaleByScheduleState(count)
+
+    def init(params: Any) -> Any:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_by_learning_rate(
+    learning_rate: float | Array | Callable[[Int[Array, ""]], Any],
+    *,
+    flip_sign: bool = True,
+) -> optax.GradientTransformation:
+    """Multiply all updates by a learning rate, or by minus it, or by a schedule.
+
+    It is `optax.scale_by_learning_rate` for trees with rows. The optimizers of
+    `jbag.optim` take their own `learning_rate`.
+
+    Example:
+      >>> descend = jbag.optim.scale_by_learning_rate(0.1)
+    """
+    sign = -1 if flip_sign else 1
+    if callable(learning_rate):
+        schedule = learning_rate
+        return scale_by_schedule(lambda count: sign * schedule(count))
+    return scale(sign * learning_rate)
+
+
+def apply_if_finite(
+    inner: optax.GradientTransformation, max_consecutive_errors: int
+) -> optax.GradientTransformation:
+    """Skip the steps of `inner` in which a gradient isn't finite.
+
+    It is `optax.apply_if_finite` for trees with rows; see there for the state. As both
+    outcomes are computed, tables aren't updated in place.
+
+    Example:
+      >>> optimizer = jbag.optim.apply_if_finite(jbag.optim.sgd(0.1), 3)
+    """
+
+    def update_plain(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        updates, state = wide.update(updates, state, params, **extra)
+        # Of the structure of the gradients: a skipped update is zeros like these.
+        return map_rows(lambda rows: rows.with_values(rows.values), updates), state
+
+    wide = optax.with_extra_args_support(inner)
+    plain = optax.GradientTransformationExtraArgs(inner.init, update_plain)
+    outer = optax.apply_if_finite(plain, max_consecutive_errors)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        updates = map_rows(RowSparse.coalesce, updates)
+        return outer.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(outer.init, update)
+
+
+def map_rows(function: Callable, updates: Any) -> Any:
+    """Apply a function to the row-sparse leaves of a tree."""
+    return jax.tree.map(
+        lambda x: function(x) if is_rows(x) else x, updates, is_leaf=is_rows
+    )
+
+
+def _scaled(updates: Any, number: Any) -> Any:
+    """Multiply each leaf, in its own dtype."""
+    return jax.tree.map(
+        lambda x: x * (number if is_rows(x) else jnp.asarray(number, x.dtype)),
+        updates,
+        is_leaf=is_rows,
+    )
 
 
 def add_decayed_weights(weight_decay: float) -> optax.GradientTransformation:
@@ -79,15 +177,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     check_at_least_zero(max_norm=max_norm)
 
     def clip(updates: Any, _: Any) -> Any:
-        updates = jax.tree.map(
-            lambda x: x.coalesce() if is_rows(x) else x, updates, is_leaf=is_rows
-        )
-        scale = _down_to(global_norm(updates), max_norm)
-        return jax.tree.map(
-            lambda x: x * scale if is_rows(x) else x * scale.astype(x.dtype),
-            updates,
-            is_leaf=is_rows,
-        )
+        updates = map_rows(RowSparse.coalesce, updates)
+        return _scaled(updates, _down_to(global_norm(updates), max_norm))
 
     return optax.stateless(clip)
 

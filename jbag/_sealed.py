@@ -1,0 +1,75 @@
+"""Arrays on which arithmetic is impossible: the indices of a row-sparse array.
+
+A pytree is open to every function that maps over its leaves. Multiplied or summed, the
+ids of a gradient would name other rows. Sealed, they are arrays of an extended dtype,
+as keys are: copying, stacking, selecting and `lax.scan` work, arithmetic is a TypeError
+that says what to use. Compiled, sealing is nothing: the bits stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.extend import random
+from jaxtyping import Array, Shaped
+
+_TAG = "indices of a jbag.RowSparse; for gradients with rows, see jbag.optim"
+
+
+@functools.cache
+def _seal_dtype(num_words: int) -> Any:
+    """Return the key implementation that holds elements of so many 32-bit words."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise TypeError(f"Not a key of random numbers: {_TAG}.")
+
+    return random.define_prng_impl(
+        key_shape=(num_words,),
+        seed=refuse,
+        split=refuse,
+        random_bits=refuse,
+        fold_in=refuse,
+        name=f"jbag_sealed_{num_words}",
+        tag=_TAG,
+    )
+
+
+@jax.custom_jvp
+def _words(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    return jax.lax.bitcast_convert_type(x, jnp.uint32)
+
+
+@functools.partial(_words.defjvp, symbolic_zeros=True)
+def _words_jvp(primals: tuple[Array], tangents: tuple[Any]) -> tuple[Array, Any]:
+    if not isinstance(tangents[0], SymbolicZero):
+        raise TypeError(
+            "The weights of a RowSparse have no derivative where it leaves a "
+            "transformed function: differentiate what is computed of it there."
+        )
+    words = _words(*primals)
+    return words, np.zeros(words.shape, jax.dtypes.float0)
+
+
+@functools.partial(jax.jit, inline=True)
+def seal(x: Shaped[Array, "..."]) -> Array:
+    """Return an array of 32-bit or 64-bit elements, sealed, of the same shape."""
+    is_floating = jnp.issubdtype(x.dtype, jnp.floating)
+    words = _words(x) if is_floating else jax.lax.bitcast_convert_type(x, jnp.uint32)
+    num_words = x.dtype.itemsize // 4
+    return jax.random.wrap_key_data(
+        words.reshape(*x.shape, num_words), impl=_seal_dtype(num_words)
+    )
+
+
+@functools.partial(jax.jit, inline=True, static_argnums=1)
+def unseal(x: Array, dtype: Any) -> Shaped[Array, "..."]:
+    """Return the array of the dtype that was sealed."""
+    words = jax.random.key_data(x)
+    if words.shape[-1] == 1:
+        words = words[..., 0]
+    return jax.lax.bitcast_convert_type(words, dtype)
