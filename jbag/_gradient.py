@@ -288,7 +288,7 @@ def _pull_back(
     else:
         offsets = _after(value, offsets)
     options = {k: x for k, x in call.equation.params.items() if k != "has_winners"}
-    one = functools.partial(
+    one: Callable = functools.partial(
         pull_back, shape=jnp.shape(table), dtype=jax.typeof(table).dtype, **options
     )
     for _ in call.loops:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jbag._joining import fold_bags
 from jbag._kernels.xla import Ids, Offsets, Slots
 from jbag._primitive import EMPTY, equally_varying, layout, merge
+from jbag._terms import ONE_DEVICE, Placement
 
 
 def mark_table(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
@@ -35,15 +36,15 @@ def mark_pooled(
     winners: Int[Array, "B D"] | None = None,
     *,
     average: str | None = None,
-    placement: Any = None,
+    placement: Placement = ONE_DEVICE,
     **options: Any,
 ) -> Float[Array, "B D"]:
     """Return what was pooled from a marked table, to which its gradient flows so.
 
     Each slot gets its bag's row of the cotangent, divided as the average was, times its
     coefficient. With `winners`, flat slots, a feature goes to the one slot that won it.
-    A `placement` says that every array has a block for each device of a mesh, in which
-    bags and slots are numbered by themselves.
+    The `placement` tells how the arrays lie on devices. Over a mesh every one has a
+    block for each device, in which bags and slots are numbered by themselves.
     """
     optional = [x for x in (winners,) if x is not None]
     bags = [x for x in (offsets, coefficients) if x is not None]
@@ -110,11 +111,13 @@ def _batch_pooled(
         jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
         for x, d in zip(operands, dims, strict=True)
     )
-    if dims[1] is not None or size == 0 or params["placement"] is not None:
+    if dims[1] is not None or size == 0 or params["placement"].over_mesh:
         return pooled, 0  # none of them is marked
-    dense, *bags = layout(int(has_winners), rest, batch_ndim=1)
+    dense, ids, offsets, coefficients = layout(int(has_winners), rest, batch_ndim=1)
     ids, offsets, coefficients, winners = fold_bags(
-        *bags,
+        ids,
+        offsets,
+        coefficients,
         dense[0] if has_winners else None,
         empty=empty,
         num_embeddings=table.shape[1],

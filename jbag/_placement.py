@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jbag._mesh import Strategy, lay, per_device
 from jbag._primitive import EMPTY
 from jbag._product import transposed_product
 from jbag._routing import router
-from jbag._terms import Term, join_terms
+from jbag._terms import ONE_DEVICE, Term, join_terms
 from jbag._update import coalesce, update_rows
 
 Receive = Callable[[Any, Term], Any]
@@ -38,6 +38,8 @@ class Here:
       cotangent: the spec of the cotangent.
       bags: the spec of ids, offsets and coefficients.
     """
+
+    over_mesh: ClassVar[bool] = True
 
     strategy: Strategy
     cotangent: P
@@ -104,10 +106,10 @@ class Here:
         return run((table, *states), numbers, seed, list(terms))
 
     def todense(
-        self, terms: Sequence[Term], shape: tuple[int, ...]
+        self, terms: Sequence[Term], shape: tuple[int, ...], dtype: Any
     ) -> Float[Array, "V D"]:
         """Return the sum of the terms as an array, in the accumulation dtype."""
-        dtype = jnp.result_type(*(term.cotangent.dtype for term in terms))
+        dtype = accumulation_dtype(jnp.dtype(dtype))
 
         def add(terms: list[Term]) -> Array:
             own = self._shard(shape)
@@ -123,9 +125,16 @@ class Here:
         run = per_device(add, self.strategy, specs, self.strategy.table, check=False)
         return run(list(terms))
 
-    def coalesce(self, terms: Sequence[Term], num_embeddings: int) -> Term:
+    def flat(self, terms: Sequence[Term], shape: tuple[int, ...], dtype: Any) -> Term:
+        """Return the rows that are named, as bags of one: they are coalesced."""
+        return self.coalesce(terms, shape, dtype)
+
+    def coalesce(
+        self, terms: Sequence[Term], shape: tuple[int, ...], dtype: Any
+    ) -> Term:
         """Return the rows that are named, each once where it lies, and their sums."""
-        width = terms[0].cotangent.shape[1]
+        del dtype
+        num_embeddings, width = shape
         settled = self.settled()
 
         def gather(terms: list[Term]) -> tuple[Array, Array]:
@@ -219,11 +228,11 @@ class Here:
         return [
             dataclasses.replace(
                 term,
-                cotangent=term.placement.cotangent,
-                ids=term.placement.bags,
-                offsets=term.placement.bags,
-                coefficients=term.placement.bags,
-                winners=term.placement.cotangent,
+                cotangent=self.cotangent,
+                ids=self.bags,
+                offsets=self.bags,
+                coefficients=self.bags,
+                winners=self.cotangent,
             )
             for term in terms
         ]
@@ -294,7 +303,7 @@ class Routed(Here):
 
 
 def _local(terms: list[Term]) -> list[Term]:
-    return [dataclasses.replace(term, placement=None) for term in terms]
+    return [dataclasses.replace(term, placement=ONE_DEVICE) for term in terms]
 
 
 def _first_row(strategy: Strategy, rows: int) -> Int[Array, ""]:

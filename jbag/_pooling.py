@@ -21,6 +21,7 @@ from jbag._kernels.xla import Ids, Offsets, Size, Slots, accumulation_dtype, tak
 from jbag._marks import mark_pooled, mark_table
 from jbag._norm import row_scale
 from jbag._primitive import EMPTY, UNKNOWN
+from jbag._terms import ONE_DEVICE, Placement
 
 
 class How(NamedTuple):
@@ -158,7 +159,7 @@ def mark(
     *,
     how: How,
     empty: int | None,
-    placement: Any = None,
+    placement: Placement = ONE_DEVICE,
 ) -> Float[Array, "B D"]:
     """Return what was combined of a marked table, marked."""
     ids, offsets, coefficients, options = transposed(pieces, how, empty)

@@ -49,9 +49,9 @@ class PooledCall(NamedTuple):
         """Return zeros like what is pooled, in all turns of the loops."""
         pooled: Any = self.equation.outvars[0].aval
         placement = self.equation.params["placement"]
-        if placement is not None:
-            return placement.zeros(pooled.shape, pooled.dtype)
-        zeros = jnp.zeros((*self.loops, *pooled.shape), pooled.dtype)
+        zeros = placement.zeros((*self.loops, *pooled.shape), pooled.dtype)
+        if placement.over_mesh:
+            return zeros
         varying = pooled.manual_axis_type.varying  # under `shard_map`
         return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
 
@@ -158,7 +158,7 @@ class _Search:
         if equation.primitive is pooled_mark:
             # Its other operands are there to be read, not to be differentiated.
             table = ins[1].table
-            over_mesh = params["placement"] is not None
+            over_mesh = params["placement"].over_mesh
             if table is None or (over_mesh and loops):
                 return [_Value(ins[0].sources)]
             self.calls[path] = PooledCall(self.tables[table], equation, loops)

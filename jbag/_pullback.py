@@ -18,7 +18,7 @@ def pull_back(
     coefficients: Slots | None,
     winners: Int[Array, "B D"] | None,
     *,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     dtype: Any,
     **options: Any,
 ) -> RowSparse:

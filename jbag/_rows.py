@@ -16,10 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from jbag._kernels import xla
-from jbag._kernels.xla import take
-from jbag._product import transposed_product
-from jbag._terms import SealedTerms, Term, fold, join_terms
-from jbag._update import coalesce, update_rows
+from jbag._terms import ONE_DEVICE, Placement, SealedTerms, Term, fold
 from jbag._validation import check_integer, check_integers, to_index_dtype
 
 
@@ -186,13 +183,7 @@ class RowSparse:
             return self
         if self.batch_shape:
             return jax.vmap(RowSparse.coalesce)(self)
-        placement = self._placement
-        if placement is not None:
-            unique = placement.coalesce(self.terms, self.shape[0])
-        else:
-            term = self._joined()
-            indices, sums = term.apply(coalesce, num_embeddings=self.shape[0])
-            unique = Term(sums, indices[:, None], implementation=term.implementation)
+        unique = self._placement.coalesce(self.terms, self.shape, self.dtype)
         return RowSparse((unique,), self.shape, self.dtype, is_coalesced=True)
 
     def sum(self, axis: int | None = None) -> RowSparse:
@@ -224,7 +215,7 @@ class RowSparse:
             return jax.vmap(inner, in_axes=rest)(self)
         assert self._sealed is not None
         terms = self._sealed.open()
-        if any(term.placement is not None for term in terms):
+        if any(term.placement.over_mesh for term in terms):
             size = self.batch_shape[0]
             parts = [jax.tree.map(operator.itemgetter(k), self) for k in range(size)]
             return functools.reduce(operator.add, parts)
@@ -235,12 +226,8 @@ class RowSparse:
         """Return the array, rounded once to `dtype`."""
         if self.batch_shape:
             return jax.vmap(RowSparse.todense)(self)
-        if self._placement is not None:
-            dense = self._placement.todense(self.terms, self.shape)
-            return dense.astype(self.dtype)
-        return self._joined().apply(
-            transposed_product, num_embeddings=self.shape[0], dtype=self.dtype
-        )
+        dense = self._placement.todense(self.terms, self.shape, self.dtype)
+        return dense.astype(self.dtype)
 
     def move(
         self,
@@ -257,24 +244,17 @@ class RowSparse:
         `_kernels.rules`.
         """
         operands = (table, tuple(states), scalars, seed)
-        if self._placement is not None:
-            return self._placement.update_rows(self.terms, *operands, rule=rule)
-        term = self._joined()
-        return term.apply(update_rows, *operands, rule=rule)
+        return self._placement.update_rows(self.terms, *operands, rule=rule)
 
     def rows_of(self, array: Shaped[Array, "V ..."]) -> Shaped[Array, "N ..."]:
         """Return an array's rows at `indices`, zeros where a slot names none."""
-        if self._placement is not None:
-            return self._placement.take(array, self.indices)
-        return take(array, self.indices, 0)
+        return self._placement.take(array, self.indices)
 
     def put(
         self, array: Shaped[Array, "V ..."], rows: Shaped[Array, "N ..."]
     ) -> Shaped[Array, "V ..."]:
         """Return an array with its rows at `indices` replaced; they must be unique."""
-        if self._placement is not None:
-            return self._placement.put(array, self.indices, rows)
-        return array.at[self.indices].set(rows, mode="drop", indices_are_sorted=True)
+        return self._placement.put(array, self.indices, rows)
 
     def with_values(self, values: Float[Array, "N D"]) -> RowSparse:
         """Return it with other rows at the same indices."""
@@ -288,15 +268,15 @@ class RowSparse:
         return self.with_values(values * scale.astype(values.dtype)[:, None])
 
     @property
-    def _placement(self) -> Any:
-        """How the terms lie on a mesh, or None."""
+    def _placement(self) -> Placement:
+        """How the terms lie on devices."""
         found = {term.placement for term in self.terms}
         if len(found) > 1:
             raise ValueError(
                 "Gradients of a table over a mesh add up where all of them are of one "
                 "strategy, and coalesced or not; got several."
             )
-        return next(iter(found), None)
+        return next(iter(found), ONE_DEVICE)
 
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, RowSparse):
@@ -362,24 +342,11 @@ class RowSparse:
     # NumPy's arrays and numbers then leave arithmetic to these methods, as JAX's do.
     __array_ufunc__ = None
 
-    def _joined(self) -> Term:
-        dtype = xla.accumulation_dtype(jnp.dtype(self.dtype))
-        return join_terms(self.terms, self.shape[1], dtype)
-
     def _flat(self) -> Term:
         """Return the rows of all slots as bags of one."""
-        if self._placement is not None:
-            return self.coalesce().terms[0]
-        term = self._joined().plain()
-        rows, kept = xla.bag_rows(term.cotangent, term.ids, term.offsets)
-        if term.coefficients is not None:
-            rows = term.coefficients[..., None] * rows
-        kept &= (term.ids >= 0) & (term.ids < self.shape[0])
-        kept &= xla.filled(term.ids, term.empty)
-        indices = jnp.where(kept, term.ids, self.shape[0]).reshape(-1, 1)
-        rows = jnp.where(kept[..., None], rows, 0)
-        rows = rows.reshape(indices.size, self.shape[1])
-        return Term(rows, indices, implementation=term.implementation)
+        if self.is_coalesced:
+            return self.terms[0]
+        return self._placement.flat(self.terms, self.shape, self.dtype)
 
 
 @jax.tree_util.register_pytree_node_class

@@ -5,18 +5,135 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jbag._joining import fold_bags, join, join_slots, ones
 from jbag._kernels import xla
 from jbag._kernels.xla import Ids, Offsets, Slots
 from jbag._primitive import EMPTY, UNKNOWN, merge
-from jbag._product import divided
+from jbag._product import divided, transposed_product
 from jbag._sealed import seal, unseal
+from jbag._update import coalesce, update_rows
+
+Shape = tuple[int, ...]
+
+
+class Placement(Protocol):
+    """How the arrays of terms lie on devices, and how rows come to where they move.
+
+    Attributes:
+      over_mesh: whether every array of a term has a block for each device of a mesh.
+    """
+
+    over_mesh: ClassVar[bool]
+
+    def coalesce(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term: ...
+
+    def flat(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term: ...
+
+    def todense(
+        self, terms: Sequence[Term], shape: Shape, dtype: Any
+    ) -> Float[Array, "V D"]: ...
+
+    def update_rows(
+        self,
+        terms: Sequence[Term],
+        table: Float[Array, "V D"],
+        states: tuple[Array, ...],
+        scalars: Sequence[Any],
+        seed: Array | None,
+        *,
+        rule: str,
+    ) -> tuple[Array, ...]: ...
+
+    def take(
+        self, array: Shaped[Array, "V ..."], indices: Int[Array, " N"]
+    ) -> Shaped[Array, "N ..."]: ...
+
+    def put(
+        self,
+        array: Shaped[Array, "V ..."],
+        indices: Int[Array, " N"],
+        rows: Shaped[Array, "N ..."],
+    ) -> Shaped[Array, "V ..."]: ...
+
+    def zeros(self, shape: Shape, dtype: Any) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OneDevice:
+    """The placement of a table that each device, or the only one, has for itself."""
+
+    over_mesh: ClassVar[bool] = False
+
+    def coalesce(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term:
+        """Return the rows that are named, each once, in order, and their sums."""
+        term = self._join(terms, shape, dtype)
+        indices, sums = term.apply(coalesce, num_embeddings=shape[0])
+        return Term(sums, indices[:, None], implementation=term.implementation)
+
+    def flat(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term:
+        """Return the rows of all slots as bags of one."""
+        term = self._join(terms, shape, dtype).plain()
+        rows, kept = xla.bag_rows(term.cotangent, term.ids, term.offsets)
+        if term.coefficients is not None:
+            rows = term.coefficients[..., None] * rows
+        kept &= (term.ids >= 0) & (term.ids < shape[0])
+        kept &= xla.filled(term.ids, term.empty)
+        indices = jnp.where(kept, term.ids, shape[0]).reshape(-1, 1)
+        rows = jnp.where(kept[..., None], rows, 0).reshape(indices.size, shape[1])
+        return Term(rows, indices, implementation=term.implementation)
+
+    def todense(
+        self, terms: Sequence[Term], shape: Shape, dtype: Any
+    ) -> Float[Array, "V D"]:
+        """Return the sum of the terms as an array."""
+        return self._join(terms, shape, dtype).apply(
+            transposed_product, num_embeddings=shape[0], dtype=dtype
+        )
+
+    def update_rows(
+        self,
+        terms: Sequence[Term],
+        table: Float[Array, "V D"],
+        states: tuple[Array, ...],
+        scalars: Sequence[Any],
+        seed: Array | None,
+        *,
+        rule: str,
+    ) -> tuple[Array, ...]:
+        """Move the rows by a rule, in place; see `RowSparse.move`."""
+        term = self._join(terms, table.shape, table.dtype)
+        return term.apply(update_rows, table, states, scalars, seed, rule=rule)
+
+    def take(
+        self, array: Shaped[Array, "V ..."], indices: Int[Array, " N"]
+    ) -> Shaped[Array, "N ..."]:
+        """Return an array's rows at the indices, zeros where these name none."""
+        return xla.take(array, indices, 0)
+
+    def put(
+        self,
+        array: Shaped[Array, "V ..."],
+        indices: Int[Array, " N"],
+        rows: Shaped[Array, "N ..."],
+    ) -> Shaped[Array, "V ..."]:
+        """Return the array with those rows replaced; the indices are in order."""
+        return array.at[indices].set(rows, mode="drop", indices_are_sorted=True)
+
+    def zeros(self, shape: Shape, dtype: Any) -> Array:
+        """Return zeros that lie as a cotangent does."""
+        return jnp.zeros(shape, dtype)
+
+    def _join(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term:
+        return join_terms(terms, shape[1], xla.accumulation_dtype(jnp.dtype(dtype)))
+
+
+ONE_DEVICE = OneDevice()
 
 
 @functools.partial(
@@ -29,9 +146,8 @@ class Term:
     """A transposed product that isn't multiplied out: A.T @ cotangent.
 
     A holds the bags' coefficients, divided as an `average` divides. With `winners`, a
-    feature goes to the one slot that won it. With a `placement`, every array has a
-    block for each device of a mesh; see `_placement`. What it adds up to is never
-    larger than these arrays are.
+    feature goes to the one slot that won it. The `placement` tells how the arrays lie
+    on devices. What it adds up to is never larger than these arrays are.
     """
 
     cotangent: Float[Array, "B D"]
@@ -42,7 +158,7 @@ class Term:
     implementation: str | None = None
     winners: Int[Array, "B D"] | None = None
     average: str | None = None
-    placement: Any = None
+    placement: Placement = ONE_DEVICE
 
     def apply(self, operation: Callable, *operands: Any, **params: Any) -> Any:
         """Call an operation with the operands, the cotangent and the bags."""
@@ -121,10 +237,11 @@ class SealedTerms(NamedTuple):
         for (cotangent, *sealed), (dtypes, *options) in zip(
             self.leaves, self.structure, strict=True
         ):
-            ids, offsets, coefficients, winners = (
+            arrays: list[Any] = [
                 x if x is None else unseal(x, dtype)
                 for x, dtype in zip(sealed, dtypes, strict=True)
-            )
+            ]
+            ids, offsets, coefficients, winners = arrays
             empty, implementation, average, placement = options
             terms.append(
                 Term(

@@ -8,7 +8,7 @@ works wherever JAX's own operations do, in the body of `jax.lax.scan` too. `psum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from jbag._rows import RowSparse, is_rows
 from jbag._terms import fold
 from jbag._validation import Floats, Integers
 
-AxisName = Hashable | Sequence[Hashable]
+AxisName = str | Sequence[str]
 
 
 def pool(
@@ -87,9 +87,8 @@ def pool(
         implementation=implementation,
     )
     how = options["how"]
-    ids, offsets, weights = bags
-    ids = jnp.asarray(ids)
-    pieces, empty = _pooling.prepare(table, ids, offsets, weights, max_norm, **options)
+    ids, ends, own_weights = jax.tree.map(jnp.asarray, bags)
+    pieces, empty = _pooling.prepare(table, ids, ends, own_weights, max_norm, **options)
     total, winners = _pooling.combine(
         jax.lax.stop_gradient(table), pieces, how=how, empty=empty
     )
@@ -131,7 +130,7 @@ def psum(tree: Any, axis_name: AxisName) -> Any:
         if not is_rows(x):
             return jax.lax.psum(x, axis_name)
         terms = [jax.tree.map(lambda a: _gather(a, axis_name), t) for t in x.terms]
-        if any(term.placement is not None for term in terms):
+        if any(term.placement.over_mesh for term in terms):
             raise ValueError(
                 "The gradient of a table over a mesh is summed already: `psum` takes "
                 "those of tables that each device holds."
