@@ -225,17 +225,14 @@ class Here:
         )
 
     def _term_specs(self, terms: Sequence[Term]) -> list[Term]:
-        return [
-            dataclasses.replace(
-                term,
-                cotangent=self.cotangent,
-                ids=self.bags,
-                offsets=self.bags,
-                coefficients=self.bags,
-                winners=self.cotangent,
-            )
-            for term in terms
-        ]
+        specs: dict[str, Any] = {
+            "cotangent": self.cotangent,
+            "ids": self.bags,
+            "offsets": self.bags,
+            "coefficients": self.bags,
+            "winners": self.cotangent,
+        }
+        return [dataclasses.replace(term, **specs) for term in terms]
 
 
 @dataclasses.dataclass(frozen=True)
