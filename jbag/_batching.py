@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jbag._bags import Bags
-from jbag._validation import AnyArray, check_integer
+from jbag._validation import AnyArray, check_integer, check_integers
 
 Capacity = int | Callable[[int], int]
 
@@ -34,7 +34,8 @@ class Batch:
     """B examples of static shape, a pytree. In a stack, all have a leading axis K.
 
     Attributes:
-      bags: `Bags` of B bags, or the tree of them that the data set is.
+      bags: `Bags` of B bags, or a tree of them, as the data set is. Ids [n, L] become
+        bags of L.
       arrays: the tree of arrays, each [B, ...], or None; zeros where filled up.
       mask: [B], False where an empty bag fills the batch up.
       positions: [B], where in the data set each example is, -1 where filled up; or
@@ -178,18 +179,28 @@ def _gather(
         np.concatenate([source[start:end] for start, end in pairs], out=out)
 
 
-def _check_bags(name: str, bags: Any) -> Bags:
-    if not isinstance(bags, Bags):
-        lists = " jbag.Bags.from_lists packs lists." if isinstance(bags, list) else ""
+def _check_bags(name: str, given: Any) -> Bags:
+    if not isinstance(given, Bags) and hasattr(given, "dtype"):
+        given = _from_rectangle(name, given)
+    if not isinstance(given, Bags):
+        lists = " jbag.Bags.from_lists packs lists." if isinstance(given, list) else ""
         raise TypeError(
-            f"`{name}` must be Bags, or dicts or tuples of them; "
-            f"got {type(bags).__name__}.{lists}"
+            f"`{name}` must be Bags, or ids [n, L], or dicts or tuples of them; "
+            f"got {type(given).__name__}.{lists}"
         )
-    bags.check_single()
-    on_host: Bags = jax.tree.map(np.asarray, bags)
+    given.check_single()
+    on_host: Bags = jax.tree.map(np.asarray, given)
     return Bags.from_offsets(
         on_host.indices, on_host.offsets, on_host.weights, include_last_offset=True
     )
+
+
+def _from_rectangle(name: str, given: Any) -> Bags:
+    """Return ids [n, L] as n bags of L."""
+    ids = check_integers(name, np.asarray(given))
+    if ids.ndim != 2:
+        raise ValueError(f"`{name}` must be ids [n, L]; got shape {ids.shape}.")
+    return Bags.from_lengths(ids.reshape(-1), np.full(*ids.shape))
 
 
 def _check_array(name: str, array: Any, size: int) -> np.ndarray:

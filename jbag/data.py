@@ -1,7 +1,8 @@
 """From examples to batches of one static shape, so that a step is compiled once.
 
-A data set is one `Bags`, with its examples end to end on the host, and a tree of
-arrays that have the examples on their first axis. `batches` shuffles it, cuts it and
+A data set is one `Bags`, with its examples end to end on the host, or a dict of
+features, each a `Bags` or ids [n, L]; and a tree of arrays that have the examples on
+their first axis. `batches` shuffles it, cuts it and
 packs it:
 
     >>> texts = jbag.Bags.from_lists([[1, 2], [3], [4, 5, 6]])
@@ -74,9 +75,9 @@ def batches(
     may shuffle in another way.)
 
     Args:
-      bags: the data set: n examples as one `Bags`, or several that belong together, as
-        a dict of features (dicts and tuples, nested). Data on a device is copied to the
-        host, once.
+      bags: the data set: n examples as one `Bags`, or as an array of ids [n, L], n
+        bags of L; or several that belong together, as a dict of features (dicts and
+        tuples, nested). Data on a device is copied to the host, once.
       arrays: a tree of arrays [n, ...], such as labels, or None.
       batch_size: B, the examples of a batch, on this process.
       seed: shuffles, each epoch in another way; None keeps the order of the data set.

@@ -240,6 +240,52 @@ def test_features_that_belong_together_stay_together():
         batches(tree, batch_size=4, capacity={"a": 1})
 
 
+RECTANGLE = np.arange(23 * 3, dtype=np.int32).reshape(23, 3) % 50
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"seed": 1, "epoch": 2, "start": 1},
+        {"seed": 1, "steps": 2, "shard": (1, 3)},
+        {"steps": "epoch", "drop_remainder": True},
+        {"prefetch": 2, "capacity": {"a": 60, "b": (20,)}},
+    ],
+)
+@pytest.mark.parametrize("kind", [np.asarray, np.int64, jnp.asarray])
+def test_ids_of_one_length_are_bags_of_that_length(options, kind):
+    tree = {"a": BAGS, "b": (Bags.from_lists(RECTANGLE),)}
+    given = {"a": BAGS, "b": (kind(RECTANGLE),)}
+    wanted = list(batches(tree, LABELS, batch_size=4, **options))
+    assert wanted
+    same(list(batches(given, LABELS, batch_size=4, **options)), wanted)
+
+
+def test_ids_of_one_length_alone_fill_every_slot():
+    *_, last = batches(RECTANGLE, batch_size=5)
+    assert last.bags.capacity == 15
+    assert last.bags.to_lists() == [*RECTANGLE[20:].tolist(), [], []]
+
+
+def test_batches_take_what_a_collection_takes():
+    collection = jbag.EmbeddingBagCollection(
+        {"items": jbag.Table(1000, 4)},
+        {"a": jbag.Feature("items", "sum"), "b": jbag.Feature("items")},
+    )
+    features = {"a": BAGS, "b": RECTANGLE}
+    params = collection.init(jax.random.key(0), features)
+    whole = collection.apply(params, features)
+    for batch in batches(features, batch_size=6, seed=0):
+        out = collection.apply(params, batch.bags)
+        chosen = batch.positions[batch.mask]
+        for name in features:
+            np.testing.assert_allclose(
+                out[name][batch.mask], whole[name][chosen], atol=1e-6
+            )
+            assert not np.any(out[name][~batch.mask])
+
+
 @pytest.mark.parametrize(("steps", "items"), [(None, 5), (2, 2), ("epoch", 1)])
 def test_without_the_remainder_every_batch_is_full(steps, items):
     stream = batches(BAGS, batch_size=4, seed=0, drop_remainder=True, steps=steps)
@@ -480,6 +526,21 @@ def test_an_epoch_is_packed_without_a_loop_over_ids():
         ),
         ({"bags": {"a": 3}}, TypeError, r"`bags\['a'\]` must be Bags"),
         (
+            {"bags": {"a": LABELS}},
+            ValueError,
+            r"`bags\['a'\]` must be ids \[n, L\]; got shape \(23,\)",
+        ),
+        (
+            {"bags": {"a": np.zeros((23, 2))}},
+            TypeError,
+            r"`bags\['a'\]` must hold integers; got float64",
+        ),
+        (
+            {"bags": {"a": BAGS, "b": RECTANGLE[:-1]}},
+            ValueError,
+            r"`bags\['b'\]` must hold 23 bags, as `bags\['a'\]`; got 22",
+        ),
+        (
             {"bags": {"a": BAGS, "b": Bags.from_lists([[1]])}},
             ValueError,
             r"`bags\['b'\]` must hold 23 bags, as `bags\['a'\]`; got 1",
@@ -564,9 +625,12 @@ def test_a_source_gives_each_example():
 
 
 def test_collating_a_source_gives_what_batches_gives():
-    tree = {"a": BAGS, "b": (Bags.from_lists(LISTS[::-1]),)}
+    tree = {"a": BAGS, "b": (Bags.from_lists(LISTS[::-1]),), "c": RECTANGLE}
     arrays = (LABELS, {"x": np.ones((23, 2), np.float16)})
-    source, collate = Source(tree, arrays), Collate(5, capacity={"a": 60, "b": (70,)})
+    source, collate = (
+        Source(tree, arrays),
+        Collate(5, capacity={"a": 60, "b": (70,), "c": 15}),
+    )
     collate = pickle.loads(pickle.dumps(collate))
     stream = batches(tree, arrays, batch_size=5, capacity=collate.capacity)
     for at, batch in enumerate(stream):
