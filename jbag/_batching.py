@@ -92,22 +92,37 @@ def check_examples(bags: Any, arrays: Any) -> Examples:
 
 def check_capacities(capacity: Any, names: list[str], tree: Any) -> list[Any]:
     """Return one capacity, function or None for each leaf of the tree of bags."""
-    leaves, own = jax.tree.flatten(capacity, is_leaf=lambda x: x is None)
-    if jax.tree_util.treedef_is_leaf(own):
-        leaves = leaves * len(names)
-    elif own != tree:
-        raise ValueError(
-            f"`capacity` must be one for all, or a tree as `bags`, {tree}; got {own}."
-        )
+    leaves = _for_each("capacity", capacity, names, tree)
     for name, leaf in zip(names, leaves, strict=True):
         if leaf is not None and not callable(leaf):
-            check_integer(_capacity_of(name), leaf, low=0)
+            check_integer(_option_of("capacity", name), leaf, low=0)
+    return leaves
+
+
+def check_sizes(num_embeddings: Any, names: list[str], tree: Any) -> list[int | None]:
+    """Return one number of rows or None for each leaf of the tree of bags."""
+    leaves = _for_each("num_embeddings", num_embeddings, names, tree)
+    for name, leaf in zip(names, leaves, strict=True):
+        if leaf is not None:
+            check_integer(_option_of("num_embeddings", name), leaf, low=0)
+    return leaves
+
+
+def _for_each(option: str, given: Any, names: list[str], tree: Any) -> list[Any]:
+    """Return what an option gives each leaf of the tree of bags."""
+    leaves, own = jax.tree.flatten(given, is_leaf=lambda x: x is None)
+    if jax.tree_util.treedef_is_leaf(own):
+        return leaves * len(names)
+    if own != tree:
+        raise ValueError(
+            f"`{option}` must be one for all, or a tree as `bags`, {tree}; got {own}."
+        )
     return leaves
 
 
 def fit(name: str, capacity: Capacity, used: int) -> int:
     """Return the capacity for that many ids of `name`; raise unless they fit."""
-    name = _capacity_of(name)
+    name = _option_of("capacity", name)
     if callable(capacity):
         return check_integer(f"{name}({used})", capacity(used), low=used)
     if capacity < used:
@@ -142,6 +157,23 @@ def select(bags: Bags, positions: Int[np.ndarray, "K B"], capacity: int) -> Bags
     return Bags(gather(bags.indices), offsets, weights)
 
 
+def check_rows(
+    name: str, bags: Bags, num_embeddings: int, positions: Int[np.ndarray, "K B"]
+) -> None:
+    """Raise IndexError at the first id of K batches outside [0, num_embeddings)."""
+    bad = (bags.indices < 0) | (bags.indices >= num_embeddings)
+    bad &= np.arange(bags.capacity) < bags.offsets[:, -1:]
+    if bad.any():
+        batch, slot = np.unravel_index(np.argmax(bad), bad.shape)
+        offsets = bags.offsets[batch]
+        bag = np.searchsorted(offsets, slot, side="right") - 1
+        raise IndexError(
+            f"`{name}` must hold ids in [0, {num_embeddings}), the rows of the table; "
+            f"got {bags.indices[batch, slot]} in example {positions[batch, bag]} at "
+            f"position {slot - offsets[bag]}."
+        )
+
+
 def take(array: np.ndarray, positions: Int[np.ndarray, "K B"]) -> np.ndarray:
     """Return the rows of an array, [K, B, ...]; zeros for -1."""
     rows = array.take(positions, axis=0, mode="wrap")  # faster than array[positions]
@@ -151,8 +183,8 @@ def take(array: np.ndarray, positions: Int[np.ndarray, "K B"]) -> np.ndarray:
     return rows
 
 
-def _capacity_of(name: str) -> str:
-    return re.sub("^[a-z]+", "capacity", name)
+def _option_of(option: str, name: str) -> str:
+    return re.sub("^[a-z]+", option, name)
 
 
 def _spans(bags: Bags, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

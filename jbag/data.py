@@ -67,6 +67,7 @@ def batches(
     shard: tuple[int, int] = (0, 1),
     prefetch: int = 0,
     device: Any = None,
+    num_embeddings: Any = None,
 ) -> Batches:
     """Cut a data set into batches of B bags in N slots each.
 
@@ -99,11 +100,16 @@ def batches(
         `jax.device_put` takes. None leaves them on the host. Sharded on its first axis,
         a stack of K gives K devices a batch each; those of several processes are put
         together by `jax.make_array_from_process_local_data`.
+      num_embeddings: V, the rows of the table: ids of each batch are checked when it is
+        made. Or a tree of these, as `bags` is, such as a dict by feature. None checks
+        nothing.
 
     Returns:
       `Batches`, which yield a `Batch` for each item whenever they are iterated.
 
     Raises:
+      IndexError: an id is outside [0, num_embeddings); raised by the iterator of the
+        batches, with the feature, the example and the position.
       TypeError: an argument is of another type.
       ValueError: a number is out of range, `bags` and `arrays` differ in length, a
         batch doesn't fit in `capacity`, or `drop_remainder` leaves nothing.
@@ -138,6 +144,7 @@ def batches(
         _check_shard(shard),
         check_integer("prefetch", prefetch, low=0),
         device,
+        _batching.check_sizes(num_embeddings, examples.names, examples.bags_tree),
     )
     return Batches(examples, options, epoch, start)
 
@@ -153,6 +160,7 @@ class _Options(NamedTuple):
     shard: tuple[int, int]
     prefetch: int
     device: Any
+    num_embeddings: list[int | None]
 
 
 class Batches:
@@ -234,7 +242,11 @@ class Batches:
         for leaf, name in enumerate(examples.names):
             used = int(self._used[leaf][item])
             capacity = _batching.fit(name, self._capacities[leaf], used)
-            bags.append(_batching.select(examples.bags[leaf], positions, capacity))
+            own = _batching.select(examples.bags[leaf], positions, capacity)
+            num_embeddings = self._options.num_embeddings[leaf]
+            if num_embeddings is not None:
+                _batching.check_rows(name, own, num_embeddings, positions)
+            bags.append(own)
         arrays = [_batching.take(array, positions) for array in examples.arrays]
         batch = Batch(
             jax.tree.unflatten(examples.bags_tree, bags),

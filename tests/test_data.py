@@ -240,6 +240,31 @@ def test_features_that_belong_together_stay_together():
         batches(tree, batch_size=4, capacity={"a": 1})
 
 
+@pytest.mark.parametrize("bad", [-1, 9, 1 << 30])
+@pytest.mark.parametrize("options", [{}, {"steps": 2}, {"prefetch": 1}, {"seed": 3}])
+def test_an_id_of_no_row_is_named_when_its_batch_is_made(bad, options):
+    lists = [[], [1, 2], [3], [], [8, bad, 4], [5]]
+    features = {"a": Bags.from_lists(lists).pad_to(20), "b": np.full((6, 2), 30)}
+    sizes = {"a": 9, "b": 31}
+    options |= {"batch_size": 2, "device": jax.devices()[0]}
+    message = (
+        r"`bags\['a'\]` must hold ids in \[0, 9\), the rows of the table; "
+        rf"got {bad} in example 4 at position 1\."
+    )
+    with pytest.raises(IndexError, match=message):
+        list(batches(features, num_embeddings=sizes, **options))
+    with pytest.raises(IndexError, match=r"`bags\['b'\]` .* got 30 in example"):
+        list(batches(features, num_embeddings={"a": None, "b": 30}, **options))
+    alone = batches(features["b"], num_embeddings=31, **options)
+    same(list(alone), list(batches(features["b"], **options)))
+
+
+def test_only_the_ids_of_a_batch_are_checked():
+    bags = Bags(np.array([1, 2, 3, 99]), np.array([0, 1, 3]))
+    (batch,) = batches(bags, batch_size=4, capacity=9, num_embeddings=4)
+    assert batch.bags.to_lists() == [[1], [2, 3], [], []]
+
+
 RECTANGLE = np.arange(23 * 3, dtype=np.int32).reshape(23, 3) % 50
 
 
@@ -573,6 +598,17 @@ def test_an_epoch_is_packed_without_a_loop_over_ids():
         ({"start": True}, TypeError, "`start` must be an integer; got True"),
         ({"capacity": -1}, ValueError, "`capacity` must be at least 0; got -1"),
         ({"capacity": 2.5}, TypeError, "`capacity` must be an integer; got 2.5"),
+        ({"num_embeddings": -1}, ValueError, "`num_embeddings` must be at least 0"),
+        (
+            {"bags": {"a": BAGS}, "num_embeddings": {"a": 2.0}},
+            TypeError,
+            r"`num_embeddings\['a'\]` must be an integer; got 2\.0",
+        ),
+        (
+            {"bags": {"a": BAGS}, "num_embeddings": {"b": 2}},
+            ValueError,
+            "`num_embeddings` must be one for all, or a tree as `bags`",
+        ),
         ({"drop_remainder": 1}, TypeError, "`drop_remainder` must be True or False"),
         (
             {"drop_remainder": True, "batch_size": 24},
