@@ -245,6 +245,16 @@ def collection_traffic(module: Any, batch: Any) -> dict[str, Traffic]:
     }
 
 
+def validate_batch(module: Any, batch: Any) -> Any:
+    """Check a batch by value, copied from the device if need be; return it."""
+    # A list is no array of JAX's, and is checked by value as it is.
+    on_host = jax.tree.map(
+        lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, batch
+    )
+    _check_call(module, check_parts(module), on_host)
+    return batch
+
+
 def export_tables(parts: Parts, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Return each table's rows in the order of their ids."""
     names = {stack.name for stack in parts.stacks}

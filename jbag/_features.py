@@ -76,14 +76,18 @@ def _check_keyed(batch: Bags, parts: Parts, blocks: int | None) -> Bag:
     if on_host(batch.indices) and on_host(batch.offsets):
         ids, ends = np.asarray(batch.indices), np.asarray(batch.offsets)
         size = count // len(parts.features)
-        for block, own in zip(ids.reshape(-1, ids.shape[-1]), _rows(ends), strict=True):
+        each = zip(_rows(ids), _rows(ends), strict=True)
+        for number, (block, own) in enumerate(each):
+            where = "" if blocks is None else f", in block {number}"
             for at, (name, feature) in enumerate(parts.features.items()):
                 span = slice(own[at * size], own[(at + 1) * size])
                 rows = parts.tables[feature.table].num_embeddings
                 try:
                     check_ids(block[span], rows)
                 except IndexError as error:
-                    raise IndexError(f"In the bags of {name!r}: {error}") from error
+                    raise IndexError(
+                        f"In the bags of {name!r}{where}: {error}"
+                    ) from error
     return bag
 
 
@@ -109,20 +113,22 @@ def _check_bag(given: Any, rows: int | None, blocks: int | None) -> Bag:
             f"{shapes[1]}."
         )
     if all(map(on_host, jax.tree.leaves(given))):
-        own = [
-            check_bags(Bags(*block), None, None, False, most)
-            for block in zip(
-                given.indices,
-                given.offsets,
-                [None] * blocks if given.weights is None else given.weights,
-                strict=True,
-            )
-        ]
+        no_weights = [None] * blocks
+        coefficients = no_weights if given.weights is None else given.weights
+        each = zip(given.indices, given.offsets, coefficients, strict=True)
+        own = [_check_block(at, Bags(*block), most) for at, block in enumerate(each)]
         stacked = jax.tree.map(lambda *xs: np.stack(xs), *own)
         return _as_bag(*stacked)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), given)
     jax.eval_shape(lambda bags: check_bags(bags, None, None, False, most)[0], example)
     return _as_bag(given.indices, given.offsets, given.weights)
+
+
+def _check_block(at: int, bags: Bags, rows: int) -> tuple[Any, Any, Any]:
+    try:
+        return check_bags(bags, None, None, False, rows)
+    except (IndexError, TypeError, ValueError) as error:
+        raise type(error)(f"In block {at}: {error}") from error
 
 
 def _as_bag(ids: Any, offsets: Any, weights: Any) -> Bag:

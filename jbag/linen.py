@@ -22,6 +22,7 @@ from jbag._collection import (
     import_tables,
     initializer,
     pool_collection,
+    validate_batch,
 )
 from jbag._shell import (
     Initializer,
@@ -233,6 +234,25 @@ class EmbeddingBagCollection(nn.Module):
                 init = nn.with_partitioning(init, names)
             arrays[stack.name] = self.param(stack.name, init)
         return pool_collection(self, parts, arrays, batch)
+
+    def validate(self, batch: Any) -> Any:
+        """Check a batch by value, copying from the device if need be; return it.
+
+        Raises:
+          IndexError: an id in a bag is outside its table; the message has the feature,
+            the position and the id.
+          TypeError, ValueError: as the module when it is called.
+
+        Example:
+          >>> collection = jbag.EmbeddingBagCollection(
+          ...     tables={"items": jbag.Table(10, 8)},
+          ...     features={"seen": jbag.Feature("items")},
+          ... )
+          >>> collection.validate({"seen": jax.numpy.array([[1, 2], [30, 4]])})
+          Traceback (most recent call last):
+          IndexError: In `batch['seen']`: `indices` must lie in [0, 10), the rows ...
+        """
+        return validate_batch(self, batch)
 
     def traffic(self, batch: Any) -> dict[str, Traffic]:
         """Return, for each parameter whose rows are dealt out, how a batch's travel."""

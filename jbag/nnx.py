@@ -25,6 +25,7 @@ from jbag._collection import (
     import_tables,
     initializer,
     pool_collection,
+    validate_batch,
 )
 from jbag._shell import (
     Initializer,
@@ -267,6 +268,10 @@ class EmbeddingBagCollection(nnx.Module):
     def _arrays(self) -> dict[str, Array]:
         names = [stack.name for stack in check_parts(self.options).stacks]
         return {name: getattr(self, name)[...] for name in names}
+
+    def validate(self, batch: Any) -> Any:
+        """Check a batch by value; see `jbag.linen.EmbeddingBagCollection.validate`."""
+        return validate_batch(self.options, batch)
 
     def traffic(self, batch: Any) -> dict[str, Traffic]:
         """Return, for each parameter whose rows are dealt out, how a batch's travel."""

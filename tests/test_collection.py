@@ -14,6 +14,7 @@ import pytest
 from collection_cases import quick_jit
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from meshes import make_mesh
 
 import jbag
 from jbag import optim
@@ -526,6 +527,56 @@ def test_bad_options_and_batches_are_named(options, batch, error, message):
         jax.eval_shape(lambda: make(**options).init(jax.random.key(0), batch))
     with pytest.raises(error, match=message):
         jax.eval_shape(lambda: make_nnx(**options)(batch))
+
+
+ON_DEVICE = [
+    (GOOD | {"second": bags([1]).pad_to(5)}, None, None),
+    (bags([1, 2], [3]).pad_to(5), None, None),
+    (
+        GOOD | {"second": bags([1, 9])},
+        IndexError,
+        r"In `batch\['second'\]`: .* lie in \[0, 9\).* got 9 at position 1",
+    ),
+    (
+        GOOD | {"second": np.array([[1, -1]])},
+        IndexError,
+        r"In `batch\['second'\]`: .* got -1 at position \(0, 1\)",
+    ),
+    (bags([1], [9]), IndexError, r"In the bags of 'second': .* got 9 at position 0"),
+    (
+        GOOD | {"first": jbag.Bags(np.array([1, 2]), np.array([0, 3]))},
+        ValueError,
+        r"In `batch\['first'\]`: `offsets` must not pass the end",
+    ),
+]
+
+
+@pytest.mark.parametrize("make_any", [make, make_nnx])
+@pytest.mark.parametrize(("batch", "error", "message"), ON_DEVICE)
+def test_a_batch_on_a_device_is_validated_by_value(make_any, batch, error, message):
+    collection = make_any(TABLES, FEATURES)
+    batch = jax.tree.map(jnp.asarray, batch)
+    if error is None:
+        assert collection.validate(batch) is batch
+    else:
+        with pytest.raises(error, match=message):
+            collection.validate(batch)
+
+
+@pytest.mark.parametrize("make_any", [make, make_nnx])
+@pytest.mark.parametrize("keyed", [False, True])
+def test_a_batch_over_a_mesh_is_validated_block_by_block(make_any, keyed):
+    mesh = make_mesh(sizes=(2,))
+    specs = {TABLES["a"].group: P("x", None)}
+    collection = make_any(TABLES, FEATURES, specs=specs, mesh=mesh)
+    blocks = [bags([1], [2]), bags([1], [9])]
+    batch = jax.tree.map(lambda *xs: jnp.stack(xs), *blocks)
+    place = "In the bags of 'second', in block 1"
+    if not keyed:
+        batch = {"first": np.zeros((4, 1), np.int32), "second": batch}
+        place = r"In `batch\['second'\]`: In block 1"
+    with pytest.raises(IndexError, match=f"{place}: .* got 9 at position"):
+        collection.validate(batch)
 
 
 @pytest.mark.parametrize(
