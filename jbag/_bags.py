@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
@@ -41,9 +42,10 @@ class Bags:
     Bag b is `indices[offsets[b]:offsets[b + 1]]`. Slots at or past `offsets[-1]`, the
     tail, are in no bag: batches of one capacity N and one B share one compilation.
 
-    It is a pytree of arrays, and passes through jit, vmap, scan, `jax.device_put` and
-    checkpoints as one. Made from host data it holds NumPy arrays, which stay on the
-    host (and can be checked there) until they are used.
+    It is a pytree of arrays, and passes through jit, vmap, scan, `jax.device_put`,
+    `jax.export` and checkpoints as one; with `jbag.linen`, through `flax.serialization`
+    too. Made from host data it holds NumPy arrays, which stay on the host (and can be
+    checked there) until they are used.
 
     Attributes:
       indices: [N], integers.
@@ -354,6 +356,14 @@ class Bags:
         Bags.from_offsets(ids, offsets, weights, include_last_offset=True)
         check_ids(ids, num_embeddings, np.arange(ids.size) < offsets[-1])
         return self
+
+
+jax.export.register_pytree_node_serialization(
+    Bags,
+    serialized_name="jbag.Bags",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+)
 
 
 def _flat_ids(indices: Integers) -> AnyArray:

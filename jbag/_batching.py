@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -53,6 +54,14 @@ class Batch:
     arrays: Any
     mask: Bool[AnyArray, "*stack B"]
     positions: Int[AnyArray, "*stack B"] | None = None
+
+
+jax.export.register_pytree_node_serialization(
+    Batch,
+    serialized_name="jbag.data.Batch",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+)
 
 
 class Examples(NamedTuple):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import numpy as np
 
 from jbag._bags import Bags
@@ -33,6 +34,11 @@ class Example(NamedTuple):
     arrays: Any = None
     weights: Any = None
     position: Any = None
+
+
+jax.export.register_namedtuple_serialization(
+    Example, serialized_name="jbag.data.Example"
+)
 
 
 class Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -26,6 +27,9 @@ class Padded(NamedTuple):
     ids: Int[AnyArray, "B L"]
     mask: Bool[AnyArray, "B L"]
     weights: Float[AnyArray, "B L"] | None
+
+
+jax.export.register_namedtuple_serialization(Padded, serialized_name="jbag.Padded")
 
 
 def unpad(

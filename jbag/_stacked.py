@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -72,6 +73,11 @@ class Traffic(NamedTuple):
     distinct: Int[Array, " P"]
     asked: Int[Array, "P P"]
     strangers: Int[Array, " P"]
+
+
+jax.export.register_namedtuple_serialization(
+    Traffic, serialized_name="jbag.sharding.Traffic"
+)
 
 
 @functools.partial(

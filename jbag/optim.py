@@ -29,6 +29,7 @@ numbers aren't lost; the same seed gives the same table.
 
 from __future__ import annotations
 
+import jax.export
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
@@ -44,6 +45,10 @@ from jbag._row_transforms import scale_by_learning_rate as scale_by_learning_rat
 from jbag._row_transforms import scale_by_schedule as scale_by_schedule
 from jbag._rowwise import Rate, is_zero, rate_at, transformation
 from jbag._rowwise import RowState as RowState
+
+jax.export.register_namedtuple_serialization(
+    RowState, serialized_name="jbag.optim.RowState"
+)
 
 
 def sgd(
