@@ -91,14 +91,16 @@ def embedding_bag(
       [B, D], the dtype of `table`. A bag that holds an id outside [0, V), or whose
       offsets are malformed, is NaN where that data was on a device, out of reach of the
       checks below; no gradient reaches the table through such a slot, and its weight's
-      gradient is NaN.
+      gradient is NaN. Along Explicit axes of a mesh, it is cut as ids [B, L] are, and
+      as the columns of the table.
 
     Raises:
       IndexError: an id on the host (in a list or NumPy array) is outside [0, V), unless
         offsets on a device leave unknown whether it is in a bag.
       TypeError: an argument is of the wrong dtype or type.
       ValueError: an argument is of the wrong shape or value; offsets on the host start
-        above 0, decrease, or pass the end of `indices`.
+        above 0, decrease, or pass the end of `indices`; `table` is cut by rows along
+        Explicit axes of a mesh, or along the axes of `indices`.
 
     References:
       Joulin et al., Bag of Tricks for Efficient Text Classification, 2016.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jbag import _product
+from jbag._explicit import partitioned, pooled_sharding, whole
 from jbag._extremum import extremum
 from jbag._joining import num_bags
 from jbag._kernels import xla
@@ -60,6 +61,10 @@ def pool(
 
     `frequencies` are how often the batch names each slot's row, if that is known.
     """
+    sharding = pooled_sharding(table, indices, offsets, weights)
+    indices, offsets, weights, frequencies = map(
+        whole, (indices, offsets, weights, frequencies)
+    )
     pieces, empty = prepare(
         table,
         indices,
@@ -72,9 +77,10 @@ def pool(
     )
     if sparse:
         table = mark_table(table)
-    total, winners = combine(table, pieces, how=how, empty=empty)
+    combined = functools.partial(combine, how=how, empty=empty)
+    total, winners = partitioned(combined, sharding)(table, pieces)
     if sparse:
-        total = mark(total, winners, table, pieces, how=how, empty=empty)
+        total = mark(total, whole(winners), table, pieces, how=how, empty=empty)
     return finish(total, pieces, table, how=how, empty=empty)
 
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jbag._explicit import whole
+
 AnyArray = jax.Array | np.ndarray
 Integers = ArrayLike | Sequence[Any]
 Floats = ArrayLike | Sequence[Any]
@@ -111,7 +113,7 @@ def check_offsets(
     host = on_host(offsets)
     if host and offsets.size:
         _check_monotone(offsets, capacity)
-    offsets = to_index_dtype(offsets)
+    offsets = to_index_dtype(whole(offsets))
     if include_last_offset:
         return offsets
     if host and isinstance(capacity, int):
