@@ -1,4 +1,4 @@
-"""The embedding bag as a Flax NNX module."""
+"""The embedding bag as a Flax NNX module, and gradients of NNX modules."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ from jbag._collection import (
     pool_collection,
     validate_batch,
 )
+from jbag._nnx_gradient import grad as grad
+from jbag._nnx_gradient import value_and_grad as value_and_grad
 from jbag._shell import (
     Initializer,
     check_options,
