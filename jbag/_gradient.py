@@ -10,8 +10,10 @@ features).
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,7 +37,7 @@ class DenseGradientWarning(UserWarning):
 
 def value_and_grad(
     loss: Callable,
-    argnums: int | Sequence[int] = 0,
+    argnums: Any = 0,
     has_aux: bool = False,
     *,
     allow_dense: bool | None = None,
@@ -45,7 +47,8 @@ def value_and_grad(
     It is `jax.value_and_grad`, except that the gradient of a table that is pooled with
     `sparse=True` is a `RowSparse`: its cost and its size don't depend on the table's.
     Tables are found by themselves among the arrays of the arguments, be they those of a
-    dict, of Linen's variables, or of an NNX module or state.
+    dict, of Linen's variables, or of an NNX state. Given NNX modules, it is
+    `jbag.nnx.value_and_grad`: state that the loss changes is changed.
 
     Bags are found through `jax.jit`, `jax.checkpoint`, `jax.vmap` over bags, `scan`
     and `cond`. The gradient of a table is an array of V * D numbers, and right, where
@@ -57,7 +60,8 @@ def value_and_grad(
 
     Args:
       loss: returns a scalar, or (scalar, auxiliary data) with `has_aux`.
-      argnums: which positional arguments to differentiate with respect to.
+      argnums: which positional arguments to differentiate with respect to: a position
+        or a sequence of such; with NNX modules, `nnx.DiffState`s, too.
       has_aux: whether the loss returns auxiliary data.
       allow_dense: what happens where a table that is pooled with `sparse=True` gets an
         array: None warns with `DenseGradientWarning`, True allows it, False raises.
@@ -89,6 +93,10 @@ def value_and_grad(
 
     @functools.wraps(loss)
     def differentiated(*args: Any, **kwargs: Any) -> Any:
+        if _holds_nnx_objects((argnums, args, kwargs)):
+            both = importlib.import_module("jbag.nnx").value_and_grad
+            both = both(loss, argnums, has_aux, allow_dense=allow_dense)
+            return both(*args, **kwargs)
         positions = _positions(argnums, len(args))
         chosen = [args[position] for position in positions]
         leaves, tree = jax.tree.flatten(chosen)
@@ -134,7 +142,7 @@ def value_and_grad(
             for k, leaf in enumerate(leaves)
         ]
         gradient = jax.tree.unflatten(tree, result)
-        gradient = tuple(gradient) if np.ndim(argnums) else gradient[0]
+        gradient = gradient[0] if _is_position(argnums) else tuple(gradient)
         if not has_aux:
             return value, gradient
         structure, is_array, kept = aux
@@ -147,7 +155,7 @@ def value_and_grad(
 
 def grad(
     loss: Callable,
-    argnums: int | Sequence[int] = 0,
+    argnums: Any = 0,
     has_aux: bool = False,
     *,
     allow_dense: bool | None = None,
@@ -173,14 +181,24 @@ def grad(
     return differentiated
 
 
+def _holds_nnx_objects(tree: Any) -> bool:
+    """Return whether Flax NNX must split the tree: an `nnx.State` is a plain one."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return False
+    objects = (nnx.Pytree, nnx.Variable, nnx.DiffState)
+    leaves = jax.tree.leaves(tree, lambda x: isinstance(x, (*objects, nnx.State)))
+    return any(isinstance(leaf, objects) for leaf in leaves)
+
+
+def _is_position(argnums: Any) -> bool:
+    return isinstance(argnums, int | np.integer) and not isinstance(argnums, bool)
+
+
 def _positions(argnums: Any, num_args: int) -> list[int]:
-    given = list(argnums) if np.ndim(argnums) else [argnums]
+    given = [argnums] if _is_position(argnums) else list(argnums)
     for position in given:
-        if (
-            isinstance(position, bool)
-            or not isinstance(position, int | np.integer)
-            or not -num_args <= position < num_args
-        ):
+        if not _is_position(position) or not -num_args <= position < num_args:
             raise ValueError(
                 f"`argnums` must be positions of the {num_args} positional arguments; "
                 f"got {argnums!r}."

@@ -24,7 +24,11 @@ _TAG = "jbag.grad"  # of the context in which Flax relates objects inside and ou
 
 
 def value_and_grad(
-    loss: Callable, argnums: Argnum | Sequence[Argnum] = 0, has_aux: bool = False
+    loss: Callable,
+    argnums: Argnum | Sequence[Argnum] = 0,
+    has_aux: bool = False,
+    *,
+    allow_dense: bool | None = None,
 ) -> Callable:
     """Return a function that gives the loss and its gradient.
 
@@ -46,6 +50,7 @@ def value_and_grad(
         `nnx.DiffState(position, filter)` those that the filter selects. Arrays outside
         of NNX objects, and bare variables, are always differentiated.
       has_aux: whether the loss returns auxiliary data.
+      allow_dense: as in `jbag.value_and_grad`.
 
     Returns:
       A function of the arguments of `loss`, that returns (value, gradient); value is
@@ -136,7 +141,9 @@ def value_and_grad(
                 x for x, origin in zip(out, origins, strict=True) if origin is None
             ]
 
-        both = _gradient.value_and_grad(pure, tuple(filters), has_aux=True)
+        both = _gradient.value_and_grad(
+            pure, tuple(filters), has_aux=True, allow_dense=allow_dense
+        )
         (value, changed), gradients = both(*(leaves for leaves, _ in moving))
         tree, origins = structure
         new = iter(changed)
@@ -153,7 +160,11 @@ def value_and_grad(
 
 
 def grad(
-    loss: Callable, argnums: Argnum | Sequence[Argnum] = 0, has_aux: bool = False
+    loss: Callable,
+    argnums: Argnum | Sequence[Argnum] = 0,
+    has_aux: bool = False,
+    *,
+    allow_dense: bool | None = None,
 ) -> Callable:
     """Return a function that gives the gradient of the loss; see `value_and_grad`.
 
@@ -166,7 +177,7 @@ def grad(
       Array([[0.5, 0.5],
              [0.5, 0.5]], dtype=float32)
     """
-    both = value_and_grad(loss, argnums, has_aux)
+    both = value_and_grad(loss, argnums, has_aux, allow_dense=allow_dense)
 
     @functools.wraps(loss)
     def differentiated(*args: Any, **kwargs: Any) -> Any:
