@@ -69,6 +69,11 @@ def seal(x: Shaped[Array, "..."]) -> Array:
 @functools.partial(jax.jit, inline=True, static_argnums=1)
 def unseal(x: Array, dtype: Any) -> Shaped[Array, "..."]:
     """Return the array of the dtype that was sealed."""
+    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"A function changed the {_TAG}: these were an array of a dtype of their "
+            f"own, and are now of {x.dtype}."
+        )
     words = jax.random.key_data(x)
     if words.shape[-1] == 1:
         words = words[..., 0]

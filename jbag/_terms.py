@@ -223,7 +223,8 @@ class SealedTerms(NamedTuple):
     def close(cls, terms: Sequence[Term]) -> SealedTerms:
         leaves, structure = [], []
         for term in terms:
-            arrays = (term.ids, term.offsets, term.coefficients, term.winners)
+            # Inverted, ids that a function fills with zeros or ones name no row.
+            arrays = (~term.ids, term.offsets, term.coefficients, term.winners)
             dtypes = tuple(None if x is None else jnp.dtype(x.dtype) for x in arrays)
             leaves.append(
                 (term.cotangent, *(x if x is None else seal(x) for x in arrays))
@@ -241,12 +242,12 @@ class SealedTerms(NamedTuple):
                 x if x is None else unseal(x, dtype)
                 for x, dtype in zip(sealed, dtypes, strict=True)
             ]
-            ids, offsets, coefficients, winners = arrays
+            inverted, offsets, coefficients, winners = arrays
             empty, implementation, average, placement = options
             terms.append(
                 Term(
                     cotangent,
-                    ids,
+                    ~inverted,
                     offsets,
                     coefficients,
                     empty,
