@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jbag._program import Path, PooledCall, find, run
+from jbag._interpreter import run
+from jbag._program import Path, PooledCall, find
 from jbag._pullback import pull_back
 from jbag._rows import RowSparse
 from jbag._validation import check_flag

@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import numbers
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -349,39 +350,22 @@ class RowSparse:
         return self._placement.flat(self.terms, self.shape, self.dtype)
 
 
-@jax.tree_util.register_pytree_node_class
-class RowUpdate(RowSparse):
-    """What an optimizer adds to a table whose rows it has moved already.
-
-    Added to that very table, it gives the moved one, in place; added to another array,
-    or after it has passed through a function, it is the `RowSparse` that `difference`
-    computes, which is done only then.
-    """
-
-    def __init__(
-        self,
-        table: Float[Array, "V D"],
-        moved: Float[Array, "V D"],
-        difference: Callable[[], RowSparse],
-    ) -> None:
-        super().__init__((), table.shape, table.dtype, is_coalesced=True)
-        self._fresh = None
-        self._table, self._moved, self._difference = table, moved, difference
-
-    @property
-    def terms(self) -> tuple[Term, ...]:
-        """The products that it is the sum of."""
-        if self._sealed is not None:
-            return super().terms
-        return self._difference().terms
-
-    def __radd__(self, other: Any) -> Any:
-        """Return the moved table, or an array with the rows added to it."""
-        if self._sealed is None and other is self._table:
-            return self._moved
-        return super().__radd__(other)
-
-
 def is_rows(x: Any) -> bool:
     """Return whether x is a `RowSparse`: for trees, in which it is a leaf."""
     return isinstance(x, RowSparse)
+
+
+def _refuse_export(_: Any) -> NoReturn:
+    raise ValueError(
+        "A function that takes or returns a RowSparse can't be serialized: let it take "
+        "or return `rows.indices` and `rows.values`, and use `RowSparse.from_rows`."
+    )
+
+
+# JAX's format has no dtype for sealed arrays. Within the function there may be rows.
+jax.export.register_pytree_node_serialization(
+    RowSparse,
+    serialized_name="jbag.RowSparse",
+    serialize_auxdata=_refuse_export,
+    deserialize_auxdata=_refuse_export,
+)

@@ -17,7 +17,8 @@ from jaxtyping import Array, Int
 from jbag._kernels.rules import RULES, step
 from jbag._kernels.xla import accumulation_dtype
 from jbag._pages import to_huge_pages
-from jbag._rows import RowSparse, RowUpdate, is_rows
+from jbag._row_update import RowUpdate
+from jbag._rows import RowSparse, is_rows
 from jbag._validation import check_integer
 
 Rate = float | Array | Callable[[Int[Array, ""]], Any]

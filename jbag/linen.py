@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
-import flax.serialization
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from jbag import _serialization as _serialization  # registers pytrees with Flax
 from jbag import _torch
 from jbag._bags import Bags
 from jbag._collection import (
@@ -279,28 +278,6 @@ class EmbeddingBagCollection(nn.Module):
     def import_tables(self, tables: Mapping[str, ArrayLike]) -> dict[str, Array]:
         """Return the parameters that hold such tables; see `export_tables`."""
         return import_tables(check_parts(self), tables)
-
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(Bags))
-
-
-def _to_state(bags: Bags) -> dict[str, Any]:
-    return {
-        name: flax.serialization.to_state_dict(getattr(bags, name)) for name in _FIELDS
-    }
-
-
-def _from_state(bags: Bags, state: dict[str, Any]) -> Bags:
-    if set(state) != set(_FIELDS):
-        raise ValueError(f"A Bags must have {list(_FIELDS)}; got {list(state)}.")
-    restored = (
-        flax.serialization.from_state_dict(getattr(bags, name), state[name], name)
-        for name in _FIELDS
-    )
-    return Bags(*restored)
-
-
-flax.serialization.register_serialization_state(Bags, _to_state, _from_state)
 
 
 def from_torch(module: torch.nn.EmbeddingBag) -> tuple[EmbeddingBag, dict[str, Any]]:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from jbag import _serialization as _serialization  # registers pytrees with Flax
 from jbag import _torch
 from jbag._bags import Bags
 from jbag._collection import (
