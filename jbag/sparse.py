@@ -8,6 +8,7 @@ works wherever JAX's own operations do, in the body of `jax.lax.scan` too. `psum
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ def pool(
 
     Returns:
       [B, D], and a function of a cotangent [B, D] that returns the gradient of the
-      table as a `RowSparse`, from nothing larger than the cotangent and the bags.
+      table as a `RowSparse`, from nothing larger than the cotangent and the bags. It is
+      a pytree, as the functions of `jax.vjp` are.
 
     Raises:
       As `jbag.embedding_bag`.
@@ -92,19 +94,39 @@ def pool(
     total, winners = _pooling.combine(
         jax.lax.stop_gradient(table), pieces, how=how, empty=empty
     )
-    ids, offsets, coefficients, rest = _pooling.transposed(pieces, how, empty)
+    pullback = _Pullback(how, empty, table.shape, table.dtype)
+    out = pullback.finish(total, pieces)
+    return out, jax.tree_util.Partial(pullback, total, winners, pieces)
 
-    def finish(total: Float[Array, "B D"]) -> Float[Array, "B D"]:
-        return _pooling.finish(total, pieces, table, how=how, empty=empty)
 
-    def pullback(cotangent: Float[Array, "B D"]) -> RowSparse:
+@dataclasses.dataclass(frozen=True)
+class _Pullback:
+    """What is known of a pullback when a program is traced."""
+
+    how: _pooling.How
+    empty: int | None
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def finish(self, total: Array, pieces: _pooling.Pieces) -> Float[Array, "B D"]:
+        table: Any = jax.ShapeDtypeStruct(self.shape, self.dtype)
+        return _pooling.finish(total, pieces, table, how=self.how, empty=self.empty)
+
+    def __call__(
+        self,
+        total: Array,
+        winners: Array | None,
+        pieces: _pooling.Pieces,
+        cotangent: Float[Array, "B D"],
+    ) -> RowSparse:
         """Return the gradient of the table."""
-        _, to_total = jax.vjp(finish, total)
-        (own,) = to_total(jnp.asarray(cotangent, table.dtype))
+        _, to_total = jax.vjp(lambda total: self.finish(total, pieces), total)
+        (own,) = to_total(jnp.asarray(cotangent, self.dtype))
+        ids, offsets, coefficients, options = _pooling.transposed(
+            pieces, self.how, self.empty
+        )
         bags = (ids, offsets, coefficients, winners)
-        return pull_back(own, *bags, shape=table.shape, dtype=table.dtype, **rest)
-
-    return finish(total), pullback
+        return pull_back(own, *bags, shape=self.shape, dtype=self.dtype, **options)
 
 
 def psum(tree: Any, axis_name: AxisName) -> Any:

@@ -9,6 +9,8 @@ used but its public functions. To print how many cases are equal, raise or are w
 import collections
 import functools
 import inspect
+import itertools
+import pathlib
 import warnings
 
 import jax
@@ -33,6 +35,24 @@ quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 @pytest.fixture(autouse=True)
 def strict_promotion():
     """Optax relies on JAX's default promotion."""
+
+
+tests_run = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Let go of compiled programs by the memory maps they keep, of 65530 on Linux.
+
+    A walk compiles an operation at a time, more of them in a test than elsewhere, and
+    most are shared by the next tests.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if next(tests_run) % 10 == 0 and maps.exists():
+        with maps.open("rb") as lines:
+            if sum(1 for _ in lines) > 35_000:
+                jax.clear_caches()
 
 
 def start():
@@ -593,7 +613,8 @@ def pairs():
 
 def map_case(function, form, wrap=lambda f: f):
     rows = pairs()[form]
-    return lambda sparse: wrap(function)(*(rows if sparse else densify(rows)))
+    dense = densify(rows)  # outside of what is traced
+    return lambda sparse: wrap(function)(*(rows if sparse else dense))
 
 
 def check_map(function):

@@ -1,0 +1,161 @@
+import functools
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from modes import QUICKLY
+
+import jbag
+from jbag import _program
+
+V, D = 12, 3
+IDS = np.array([0, 1, 2, 3, 4, 5, 6, 0, 7, 8, 3, 3], np.int32)
+OFFSETS = np.array([0, 4, 4, 6, 10], np.int32)  # an empty bag; two slots in no bag
+RNG = np.random.default_rng(0)
+TABLE = RNG.normal(size=(V, D)).astype(np.float32)
+WEIGHTS = RNG.uniform(0.5, 2, IDS.size).astype(np.float32)
+COTANGENT = RNG.normal(size=(4, D)).astype(np.float32)
+quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_idx": 3}, {"max_norm": 1.0}], ids=str
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pool_and_its_pullback_equal_the_oracle(weighted, options, implementation):
+    weights = WEIGHTS if weighted else None
+    bags = oracle.slices(IDS, OFFSETS, weights)
+
+    def pooled(table, mode):
+        out, pullback = jbag.sparse.pool(
+            table,
+            IDS,
+            OFFSETS,
+            mode=mode,
+            weights=weights,
+            include_last_offset=True,
+            implementation=implementation,
+            **options,
+        )
+        rows = pullback(COTANGENT)
+        assert isinstance(rows, jbag.RowSparse)
+        return out, rows.todense()
+
+    found = quick_jit(lambda t: {mode: pooled(t, mode) for mode in oracle.MODES})(TABLE)
+    for mode, (out, to_table) in found.items():
+        expected = jbag.embedding_bag(
+            TABLE,
+            IDS,
+            OFFSETS,
+            mode=mode,
+            weights=weights,
+            include_last_offset=True,
+            **options,
+        )
+        oracle.assert_close(out, expected)
+        own, _ = oracle.gradients(TABLE, bags, COTANGENT, mode, **options)
+        oracle.assert_close(to_table, own)
+
+
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_what_is_pooled_is_constant_in_the_table_and_not_in_the_weights(mode):
+    bags = (IDS[:10].reshape(5, 2),)
+
+    def loss(table, weights, sparse):
+        if sparse:
+            out, _ = jbag.sparse.pool(table, *bags, mode=mode, weights=weights)
+        else:
+            out = jbag.embedding_bag(table, *bags, mode=mode, weights=weights)
+        return (out**2).sum()
+
+    weights = WEIGHTS[:10].reshape(5, 2)
+    to_table, to_weights = jax.grad(loss, (0, 1))(TABLE, weights, True)
+    assert not np.asarray(to_table).any()
+    oracle.assert_close(to_weights, jax.grad(loss, 1)(TABLE, weights, False))
+
+
+def test_rows_are_summed_in_the_body_of_a_scan_and_after_it():
+    batches = jnp.asarray(IDS.reshape(3, 2, 2))
+
+    def step(table, ids):
+        out, pullback = jbag.sparse.pool(table, ids, mode="sum")
+        rows = pullback(2 * out)
+        return table + rows * -0.1, rows
+
+    def dense_step(table, ids):
+        loss = lambda t: (jbag.embedding_bag(t, ids, mode="sum") ** 2).sum()
+        gradient = jax.grad(loss)(table)
+        return table - 0.1 * gradient, gradient
+
+    table, rows = quick_jit(lambda t: jax.lax.scan(step, t, batches))(TABLE)
+    expected, gradients = jax.lax.scan(dense_step, jnp.asarray(TABLE), batches)
+    oracle.assert_close(table, expected)
+    assert rows.batch_shape == (3,)
+    oracle.assert_close(rows.todense(), gradients)
+    oracle.assert_close(rows.sum().todense(), gradients.sum(0))
+    with pytest.raises(ValueError, match=r"batch of RowSparse, of shape \(3,\)"):
+        expected + rows
+
+
+def test_a_rule_of_the_users_own_takes_the_pullback():
+    @jax.custom_vjp
+    def pooled(table, ids):
+        return jbag.embedding_bag(table, ids)
+
+    def forward(table, ids):
+        return jbag.sparse.pool(table, ids)
+
+    def backward(pullback, cotangent):
+        return pullback(cotangent).todense(), None
+
+    pooled.defvjp(forward, backward)
+    ids = jnp.asarray(IDS[:10].reshape(5, 2))
+    loss = lambda pool: lambda t: (pool(t, ids) ** 2).sum()
+    found = quick_jit(jax.grad(loss(pooled)))(jnp.asarray(TABLE))
+    oracle.assert_close(found, jax.grad(loss(jbag.embedding_bag))(jnp.asarray(TABLE)))
+
+
+def test_several_axes_of_a_batch_are_summed_one_or_all():
+    ids = jnp.asarray(IDS.reshape(2, 3, 1, 2))
+    gradient = jbag.grad(
+        lambda t, i: (jbag.embedding_bag(t, i, sparse=True) ** 2).sum()
+    )
+    rows = jax.vmap(jax.vmap(gradient, (None, 0)), (None, 0))(TABLE, ids)
+    dense = rows.todense()
+    assert rows.batch_shape == (2, 3)
+    assert dense.shape == (2, 3, V, D)
+    oracle.assert_close(rows.sum().todense(), dense.sum((0, 1)))
+    for axis in (0, 1, -1):
+        oracle.assert_close(rows.sum(axis).todense(), dense.sum(axis % 2))
+    with pytest.raises(ValueError, match="`axis` must be one of the 2"):
+        rows.sum(2)
+
+
+def test_the_names_of_jaxs_primitives_are_still_theirs():
+    def program(x):
+        body = lambda c, y: (c, jax.lax.cond(y > 0, jnp.sin, jnp.cos, y))
+        inner = jax.checkpoint(lambda x: jax.lax.scan(body, 0.0, x)[1])
+        return jax.jit(inner)(jax.lax.stop_gradient(x))
+
+    def names(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation.primitive.name
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from names(inner)
+
+    found = set(names(jax.make_jaxpr(program)(jnp.ones(3)).jaxpr))
+    assert {_program.SCAN, _program.COND, _program.STOP_GRADIENT} <= found
+    assert found & set(_program.CALLS)
+    assert found & set(_program.CHECKPOINTS)
+
+
+def test_sealed_weights_have_no_derivative():
+    def loss(weights):
+        rows = jbag.sparse.pool(TABLE, [[1, 2]], weights=weights)[1](jnp.ones((1, D)))
+        return jax.jit(lambda rows: rows)(rows).todense().sum()
+
+    with pytest.raises(TypeError, match="no derivative"):
+        jax.grad(loss)(jnp.ones((1, 2)))
