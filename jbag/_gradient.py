@@ -1,10 +1,19 @@
 """`value_and_grad` and `grad`: like JAX's, but row-sparse where `sparse=True`.
 
-The loss is traced to a program, in which marked bags are found. The program is run
-with zeros added to what each of them pooled, its table held constant, and
-differentiated with respect to these zeros; `pull_back` makes the table's gradient of
-theirs, as in `jbag.sparse.pool`. Nothing of the table's size is made, nor of (ids,
-features).
+From `sparse=True` to a row that an optimizer moved:
+
+1. `_marks`: a sparse bag marks its table and what it pooled; both are identities.
+2. The loss is traced. `_program.find` finds the marks: a `PooledCall` for each bag that
+   pools from a leaf of the arguments, unless the loss uses that leaf otherwise, too.
+3. `_interpreter.run` runs the program with zeros added to what each of them pooled, the
+   tables held constant; JAX differentiates it with respect to these zeros.
+4. `_pullback.pull_back`, as in `jbag.sparse.pool`, makes a `RowSparse` of each of these
+   gradients: a `Term`, A.T @ cotangent, that isn't multiplied out. Its `Placement`
+   knows how a table lies over a mesh; `_sealed` guards its leaves.
+5. `RowSparse.move`, called by the optimizers of `jbag.optim`, sums the rows and moves
+   them by a rule, in place; a `RowUpdate` hands the moved table to `apply_updates`.
+
+Nothing of the table's size is made, nor of (ids, features).
 """
 
 from __future__ import annotations

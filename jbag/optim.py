@@ -15,6 +15,10 @@ updated in place. For that, `update` makes the new rows already where it is give
 parameters, and `optax.apply_updates` takes them over; let nothing come between the two,
 or it costs a copy of the table.
 
+Optax's own transformations of gradients raise a TypeError where they meet rows:
+`scale`, `scale_by_schedule`, `scale_by_learning_rate`, `clip_by_global_norm`,
+`add_decayed_weights` and `apply_if_finite` are here, too.
+
 Rows that a batch doesn't name don't move at all: momentum and weight decay reach a row
 only when it is named. With "lazy" in their description, optimizers differ in that from
 their dense counterparts.
