@@ -80,7 +80,7 @@ def value_and_grad(
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
       >>> loss = lambda model, ids: (model(ids) ** 2).sum()
       >>> value, gradient = jbag.nnx.value_and_grad(loss)(model, [[7, 8], [7, 9]])
-      >>> gradient["bag"]["embedding"].get_value().coalesce().indices
+      >>> gradient["bag"]["embedding"][...].coalesce().indices
       Array([   7,    8,    9, 1000], dtype=int32)
       >>> int(model.dropout.rngs.count[...])
       1

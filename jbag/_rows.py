@@ -21,8 +21,15 @@ from jbag._terms import ONE_DEVICE, Placement, SealedTerms, Term, fold
 from jbag._validation import check_integer, check_integers, to_index_dtype
 
 
+class _RowSparseType(type):
+    # JAX names the class where it finds a RowSparse in the place of an array, as in the
+    # state of `optax.adam`: the one place to say what takes rows.
+    def __repr__(cls) -> str:
+        return f"<class 'jbag.{cls.__name__}'; for gradients with rows, see jbag.optim>"
+
+
 @jax.tree_util.register_pytree_node_class
-class RowSparse:
+class RowSparse(metaclass=_RowSparseType):
     """A [V, D] array of which few rows aren't zero: a table's gradient, or its update.
 
     `jbag.value_and_grad` makes them. They are held as products that aren't multiplied
@@ -152,6 +159,12 @@ class RowSparse:
     def ndim(self) -> int:
         """Two."""
         return 2
+
+    def __getitem__(self, key: Any) -> RowSparse:
+        """Return itself at `...`, as a variable of NNX reads its value."""
+        if key is not Ellipsis:
+            raise TypeError(f"A RowSparse is read whole, at `...`; got {key!r}.")
+        return self
 
     @property
     def indices(self) -> Int[Array, " N"]:

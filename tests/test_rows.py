@@ -3,6 +3,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 from jax.experimental.sparse import BCOO
@@ -145,6 +146,16 @@ def test_rows_that_were_mapped_over_are_an_error():
         for run in (lambda f: f(), lambda f: jax.jit(f)()):
             with pytest.raises(TypeError, match="RowSparse; for gradients"):
                 run(lambda change=change: jax.tree.map(change, ROWS))
+
+
+def test_optimizers_for_arrays_say_what_takes_rows():
+    for optimizer in (
+        optax.adam(0.1),
+        optax.sgd(0.1),
+        optax.MultiSteps(optax.sgd(1), 2),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"see jbag\.optim"):
+            optimizer.update(ROWS, optimizer.init(TABLE), TABLE)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
