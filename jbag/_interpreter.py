@@ -184,8 +184,7 @@ def _within(path: Path, places: dict[Path, Any]) -> dict[Path, Any]:
 
 def _as_array(x: Any) -> Any:
     """Return an array that a program holds as one of JAX's."""
-    is_number = isinstance(x, numbers.Number | np.generic)
-    return x if is_number or isinstance(x, jax.Array) else jnp.asarray(x)
+    return x if isinstance(x, numbers.Number | np.generic) else jnp.asarray(x)
 
 
 def _evaluate(

@@ -108,9 +108,7 @@ class RowSparse(metaclass=_RowSparseType):
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """The leading axes of a batch, as `vmap` and `scan` return it; () of one."""
-        if self._sealed is None or not self._sealed.leaves:
-            return ()
-        return self._sealed.leaves[0][0].shape[:-2]
+        return () if self._sealed is None else self._sealed.batch_shape
 
     def tree_flatten(self) -> tuple[Any, Any]:
         """Return the leaves, of which all but the cotangents are sealed."""

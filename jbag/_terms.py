@@ -213,7 +213,7 @@ class SealedTerms(NamedTuple):
 
     Attributes:
       leaves: of each term the cotangent, ids, offsets, coefficients and winners.
-      structure: of each term the options, and the dtypes of what is sealed.
+      structure: of each term the dtypes and shapes of these, and the options.
     """
 
     leaves: tuple[tuple[Any, ...], ...]
@@ -225,38 +225,54 @@ class SealedTerms(NamedTuple):
         for term in terms:
             # Inverted, ids that a function fills with zeros or ones name no row.
             arrays = (~term.ids, term.offsets, term.coefficients, term.winners)
-            dtypes = tuple(None if x is None else jnp.dtype(x.dtype) for x in arrays)
-            leaves.append(
-                (term.cotangent, *(x if x is None else seal(x) for x in arrays))
+            types = tuple(
+                None if x is None else (jnp.dtype(x.dtype), x.shape)
+                for x in (term.cotangent, *arrays)
             )
+            sealed = tuple(x if x is None else seal(x) for x in arrays)
+            leaves.append((term.cotangent, *sealed))
             options = (term.empty, term.implementation, term.average, term.placement)
-            structure.append((dtypes, *options))
+            structure.append((types, *options))
         return cls(tuple(leaves), tuple(structure))
 
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The axes that the cotangents have in front, () of one gradient."""
+        return self.leaves[0][0].shape[:-2] if self.leaves else ()
+
     def open(self) -> tuple[Term, ...]:
+        """Return the terms; of a batch, every array has its axes in front.
+
+        Raises:
+          TypeError, ValueError: a function changed the dtype or shape of a leaf.
+        """
         terms = []
-        for (cotangent, *sealed), (dtypes, *options) in zip(
-            self.leaves, self.structure, strict=True
-        ):
-            arrays: list[Any] = [
-                x if x is None else unseal(x, dtype)
-                for x, dtype in zip(sealed, dtypes, strict=True)
-            ]
-            inverted, offsets, coefficients, winners = arrays
-            empty, implementation, average, placement = options
-            terms.append(
-                Term(
-                    cotangent,
-                    ~inverted,
-                    offsets,
-                    coefficients,
-                    empty,
-                    implementation,
-                    winners,
-                    average,
-                    placement,
-                )
+        for own, (types, *options) in zip(self.leaves, self.structure, strict=True):
+            for leaf, known in zip(own, types, strict=True):
+                if known and leaf.shape != (*self.batch_shape, *known[1]):
+                    raise ValueError(
+                        f"A function changed the shape of a leaf of a RowSparse, from "
+                        f"{known[1]} to {leaf.shape}; for gradients with rows, see "
+                        "jbag.optim."
+                    )
+            cotangent, *sealed = own
+            inverted, offsets, coefficients, winners = (
+                x if known is None else unseal(x, known[0])
+                for x, known in zip(sealed, types[1:], strict=True)
             )
+            empty, implementation, average, placement = options
+            term = Term(
+                cotangent,
+                ~inverted,
+                offsets,
+                coefficients,
+                empty,
+                implementation,
+                winners,
+                average,
+                placement,
+            )
+            terms.append(term)
         return tuple(terms)
 
 

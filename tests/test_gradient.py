@@ -181,7 +181,7 @@ def test_a_table_for_each_batch_has_an_array_as_gradient():
     check(lambda t: (jax.vmap(pooled)(t) ** 2).sum(), tables, sparse=False)
 
 
-def test_elsewhere_the_gradient_is_an_array():
+def test_bags_are_found_in_loops_and_branches():
     def in_scan(table):
         step = lambda total, ids: (total + (bag(table, ids) ** 2).sum(), None)
         return jax.lax.scan(step, 0.0, jnp.arange(8).reshape(2, 2, 2))[0]
@@ -190,11 +190,29 @@ def test_elsewhere_the_gradient_is_an_array():
         loss = lambda t: (pooled(t) ** 2).sum()
         return jax.lax.cond(table[0, 0] > -9, loss, lambda _: 0.0, table)
 
-    check(in_scan, TABLE, sparse=False)
-    check(in_cond, TABLE, sparse=False)
+    check(in_scan, TABLE)
+    check(in_cond, TABLE)
+    check(lambda t: in_scan(t) + (pooled(t) ** 2).sum(), TABLE)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("mode", oracle.MODES)
+def test_the_bags_of_other_branches_name_no_row(mode, first):
+    def loss(table):
+        return jax.lax.cond(
+            first,
+            lambda t: (pooled(t, mode=mode, weights=WEIGHTS) ** 2).sum(),
+            lambda t: (bag(t, jnp.array([[10, 11]]), mode=mode) ** 3).sum(),
+            table,
+        )
+
+    rows = check(loss, TABLE).coalesce()
+    named = set(np.asarray(rows.indices)) - {V}
+    assert named <= (set(IDS[:10].tolist()) if first else {10, 11})
+
+
+def test_elsewhere_the_gradient_is_an_array():
     check(lambda t: (pooled(t * 2) ** 2).sum(), TABLE, sparse=False)
-    both = lambda t: in_scan(t) + (pooled(t) ** 2).sum()
-    check(both, TABLE, sparse=False)
 
 
 def test_a_rule_of_the_users_own_stands():
@@ -282,18 +300,19 @@ class NnxModel(nnx.Module):
 def test_nnx_modules_and_states():
     model, ids = NnxModel(nnx.Rngs(0)), jnp.array([[1, 2], [2, 7]])
     loss = lambda model: (model(ids) ** 2).sum()
-    check(loss, model)
     gradient = jbag.grad(loss)(model)
-    assert is_rows(gradient.items.embedding.get_value())
+    assert is_rows(gradient["items"]["embedding"][...])
     graph, state = nnx.split(model)
     check(lambda state: loss(nnx.merge(graph, state)), state)
 
 
 def test_what_is_not_floating_has_no_gradient():
     model, ids = NnxModel(nnx.Rngs(0), dropout=0.5), jnp.array([[1, 2], [2, 7]])
-    gradient = jax.jit(jbag.grad(lambda model: (model(ids) ** 2).sum()))(model)
-    assert is_rows(gradient.items.embedding.get_value())
-    count = gradient.dropout.rngs.count.get_value()
+    graph, state = nnx.split(model)
+    loss = lambda state: (nnx.merge(graph, state)(ids) ** 2).sum()
+    gradient = jax.jit(jbag.grad(loss))(state)
+    assert is_rows(gradient["items"]["embedding"].get_value())
+    count = gradient["dropout"]["rngs"]["count"].get_value()
     assert count.dtype == jax.dtypes.float0
 
 
