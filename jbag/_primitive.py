@@ -99,7 +99,7 @@ def evaluate_compiled(primitive: Primitive) -> None:
         return jax.jit(functools.partial(primitive.bind, **params))
 
     @primitive.def_impl
-    def evaluate(*operands: Array, **params: Any) -> Any:
+    def evaluate(*operands: Any, **params: Any) -> Any:  # constants may be NumPy's
         # Met under `disable_jit`; choosing a kernel needs a lowering all the same.
         with jax.disable_jit(False):
             return compiled(**params)(*operands)
