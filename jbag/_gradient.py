@@ -310,7 +310,7 @@ def _pull_back(
     table: Float[Array, "V D"],
 ) -> RowSparse:
     """Return the gradient of the table from the gradient of what was pooled."""
-    winners, ids, offsets, coefficients = bags
+    winners, ids, offsets, coefficients = jax.tree.map(jnp.asarray, bags)
     if offsets is None:
         ids = _after(value, ids)
     else:
