@@ -1,4 +1,4 @@
-"""`embedding_bag`: the door that checks."""
+"""`embedding_bag`: checks the arguments and pools."""
 
 from __future__ import annotations
 
