@@ -475,7 +475,8 @@ def blocks_with(row):
             {},
             {"second": blocks_with(9)},
             IndexError,
-            r"In `batch\['second'\]`: In block 2: `indices` must lie in \[0, 9\).*got 9",
+            r"In `batch\['second'\]`: In block 2: `indices` must lie in "
+            r"\[0, 9\).*got 9",
         ),
         (
             {"other": P("x", None)},
