@@ -44,8 +44,10 @@ class RowSparse(metaclass=_RowSparseType):
 
     A function that maps over the leaves of a gradient, such as `optax.scale` or
     `jax.lax.psum`, raises a TypeError: all leaves but the cotangent are sealed, of a
-    dtype without arithmetic. `jbag.optim` has `scale`, `scale_by_schedule`,
-    `clip_by_global_norm` and the like, `jbag.sparse` has `psum` and `pmean`, and
+    dtype without arithmetic. What changes the cotangent alone, and isn't linear, is a
+    ValueError where the rows are read next, and NaN where that is traced. `jbag.optim`
+    has `scale`, `scale_by_schedule`, `clip_by_global_norm` and the like, `jbag.sparse`
+    has `psum` and `pmean`, and
     `jax.tree.map(..., is_leaf=lambda x: isinstance(x, jbag.RowSparse))` maps over whole
     gradients.
 
@@ -114,7 +116,7 @@ class RowSparse(metaclass=_RowSparseType):
         """Return the leaves, of which all but the cotangents are sealed."""
         sealed = SealedTerms.close(self.terms) if self._sealed is None else self._sealed
         aux = (sealed.structure, self.shape, self.dtype, self.is_coalesced)
-        return (sealed.leaves,), aux
+        return (sealed.leaves, sealed.guard), aux
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> RowSparse:
@@ -122,7 +124,8 @@ class RowSparse(metaclass=_RowSparseType):
         structure, shape, dtype, is_coalesced = aux
         rows = cls.__new__(cls)
         RowSparse.__init__(rows, (), shape, dtype, is_coalesced)
-        rows._fresh, rows._sealed = None, SealedTerms(children[0], structure)
+        rows._fresh = None
+        rows._sealed = SealedTerms(children[0], structure, children[1])
         return rows
 
     @classmethod

@@ -4,6 +4,10 @@ A pytree is open to every function that maps over its leaves. Multiplied or summ
 ids of a gradient would name other rows. Sealed, they are arrays of an extended dtype,
 as keys are: copying, stacking, selecting and `lax.scan` work, arithmetic is a TypeError
 that says what to use. Compiled, sealing is nothing: the bits stay as they are.
+
+What such a function can do to the numbers beside them shows in a guard, three more
+leaves. Two hold known numbers, which linear functions keep in proportion, and `clip`,
+`sign`, `flip` or `ones_like` don't. One is of `float0`, which even `isnan` refuses.
 """
 
 from __future__ import annotations
@@ -16,7 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import random
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Bool, Shaped
+
+# Powers of two, and so exact under any scale. They aren't sorted, nor of one sign, nor
+# whole; the two leaves differ in norm.
+_KNOWN = tuple(np.array(x, np.float32) for x in ([0.5, -0.25], [2**14, -(2**-8)]))
+GUARD = (*_KNOWN, np.zeros((), jax.dtypes.float0))
 
 _TAG = "indices of a jbag.RowSparse; for gradients with rows, see jbag.optim"
 
@@ -78,3 +87,15 @@ def unseal(x: Array, dtype: Any) -> Shaped[Array, "..."]:
     if words.shape[-1] == 1:
         words = words[..., 0]
     return jax.lax.bitcast_convert_type(words, dtype)
+
+
+def is_intact(guard: tuple[Any, ...]) -> Bool[Any, "..."]:
+    """Return whether only linear functions were applied to a guard, of one or a batch.
+
+    NumPy's answer, and free, where it never left the program that made it.
+    """
+    *found, _ = guard
+    xp = np if all(isinstance(x, np.ndarray) for x in found) else jnp
+    numbers = xp.concatenate([x.astype(np.float32) for x in found], axis=-1)
+    proportions = np.concatenate(_KNOWN) / _KNOWN[0][0]
+    return xp.all(numbers == numbers[..., :1] * proportions, axis=-1)

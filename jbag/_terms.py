@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from jbag._joining import fold_bags, join, join_slots, ones
@@ -16,7 +17,7 @@ from jbag._kernels import xla
 from jbag._kernels.xla import Ids, Offsets, Slots
 from jbag._primitive import EMPTY, UNKNOWN, merge
 from jbag._product import divided, transposed_product
-from jbag._sealed import seal, unseal
+from jbag._sealed import GUARD, is_intact, seal, unseal
 from jbag._update import coalesce, update_rows
 
 Shape = tuple[int, ...]
@@ -214,10 +215,12 @@ class SealedTerms(NamedTuple):
     Attributes:
       leaves: of each term the cotangent, ids, offsets, coefficients and winners.
       structure: of each term the dtypes and shapes of these, and the options.
+      guard: arrays that show through which functions the leaves have passed.
     """
 
     leaves: tuple[tuple[Any, ...], ...]
     structure: tuple[Any, ...]
+    guard: tuple[Any, ...] = GUARD
 
     @classmethod
     def close(cls, terms: Sequence[Term]) -> SealedTerms:
@@ -243,9 +246,19 @@ class SealedTerms(NamedTuple):
     def open(self) -> tuple[Term, ...]:
         """Return the terms; of a batch, every array has its axes in front.
 
+        Where the guard is traced and changed, the cotangents are NaN.
+
         Raises:
-          TypeError, ValueError: a function changed the dtype or shape of a leaf.
+          TypeError, ValueError: a function changed the dtype, the shape or the numbers
+            of a leaf.
         """
+        intact = is_intact(self.guard)
+        traced = isinstance(intact, jax.core.Tracer)
+        if not traced and not np.all(intact):
+            raise ValueError(
+                "A function that isn't linear changed the leaves of a RowSparse; for "
+                "gradients with rows, see jbag.optim."
+            )
         terms = []
         for own, (types, *options) in zip(self.leaves, self.structure, strict=True):
             for leaf, known in zip(own, types, strict=True):
@@ -260,6 +273,8 @@ class SealedTerms(NamedTuple):
                 x if known is None else unseal(x, known[0])
                 for x, known in zip(sealed, types[1:], strict=True)
             )
+            if traced:
+                cotangent = jnp.where(intact[..., None, None], cotangent, jnp.nan)
             empty, implementation, average, placement = options
             term = Term(
                 cotangent,
