@@ -511,7 +511,8 @@ def export(args: argparse.Namespace, mesh: Mesh, state: TrainState) -> None:
     # Put together on the host: the large table might not fit on one device.
     arrays = jax.tree.map(np.asarray, state.params["tables"])
     tables: dict[str, Any] = make_tables(args, mesh).export_tables(arrays)
-    np.savez(args.export, **tables)
+    with jbag.atomic_write(args.export) as temporary, temporary.open("wb") as file:
+        np.savez(file, **tables)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

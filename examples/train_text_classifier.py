@@ -38,7 +38,8 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 import jbag
 
@@ -378,14 +379,13 @@ def predict_lines(classifier: Classifier, lines: Iterable[bytes], size: int) -> 
 
 
 def save(classifier: Classifier, path: Path) -> None:
-    """Write the encoder, the parameters and, as JSON, the rest."""
-    path.mkdir(parents=True, exist_ok=True)
-    classifier.encoder.save(path / "encoder.npz")
-    arrays = jax.device_get(classifier.params)
-    save_file(flatten_dict(arrays, sep="/"), path / "params.safetensors")
+    """Write all of it to one safetensors file, whole or not at all."""
     rest = classifier._asdict()
-    del rest["encoder"], rest["params"]
-    (path / "classifier.json").write_text(json.dumps(rest), encoding="utf-8")
+    parts = {"encoder": rest.pop("encoder").to_arrays(), "params": rest.pop("params")}
+    arrays = flatten_dict(jax.device_get(parts), sep="/")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with jbag.atomic_write(path) as temporary:
+        save_file(arrays, temporary, metadata={"classifier": json.dumps(rest)})
 
 
 def load(path: Path) -> Classifier:
@@ -393,10 +393,12 @@ def load(path: Path) -> Classifier:
     if path.suffix in (".bin", ".ftz"):
         return load_fasttext(path)
     try:
-        rest = json.loads((path / "classifier.json").read_text(encoding="utf-8"))
-        params = unflatten_dict(load_file(path / "params.safetensors"), sep="/")
-        encoder = jbag.text.Encoder.load(path / "encoder.npz")
-        classifier = Classifier(**rest, encoder=encoder, params=params)
+        with safe_open(path, framework="numpy") as file:
+            rest = json.loads(file.metadata()["classifier"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        parts = unflatten_dict(arrays, sep="/")
+        encoder = jbag.text.Encoder.from_arrays(parts["encoder"])
+        classifier = Classifier(**rest, encoder=encoder, params=parts["params"])
         predict(classifier, [""])  # Do the shapes fit?
     except Exception as error:  # A damaged file fails in any of many ways.
         sys.exit(f"{path}: there is no saved classifier in it ({error}).")
@@ -439,7 +441,8 @@ def plot(classifier: Classifier, counts: np.ndarray, path: str) -> None:
     fontsize = 9 if len(labels) <= 30 else 6
     axes[1].set_xticks(range(len(labels)), names, rotation=90, fontsize=fontsize)
     axes[1].set_yticks(range(len(labels)), names, fontsize=fontsize)
-    figure.savefig(path)
+    with jbag.atomic_write(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -462,7 +465,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, help="texts a step (default: 16 to 256, by size)")
     add("--learning-rate", type=float, default=1.0, help="of the table, at first (1)")
     add("--seed", type=int, default=0, help="of the split, the table and the order (0)")
-    add("--save", metavar="DIR", help="write the classifier there")
+    add("--save", metavar="FILE", help="write the classifier there")
     add(
         "--load", metavar="PATH", help="use a saved classifier, or fastText's .bin file"
     )
@@ -522,5 +525,5 @@ def main(argv: Sequence[str] | None = None) -> float | None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, csv.Error) as failure:
+    except (OSError, SafetensorError, csv.Error) as failure:
         sys.exit(f"error: {failure}")

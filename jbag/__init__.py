@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from jbag._bag import embedding_bag as embedding_bag
 from jbag._bags import Bags as Bags
+from jbag._files import atomic_write as atomic_write
 from jbag._gradient import DenseGradientWarning as DenseGradientWarning
 from jbag._gradient import grad as grad
 from jbag._gradient import value_and_grad as value_and_grad

@@ -14,6 +14,8 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
+from jbag._files import check_declared, refusing
+
 _MAGIC = 793712314
 _VERSIONS = (11, 12)
 _MODELS = {1: "cbow", 2: "skipgram", 3: "supervised"}
@@ -59,7 +61,11 @@ class ModelFile(NamedTuple):
 
 def read(path: str | os.PathLike[str]) -> ModelFile:
     """Read a model file; raise ValueError where it isn't one."""
-    file = _File(path)
+    with refusing(path, "is no model of fastText's, or broken"):
+        return _read(_File(path))
+
+
+def _read(file: _File) -> ModelFile:
     magic, version = file.take("<i4", 2, "signature").tolist()
     if magic != _MAGIC or version not in _VERSIONS:
         file.fail(
@@ -132,7 +138,6 @@ class _File:
     """A file in memory, read from its beginning on, and never past its end."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = os.fspath(path)
         with Path(path).open("rb") as file:
             self.size = os.fstat(file.fileno()).st_size
             if not self.size:
@@ -153,7 +158,11 @@ class _File:
         return numbers
 
     def fail(self, why: str) -> NoReturn:
-        raise ValueError(f"{self._path} is no model of fastText's, or broken: {why}.")
+        raise ValueError(why)
+
+    def check_declared(self, num_bytes: int, what: str) -> None:
+        """Fail if arrays of so many bytes are too many for so small a file."""
+        check_declared(num_bytes, self.size, what)
 
 
 def _dictionary(file: _File) -> tuple[list[str], np.ndarray, int, np.ndarray | None]:
@@ -206,6 +215,7 @@ def _bucket_rows(
         if strange.any():
             found = pairs[np.argmax(strange), column]
             file.fail(f"a {name} that was kept must lie in [0, {high}); got {found}")
+    file.check_declared(4 * buckets, f"{buckets} buckets")
     rows = np.full(buckets, -1, np.int32)
     rows[pairs[:, 0]] = pairs[:, 1]
     return rows
@@ -243,6 +253,7 @@ def _quantised(file: _File, name: str) -> np.ndarray:
             f"{size}"
         )
     codes = codes.reshape(rows, len(centroids))
+    file.check_declared(4 * rows * columns, f"its {name} matrix, expanded,")
     matrix = _aligned(rows, columns)
     start = 0
     for part, own in enumerate(centroids):

@@ -9,10 +9,13 @@ from typing import BinaryIO
 
 import numpy as np
 
+from jbag._files import refusing
 from jbag._text import reader
 from jbag._validation import check_integer
 
 _BLOCK = 1 << 24  # bytes
+_BOM = b"\xef\xbb\xbf"
+_DIGITS = 18  # of a number that counts something in a file
 
 
 def load_vectors(
@@ -22,8 +25,8 @@ def load_vectors(
 
     A line is a word and D numbers. The first line may hold the number of words and D,
     as fastText and word2vec write it; GloVe does not. Of lines of one word the first
-    counts. Words are UTF-8; bytes that aren't become lone surrogates, as by Python's
-    "surrogateescape".
+    counts. A byte order mark in front is left out. Words are UTF-8; bytes that aren't
+    become lone surrogates, as by Python's "surrogateescape".
 
     Args:
       path: of the file.
@@ -47,33 +50,8 @@ def load_vectors(
     """
     if max_words is not None:
         max_words = check_integer("max_words", max_words, low=0)
-    name = os.fspath(path)
-    with Path(path).open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        num, features, first = _measure(file, name, size)
-        file.seek(first)
-        wanted = num if max_words is None else min(num, max_words)
-        table = np.empty((wanted, features), np.float32)
-        words: list[bytes] = []
-        for lines in _blocks(file):
-            lines = [line for line in lines if line.strip()]
-            at = len(words)
-            lines = lines[: wanted - at] if max_words is not None else lines
-            if at + len(lines) > wanted:
-                raise ValueError(
-                    f"{name} must hold {num} words, as its first line says; it holds "
-                    "more."
-                )
-            if lines:
-                words += _read(lines, table[at : at + len(lines)], name, at)
-            if max_words is not None and len(words) == wanted:
-                break
-    if len(words) < wanted and first:
-        raise ValueError(
-            f"{name} must hold {num} words, as its first line says; it holds "
-            f"{len(words)}."
-        )
-    table = table[: len(words)]
+    with refusing(path, "holds no word vectors"), Path(path).open("rb") as file:
+        words, table = _load(file, max_words)
     rows = {word: row for row, word in reversed(list(enumerate(words)))}
     if len(rows) < len(words):
         chosen = sorted(rows.values())
@@ -81,36 +59,76 @@ def load_vectors(
     return tuple(word.decode(errors="surrogateescape") for word in words), table
 
 
-def _measure(file: BinaryIO, name: str, size: int) -> tuple[int, int, int]:
-    """Return how many words there may be, of how many numbers, and where they begin."""
-    fields = file.readline(_BLOCK).split()
-    if len(fields) == 2 and all(field.isdigit() for field in fields):
-        num, features = map(int, fields)
-        if features < 1 or 2 * num * features > size:
+def _load(file: BinaryIO, max_words: int | None) -> tuple[list[bytes], np.ndarray]:
+    """Return the words and numbers of all lines, or of the first ones."""
+    num, features, first = _measure(file, os.fstat(file.fileno()).st_size)
+    file.seek(first)
+    wanted = num if max_words is None else min(num, max_words)
+    table = np.empty((wanted, features), np.float32)
+    words: list[bytes] = []
+    for lines in _blocks(file):
+        at = len(words)
+        lines = lines[: wanted - at] if max_words is not None else lines
+        if at + len(lines) > wanted:
             raise ValueError(
-                f"{name} must hold {num} words of {features} numbers, as its first "
-                f"line says; it is of {size} bytes."
+                f"it must hold {num} words, as its first line says; it holds more"
             )
-        return num, features, file.tell()
-    if len(fields) < 2:
+        if lines:
+            words += _read(lines, table[at : at + len(lines)], at)
+        if max_words is not None and len(words) == wanted:
+            break
+    if len(words) < wanted:
         raise ValueError(
-            f"{name} must begin with the numbers of words and of features, or with a "
-            f"word and its vector; got {b' '.join(fields)[:80]!r}."
+            f"it must hold {num} words, as its first line says; it holds {len(words)}"
         )
-    file.seek(0)
-    return sum(map(len, _blocks(file))), len(fields) - 1, 0
+    return words, table
+
+
+def _measure(file: BinaryIO, size: int) -> tuple[int, int, int]:
+    """Return how many words there may be, of how many numbers, and where they begin."""
+    start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+    file.seek(start)
+    line = file.readline(_BLOCK)
+    fields = line.split()
+    if len(fields) == 2 and all(map(_is_size, fields)):
+        num, features = map(int, fields)
+        told, first = "as its first line says", file.tell()
+        if features < 1:
+            raise ValueError(f"its words can't have {features} numbers")
+    elif len(fields) < 2:
+        raise ValueError(
+            "it must begin with the numbers of words and of features, or with a word "
+            f"and its vector; got {line[:80]!r}"
+        )
+    else:
+        told, first = "as many as its first line has", start
+        file.seek(first)
+        num, features = sum(map(len, _blocks(file))), len(fields) - 1
+    if 2 * num * features > size:
+        raise ValueError(
+            f"it must hold {num} words of {features} numbers, {told}; it is of {size} "
+            "bytes"
+        )
+    return num, features, first
+
+
+def _is_size(field: bytes) -> bool:
+    return field.isdigit() and len(field) <= _DIGITS
 
 
 def _blocks(file: BinaryIO) -> Iterator[list[bytes]]:
-    """Yield the lines of a file, many at a time."""
+    """Yield the lines of a file that aren't blank, many at a time."""
     rest = b""
     while block := file.read(_BLOCK):
         *lines, rest = (rest + block).split(b"\n")
-        yield lines
-    yield [rest]
+        if len(rest) > _BLOCK:
+            raise ValueError(f"it has a line of over {_BLOCK} bytes")
+        yield [line for line in lines if line.strip()]
+    if rest.strip():
+        yield [rest]
 
 
-def _read(lines: list[bytes], rows: np.ndarray, name: str, at: int) -> list[bytes]:
+def _read(lines: list[bytes], rows: np.ndarray, at: int) -> list[bytes]:
     """Write the numbers of lines into rows; return the words."""
     if len({line.count(b" ") for line in lines}) == 1:
         parts = [line.partition(b" ") for line in lines]
@@ -127,8 +145,8 @@ def _read(lines: list[bytes], rows: np.ndarray, name: str, at: int) -> list[byte
         numbers = reader(None).numbers(b" ".join(fields), rows.shape[1])
         if numbers is None:
             raise ValueError(
-                f"{name} must hold a word and {rows.shape[1]} numbers in each line; "
-                f"got {line[:80]!r} for word {at + row}."
+                f"it must hold a word and {rows.shape[1]} numbers in each line; got "
+                f"{line[:80]!r} for word {at + row}"
             )
         rows[row] = numbers
         words.append(word)

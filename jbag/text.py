@@ -18,14 +18,15 @@ import dataclasses
 import functools
 import json
 import os
-import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
 from jbag._bags import Bags
+from jbag._files import atomic_write, refusing
+from jbag._numpy_file import Archive
 from jbag._text import reader
 from jbag._text.plan import Plan, Split, SplitName, to_utf8
 from jbag._validation import check_flag, check_integer, check_strings
@@ -83,15 +84,20 @@ class Encoder:
         words = check_strings("words", self.words)
         object.__setattr__(self, "words", tuple(words))
         _check_options(self)
-        for name, size in (
-            ("counts", len(words)),
-            ("bucket_rows", self.buckets),
-            ("weights", self.num_rows),
+        for name, size, kinds in (
+            ("counts", len(words), "iu"),
+            ("bucket_rows", self.buckets, "iu"),
+            ("weights", self.num_rows, "f"),
         ):
             array = getattr(self, name)
             if array is not None and np.shape(array) != (size,):
                 raise ValueError(
                     f"`{name}` must have the shape ({size},); got {np.shape(array)}."
+                )
+            if array is not None and np.asarray(array).dtype.kind not in kinds:
+                raise TypeError(
+                    f"`{name}` must be numbers of its kind; got "
+                    f"{np.asarray(array).dtype}."
                 )
 
     @classmethod
@@ -236,8 +242,60 @@ class Encoder:
             None if bags.weights is None else np.asarray(bags.weights)[stays],
         )
 
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return what the encoder consists of, as arrays by name.
+
+        So it can be saved in one file with the tables that belong to it.
+
+        Example:
+          >>> encoder = jbag.text.Encoder.fit(["a rose is a rose"])
+          >>> sorted(encoder.to_arrays())
+          ['counts', 'options', 'words']
+          >>> jbag.text.Encoder.from_arrays(encoder.to_arrays()).words
+          ('a', 'rose', 'is')
+        """
+        options = {name: getattr(self, name) for name in sorted(_OPTIONS)}
+        letters = "".join(word + "\n" for word in self.words)
+        arrays = {
+            "options": _to_bytes(json.dumps(options)),
+            "words": _to_bytes(letters),
+        }
+        for name in _ARRAYS:
+            if getattr(self, name) is not None:
+                arrays[name] = np.asarray(getattr(self, name))
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Encoder:
+        """Return the encoder of which `to_arrays` returned these arrays.
+
+        Raises:
+          TypeError, ValueError: they aren't an encoder's.
+        """
+        required, known = {"options", "words"}, {"options", "words", *_ARRAYS}
+        if not required <= set(arrays) <= known:
+            raise ValueError(
+                f"an encoder has {sorted(required)}, and may have {sorted(_ARRAYS)}; "
+                f"got {sorted(arrays)[:10]}"
+            )
+        options = json.loads(_from_bytes(arrays["options"]))
+        if not isinstance(options, dict) or set(options) != _OPTIONS:
+            raise ValueError(f"an encoder has the options {sorted(_OPTIONS)}")
+        if isinstance(options["subwords"], list):  # JSON has no tuples
+            options["subwords"] = tuple(options["subwords"])
+        *words, rest = _from_bytes(arrays["words"]).split("\n")
+        if rest:
+            raise ValueError("the last word must end with a line feed")
+        own: dict[str, Any] = {name: arrays[name] for name in _ARRAYS if name in arrays}
+        return cls(words=words, **options, **own)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the encoder to a file in NumPy's `.npz` format, without pickles.
+
+        The file is written whole or not at all, as `jbag.atomic_write` does.
+
+        Raises:
+          OSError: the file can't be written.
 
         Example:
           >>> encoder = jbag.text.Encoder.fit(["a rose is a rose"])
@@ -245,14 +303,9 @@ class Encoder:
           >>> jbag.text.Encoder.load(directory / "encoder.npz").words
           ('a', 'rose', 'is')
         """
-        arrays = {n: getattr(self, n) for n in _ARRAYS if getattr(self, n) is not None}
-        options = {name: getattr(self, name) for name in sorted(_OPTIONS)}
-        letters = "".join(word + "\n" for word in self.words)
-        arrays["words"] = np.frombuffer(
-            letters.encode(errors="surrogatepass"), np.uint8
-        )
-        with Path(path).open("wb") as file:
-            np.savez(file, options=np.array(json.dumps(options)), **arrays)
+        arrays: dict[str, Any] = self.to_arrays()
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Encoder:
@@ -262,15 +315,10 @@ class Encoder:
           OSError: the file can't be read.
           ValueError: it isn't an encoder's.
         """
-        try:
-            with Path(path).open("rb") as file:
-                arrays = dict(np.load(file, allow_pickle=False))
-            options = json.loads(str(arrays.pop("options")))
-            letters = arrays.pop("words").tobytes().decode(errors="surrogatepass")
-            options["subwords"] = tuple(options["subwords"])
-            return cls(words=letters.split("\n")[:-1], **options, **arrays)
-        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{os.fspath(path)} holds no encoder: {error}") from error
+        with refusing(path, "holds no encoder"), Path(path).open("rb") as file:
+            archive = Archive(file)
+            known = {"options", "words", *_ARRAYS}.intersection(archive.names())
+            return cls.from_arrays({name: archive.array(name) for name in known})
 
     def __getstate__(self) -> dict[str, Any]:
         # Not the vocabularies: copies, and other processes, make their own.
@@ -310,6 +358,16 @@ class Encoder:
 
 _OPTIONS = {"ngrams", "buckets", "subwords", "split", "lowercase", "skip", "end"}
 _ARRAYS = ("counts", "weights", "bucket_rows")
+
+
+def _to_bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(errors="surrogatepass"), np.uint8)
+
+
+def _from_bytes(array: np.ndarray) -> str:
+    if array.dtype != np.uint8:
+        raise TypeError(f"texts must be bytes; got {array.dtype}")
+    return array.tobytes().decode(errors="surrogatepass")
 
 
 def _check_options(encoder: Encoder) -> None:

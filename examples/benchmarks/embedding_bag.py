@@ -321,7 +321,8 @@ def plot(results: list[Result], sides: list[str], path: str) -> None:
     axes.set_xlabel("times as fast as the reference")
     labels = axes.get_legend_handles_labels()
     figure.legend(*labels, loc="outside upper center", ncols=len(others))
-    figure.savefig(path)
+    with jbag.atomic_write(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -392,7 +393,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plot:
         plot(results, sides, args.plot)
     if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+        with jbag.atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -391,7 +391,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for line in lines:
                 tqdm.write(f"| {' | '.join(line)} |", file=sys.stdout)
     if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+        with jbag.atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
