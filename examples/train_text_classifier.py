@@ -383,9 +383,13 @@ def save(classifier: Classifier, path: Path) -> None:
     rest = classifier._asdict()
     parts = {"encoder": rest.pop("encoder").to_arrays(), "params": rest.pop("params")}
     arrays = flatten_dict(jax.device_get(parts), sep="/")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with jbag.atomic_write(path) as temporary:
-        save_file(arrays, temporary, metadata={"classifier": json.dumps(rest)})
+    metadata = {"classifier": json.dumps(rest)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with jbag.atomic_write(path) as temporary:
+            save_file(arrays, temporary, metadata)
+    except (OSError, SafetensorError) as error:
+        sys.exit(f"{path}: the classifier can't be saved: {error}")
 
 
 def load(path: Path) -> Classifier:
@@ -525,5 +529,5 @@ def main(argv: Sequence[str] | None = None) -> float | None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, SafetensorError, csv.Error) as failure:
+    except (OSError, csv.Error) as failure:
         sys.exit(f"error: {failure}")

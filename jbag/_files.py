@@ -55,7 +55,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.chmod(stat.S_IMODE(mode))
         _flush(temporary, os.O_RDWR)
         temporary.replace(target)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = os.fspath(path), None  # for its message
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

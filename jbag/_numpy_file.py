@@ -58,14 +58,15 @@ class Archive:
 
     def array(self, name: str) -> np.ndarray:
         """Read an array."""
+        size = self._members[name].file_size
+        check_declared(size, self._size, f"{name!r}, expanded,")
         with self._open(name) as stream:
-            return _read(stream, self._members[name].file_size)
+            return _read(stream, size)
 
     def _open(self, name: str) -> IO[bytes]:
         info = self._members[name]
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{name!r} is compressed in a way that NumPy never does")
-        check_declared(info.file_size, self._size, f"{name!r}, expanded,")
         return self._zip.open(info)
 
 

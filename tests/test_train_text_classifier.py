@@ -190,6 +190,54 @@ def test_saved_classifier_predicts_as_the_trained_one(
     assert example.main(["--load", saved, "--test", test_file]) == trained
 
 
+def run(*options, limit="unlimited"):
+    """Run the program where no file may be larger than so many blocks."""
+    command = f'ulimit -f {limit}; exec "$0" "$@"'
+    return subprocess.run(
+        ["bash", "-c", command, sys.executable, PATH, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_full_disk_leaves_the_saved_classifier(train_file, tmp_path):
+    saved = tmp_path / "models" / "model"
+    own, other = write_texts(tmp_path / "other", count=40, seed=3), str(saved)
+    assert run("--train", train_file, "--save", other).returncode == 0
+    before = saved.read_bytes()
+    failed = run("--train", own, "--dim", "64", "--save", other, limit=8)
+    assert failed.returncode == 1
+    line = failed.stderr.splitlines()[-1]
+    assert line.startswith(f"{saved}: the classifier can't be saved: ")
+    assert "Traceback" not in failed.stderr
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize("name", ["", "made.train/model"])
+def test_a_path_that_no_file_can_have_is_an_error_of_a_line(
+    example, train_file, tmp_path, name
+):
+    with pytest.raises(
+        SystemExit, match=r"can't be saved: .*([Dd]irectory|File exists)"
+    ):
+        example.main(["--train", train_file, "--save", str(tmp_path / name)])
+
+
+def test_a_damaged_classifier_is_an_error_of_a_line(
+    example, train_file, tmp_path, monkeypatch
+):
+    saved = tmp_path / "model"
+    example.main(["--train", train_file, "--epochs", "1", "--save", str(saved)])
+    data = saved.read_bytes()
+    for damaged in (b"", data[:100], data[:-100], b"x" + data[1:], data + b"x"):
+        saved.write_bytes(damaged)
+        lines_of_stdin(monkeypatch, "")
+        with pytest.raises(SystemExit, match="no saved classifier in it"):
+            example.main(["--load", str(saved), "--predict"])
+
+
 def test_tenth_is_held_out_without_a_test_file(example, train_file, capsys):
     assert example.main(["--train", train_file, "--ngrams", "1"]) >= 0.9
     assert "on 20 texts" in capsys.readouterr().out
