@@ -18,7 +18,7 @@ from numpy.lib import format as npy
 from jbag._files import check_declared
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-_CHUNK = 1 << 22  # bytes
+_CHUNK = 1 << 18  # bytes: they stay in the cache while they are expanded and copied
 
 
 class Header(NamedTuple):

@@ -365,6 +365,8 @@ def _to_bytes(text: str) -> np.ndarray:
 
 
 def _from_bytes(array: np.ndarray) -> str:
+    if array.dtype.kind == "U":  # as NumPy saves a string
+        return str(array)
     if array.dtype != np.uint8:
         raise TypeError(f"texts must be bytes; got {array.dtype}")
     return array.tobytes().decode(errors="surrogatepass")
