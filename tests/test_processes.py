@@ -1,5 +1,6 @@
 """Several processes, really started, that train over one mesh on the loopback."""
 
+import contextlib
 import functools
 import json
 import os
@@ -339,6 +340,21 @@ def test_example_ends_where_a_process_hangs(tmp_path):
         code, said = processes.wait(0, 3 * heartbeat), processes.said(0)
     assert code not in (0, None), said
     assert "another task died" in said
+
+
+def test_example_ends_where_the_first_process_is_killed_early():
+    options = ["--heartbeat", 10, "--steps", 100_000]
+    with contextlib.ExitStack() as stack:
+        started = []
+        for seconds in (0, 1, 2, 4):
+            commands = train(*options, processes=2)
+            started.append(stack.enter_context(Processes(commands)))
+            time.sleep(seconds)
+            started[-1].all[0].send_signal(signal.SIGKILL)
+        for processes in started:
+            code, said = processes.wait(1, 60), processes.said(1)
+            assert code not in (0, None), said
+            assert "another task died" in said or "Process 1 of 2 stopped" in said
 
 
 def test_example_refuses_the_checkpoint_of_another_run(tmp_path):
