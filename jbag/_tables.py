@@ -38,6 +38,10 @@ class _Tensor(NamedTuple):
         return len(self.shape) == 2 and self.dtype in TABLE_DTYPES
 
 
+class _NotFloatingError(TypeError, ValueError):
+    """A table of another dtype: by what was asked for, or what the file holds."""
+
+
 # By name; None where two tensors have the same.
 _Tensors = Mapping[str, _Tensor | None]
 
@@ -61,7 +65,7 @@ def load_table(path: str | os.PathLike[str], name: str | None = None) -> np.ndar
     Raises:
       ImportError: the package that reads such a file isn't installed.
       OSError: the file can't be read.
-      TypeError: what has that name isn't floating.
+      TypeError, which is a ValueError, too: what has that name isn't floating.
       ValueError: the file's ending isn't known, or belies what it holds, or the file is
         broken, or there is no such name, or it is no matrix, or two tensors have it, or
         there is no name and there are several.
@@ -73,7 +77,7 @@ def load_table(path: str | os.PathLike[str], name: str | None = None) -> np.ndar
       (10, 2)
       >>> jbag.load_table(path, "bias")
       Traceback (most recent call last):
-      ValueError: `name` must be that of a matrix [V, D]; got 'bias' of shape (10,).
+      ValueError: `name` must be that of a matrix [V, D]; got 'bias' of shape (10,) in...
     """
     suffix = Path(path).suffix.lower()
     if suffix not in _READERS:
@@ -113,12 +117,12 @@ def _choose(tensors: _Tensors, name: str | None, path: str) -> _Tensor:
     if len(tensor.shape) != 2:
         raise ValueError(
             f"`name` must be that of a matrix [V, D]; got {name!r} of shape "
-            f"{tensor.shape}."
+            f"{tensor.shape} in {path}."
         )
     if not tensor.is_table:
-        raise TypeError(
+        raise _NotFloatingError(
             f"`name` must be that of a matrix of {', '.join(TABLE_DTYPES)}; got "
-            f"{name!r} of {tensor.dtype}."
+            f"{name!r} of {tensor.dtype} in {path}."
         )
     return tensor
 
