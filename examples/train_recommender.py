@@ -532,7 +532,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--processes", type=int, default=1, help="how many are started (1)")
     add("--process", type=int, default=0, help="which of them this one is (0)")
     add("--coordinator", default="127.0.0.1:12355", help="HOST:PORT of process 0")
-    add("--heartbeat", type=int, default=100, help="s until a silent process is dead (100)")
+    add("--heartbeat", type=int, default=100, help="s a process may be silent (100)")
     add("--checkpoint", type=Path, help="where to save, and to go on from")
     add("--save-every", type=int, default=500, help="steps (500)")
     add("--losses", type=Path, help="a file to add each step's loss to")

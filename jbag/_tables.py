@@ -77,7 +77,7 @@ def load_table(path: str | os.PathLike[str], name: str | None = None) -> np.ndar
       (10, 2)
       >>> jbag.load_table(path, "bias")
       Traceback (most recent call last):
-      ValueError: `name` must be that of a matrix [V, D]; got 'bias' of shape (10,) in...
+      ValueError: `name` must be that of a matrix [V, D]; got 'bias' of shape ...
     """
     suffix = Path(path).suffix.lower()
     if suffix not in _READERS:

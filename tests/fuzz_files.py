@@ -334,7 +334,8 @@ def run(path):
         read(path)
         result = "read"
     except (ValueError, OSError) as error:
-        assert path.name in str(error)
+        if path.name not in str(error):
+            raise
         result = type(error).__name__
     finally:
         signal.alarm(0)
