@@ -10,12 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
-from modes import QUICKLY
 from oracle import MODES
 
 import jbag
 
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 D = 4
 TABLES = {
     "plain": jbag.Table(30, D),
@@ -261,7 +259,7 @@ def check(collection, blocks=None):
     """Compare everything with the oracle: on one device, or with a block for each."""
     features, params = collection.features, start(collection)
     batch = batch_of(features, blocks)
-    run = quick_jit(functools.partial(results, collection))
+    run = jax.jit(functools.partial(results, collection))
     got = run(params, batch, cotangents(features))
     for name in features:
         oracle.assert_close(got["out"][name], pooled(name))

@@ -1,8 +1,22 @@
+import importlib.metadata
 import itertools
 import os
 
 import jax
 import pytest
+
+# Where there are CPUs alone: less than half the time to compile, which is most of what
+# tests take. What XLA makes of a program at its best is held by the tests with
+# `optimized`. The C++ kernel is the same either way. Elsewhere the portable kernel is
+# tested as users have it.
+if not importlib.metadata.entry_points(group="jax_plugins"):
+    quickly = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": "true",
+        "xla_cpu_use_fusion_emitters": "false",
+    }
+    flags = " ".join(f"--{name}={value}" for name, value in quickly.items())
+    os.environ.setdefault("XLA_FLAGS", flags)
 
 # Before any device is asked for: meshes need several.
 if "JAX_NUM_CPU_DEVICES" not in os.environ:

@@ -7,27 +7,13 @@ from oracle import MODES
 
 import jbag
 
-
-def _is_known(option):
-    """Whether this XLA takes an option to its compiler; they come and go."""
-    try:
-        jax.jit(lambda: 0, compiler_options=dict([option]))()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
-
-
-# For tests of what a program computes, where others hold what XLA makes of it at its
-# best: less than half the time to compile on a CPU. The C++ kernel is the same either
-# way. Elsewhere the portable kernel is all there is, and is tested as users have it.
-QUICKLY = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
+# What tests/conftest.py switches off.
+_AT_ITS_BEST = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
 }
-QUICKLY = (
-    dict(filter(_is_known, QUICKLY.items())) if jax.default_backend() == "cpu" else {}
-)
+_OPTIONS = _AT_ITS_BEST if jax.default_backend() == "cpu" else {}
 
 
 def _run(table, weights, ids, offsets, cotangent, options, modes):
@@ -45,7 +31,7 @@ def _run(table, weights, ids, offsets, cotangent, options, modes):
 
 
 _jit = functools.partial(jax.jit, _run, static_argnames=("options", "modes"))
-_run_optimized, _run_quickly = _jit(), _jit(compiler_options=QUICKLY)
+_run_optimized, _run_quickly = _jit(compiler_options=_OPTIONS), _jit()
 
 
 def every_mode(

@@ -11,7 +11,6 @@ import optax
 import optimizer_oracle as formulas
 import oracle
 import pytest
-from collection_cases import quick_jit
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
@@ -57,7 +56,7 @@ def test_nnx_pools_and_differentiates_as_linen():
         out = module(batch)
         return sum((out[k] * g).sum() for k, g in cotangents.items()), out
 
-    @quick_jit
+    @jax.jit
     def run(module):
         rows, out = jbag.grad(loss, has_aux=True)(module)
         dense, _ = jax.grad(loss, has_aux=True)(module)
@@ -125,7 +124,7 @@ def test_features_lie_side_by_side_in_their_order():
     tables = {k: SOME[0][k] for k in ("plain", "wide")}
     batch = dict(reversed(cases.batch_of(features).items()))
     collection = make(tables, features, concatenate=True)
-    out = quick_jit(collection.apply)({"params": cases.start(collection)}, batch)
+    out = jax.jit(collection.apply)({"params": cases.start(collection)}, batch)
     expected = np.concatenate([cases.pooled(name) for name in features], axis=1)
     oracle.assert_close(out, expected)
     out = make(tables, features).apply({"params": cases.start(collection)}, batch)
@@ -141,14 +140,14 @@ def test_a_keyed_batch_equals_a_dict(weighted, implementation):
     params = cases.start(collection)
     bags = [bag for name in names for bag in cases.lists(name)]
     keyed = cases.pack(names[0], 200, bags)
-    got = quick_jit(collection.apply)({"params": params}, keyed)
+    got = jax.jit(collection.apply)({"params": params}, keyed)
     for name in names:
         oracle.assert_close(got[name], cases.pooled(name))
     # A malformed bag, of the second feature, is NaN alone.
     at = cases.B + 3
     ends = keyed.offsets.at[at].set(-1)
     broken = jbag.Bags(keyed.indices, ends, keyed.weights)
-    out = quick_jit(collection.apply)({"params": params}, broken)
+    out = jax.jit(collection.apply)({"params": params}, broken)
     assert np.isnan(out[names[1]][2:4]).all()
     for name in names:
         keep = np.delete(np.arange(cases.B), [2, 3] if name == names[1] else [])
@@ -176,7 +175,7 @@ def test_a_malformed_bag_is_nan_and_receives_nothing_alone(implementation):
     def alone(table, bags):
         return jbag.embedding_bag(table, bags, mode="mean", implementation="xla")
 
-    @quick_jit
+    @jax.jit
     def run(params, bags):
         def loss(params, weights):
             middle = jbag.Bags(bags.indices, bags.offsets, weights)
@@ -240,7 +239,7 @@ def test_groups_are_trained_in_different_ways():
     )
     state = optimizer.init(params)
 
-    @quick_jit
+    @jax.jit
     def step(params, state, batch, cotangents):
         def loss(params):
             out = collection.apply({"params": params}, batch)
@@ -315,7 +314,7 @@ def test_each_table_starts_by_its_own_initializer(grid):
     features = {k: jbag.Feature(k) for k in tables}
     batch = dict.fromkeys(tables, jnp.zeros((1, 1), jnp.int32))
     collection = make(tables, features, grid=grid)
-    init = quick_jit(lambda seed: collection.init(jax.random.key(seed), batch))
+    init = jax.jit(lambda seed: collection.init(jax.random.key(seed), batch))
     found = [collection.export_tables(init(k)["params"]) for k in (0, 0, 1)]
     found.append(make_nnx(tables, features, grid=grid).export_tables())
     for rows in found:
@@ -350,7 +349,7 @@ def test_specs_are_metadata_of_the_parameters():
 def test_no_raggedness_compiles_anew():
     collection, traced = make(), []
 
-    @quick_jit
+    @jax.jit
     def pool(params, batch):
         traced.append(batch)
         return collection.apply({"params": params}, batch)
@@ -380,7 +379,7 @@ def test_transformations_of_a_collection():
         out = collection.apply(params, batch)
         return sum(jnp.where(jnp.isnan(x), 0, x**2).sum() for x in out.values())
 
-    @quick_jit
+    @jax.jit
     def run(stacked):
         one_by_one = [apply(jax.tree.map(lambda x, k=k: x[k], stacked)) for k in (0, 1)]
         mapped = jax.vmap(apply)(stacked)
@@ -407,7 +406,7 @@ def test_half_tables_pool_in_float32(implementation):
     params = collection.import_tables({"plain": rows})
     cotangents = cases.cotangents(names)
 
-    @quick_jit
+    @jax.jit
     def run(params, batch):
         def loss(params):
             out = collection.apply({"params": params}, batch)

@@ -7,7 +7,6 @@ import pytest
 from hlo import bytes_sent
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
-from modes import QUICKLY
 
 import jbag
 from jbag._costs import Site
@@ -80,11 +79,8 @@ def test_a_step_sends_what_is_planned(strategy, weighted):
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), batch
     )
-    options = {"compiler_options": QUICKLY}
-    sent = bytes_sent(
-        jax.jit(forward, **options).lower(params, batch).compile(), DEVICES
-    )
-    compiled = jax.jit(step, donate_argnums=(0, 1), **options)
+    sent = bytes_sent(jax.jit(forward).lower(params, batch).compile(), DEVICES)
+    compiled = jax.jit(step, donate_argnums=(0, 1))
     compiled = compiled.lower(params, state, batch).compile()
 
     loads = {f"f{i}": Load(f"t{i}", SLOTS, weighted) for i in range(COUNT)}

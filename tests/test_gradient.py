@@ -10,7 +10,6 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
-from modes import QUICKLY
 
 import jbag
 
@@ -22,7 +21,6 @@ TABLE = RNG.normal(size=(V, D)).astype(np.float32)
 WEIGHTS = RNG.uniform(0.5, 2, IDS.size).astype(np.float32)
 COTANGENT = RNG.normal(size=(4, D)).astype(np.float32)
 bag = functools.partial(jbag.embedding_bag, sparse=True)
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 
 
 def pooled(table, ids=IDS, offsets=OFFSETS, **options):
@@ -35,7 +33,7 @@ def check(loss, *args, sparse=True, **options):
     rows = functools.partial(jbag.value_and_grad, allow_dense=not sparse)
     value, gradient = rows(loss, **options)(*args)
     both = [f(loss, **options) for f in (rows, jax.value_and_grad)]
-    jitted, expected = quick_jit(lambda *args: [f(*args) for f in both])(*args)
+    jitted, expected = jax.jit(lambda *args: [f(*args) for f in both])(*args)
     assert any(map(is_rows, jax.tree.leaves(gradient, is_leaf=is_rows))) is sparse
     for found in ((value, gradient), jitted):
         dense = jax.tree.map(densify, found, is_leaf=is_rows)

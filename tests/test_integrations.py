@@ -17,7 +17,6 @@ import oracle
 import pytest
 from flax.training.train_state import TrainState
 from jax import lax
-from modes import QUICKLY
 
 import jbag
 from jbag import optim
@@ -25,7 +24,6 @@ from jbag import optim
 V, D = 12, 2
 IDS = jnp.array([[1, 4, 4], [7, 1, 2]], jnp.int32)
 BATCHES = [IDS, jnp.array([[3, 3, 8], [4, 9, 1]], jnp.int32), IDS + 2]
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +74,7 @@ def several_bags(ids):
 
 
 def initialize(model):
-    init = quick_jit(model.init)
+    init = jax.jit(model.init)
     return dict(init(jax.random.key(0), several_bags(IDS)))
 
 
@@ -230,7 +228,7 @@ def train_linen(make, sparse):
     params, state = variables.pop("params"), variables
     optimizer = optim.sgd(0.1)
 
-    @quick_jit
+    @jax.jit
     def step(params, state, ids):
         def loss(params):
             out = model.apply({"params": params, **state}, ids, mutable=[*state])
@@ -269,7 +267,7 @@ def test_gradients_over_all_variables_equal_the_dense_ones():
         model = Bag(sparse)
         ids = several_bags(IDS)
         loss = lambda v: (model.apply(v, ids, mutable=["batch_stats"])[0] ** 2).sum()
-        return densify(quick_jit(differentiate(sparse)(loss))(initialize(model)))
+        return densify(jax.jit(differentiate(sparse)(loss))(initialize(model)))
 
     assert_equal(both(True), both(False))
 
@@ -286,7 +284,7 @@ def test_dropout_draws_the_same_masks():
     def both(sparse):
         model, out = Dropped(sparse), []
         loss = lambda p, key: (model.apply(p, IDS, rngs={"dropout": key}) ** 2).sum()
-        init, both = quick_jit(model.init), quick_jit(differentiate(sparse)(loss))
+        init, both = jax.jit(model.init), jax.jit(differentiate(sparse)(loss))
         params = init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, IDS)
         for step in range(3):
             out.append(densify(both(params, jax.random.key(step))))
@@ -313,7 +311,7 @@ def loss_of(sparse, loss=squares):
     return functools.partial(loss, sparse=sparse)
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, quick_jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_a_train_state_steps_as_with_dense_gradients(wrap):
     def train(sparse):
         state = TrainState.create(
@@ -356,7 +354,7 @@ def test_averages_of_parameters_are_those_of_dense_training(average):
         optimizer, ema, params = optim.sgd(0.1), optax.ema(0.9), start()
         kept = ema.init(params) if average is average_by_ema else params
 
-        @quick_jit
+        @jax.jit
         def step(params, state, kept, ids):
             gradient = differentiate(sparse)(loss_of(sparse))(params, ids)[1]
             updates, state = optimizer.update(gradient, state, params)
@@ -400,7 +398,7 @@ def test_accumulated_gradients_train_as_dense_ones(accumulate):
     def train(sparse):
         optimizer, params = optim.sgd(0.1), start()
 
-        @quick_jit
+        @jax.jit
         def step(params, ids):
             both = differentiate(sparse)(loss_of(sparse))
             value, gradient = accumulate(both, params, ids)
@@ -501,7 +499,7 @@ def check(loss, *, rows=None, wrap=lambda f: f, table=None):
 
 
 EAGER_AND_JIT = pytest.mark.parametrize(
-    "wrap", [lambda f: f, quick_jit], ids=["eager", "jit"]
+    "wrap", [lambda f: f, jax.jit], ids=["eager", "jit"]
 )
 
 
@@ -708,14 +706,14 @@ IN_BODIES = {
 
 @pytest.mark.parametrize("loss", IN_BODIES, ids=lambda f: f.__name__)
 def test_a_table_pooled_in_a_body_has_the_dense_gradient(loss):
-    check(loss, rows=IN_BODIES[loss], wrap=quick_jit)
+    check(loss, rows=IN_BODIES[loss], wrap=jax.jit)
 
 
 def test_a_table_pooled_in_a_scan_trains_as_a_dense_one():
     def train(sparse):
         optimizer, table = optim.adagrad(0.1), random_table()
 
-        @quick_jit
+        @jax.jit
         def step(table, state):
             value, gradient = differentiate(sparse)(loss_of(sparse, in_scan))(table)
             updates, state = optimizer.update(gradient, state, table)

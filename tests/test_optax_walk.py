@@ -22,14 +22,12 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, some_devices
-from modes import QUICKLY
 
 import jbag
 from jbag import optim
 
 V, D = 12, 2  # four devices divide V
 SGD = optim.sgd(0.1)
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +89,7 @@ def loss_of(sparse, loss=loss):
 @functools.cache
 def gradients(sparse):
     """Return value and gradient for each batch, all of the first parameters."""
-    both = quick_jit((jbag if sparse else jax).value_and_grad(loss_of(sparse)))
+    both = jax.jit((jbag if sparse else jax).value_and_grad(loss_of(sparse)))
     return [both(start(), ids) for ids in BATCHES]
 
 
@@ -405,7 +403,7 @@ COMPILED = [
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_transformation_equals_the_dense_one_or_raises(name):
-    assert outcome(run_case(name, "before", quick_jit)) != "wrong"
+    assert outcome(run_case(name, "before", jax.jit)) != "wrong"
 
 
 DECREASING = optax.linear_schedule(0.5, 0.1, 4)
@@ -432,7 +430,7 @@ def test_drop_ins_equal_optax_with_dense_gradients(name):
 
 @pytest.mark.parametrize("name", DROP_INS)
 def test_compiled_drop_ins_equal_optax_with_dense_gradients(name):
-    check_drop_in(name, "before", quick_jit)
+    check_drop_in(name, "before", jax.jit)
 
 
 def check_drop_in(name, place, wrap=lambda f: f):
@@ -443,7 +441,7 @@ def check_drop_in(name, place, wrap=lambda f: f):
     assert equals(own, state)
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, quick_jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("bad", [1.0, np.nan])
 def test_steps_of_rows_that_are_not_finite_are_skipped(bad, wrap):
     values = jnp.array([[1.0, 1.0], [bad, 1.0], [2.0, 2.0]], jnp.float32)
@@ -480,7 +478,7 @@ WRAPPED = [
 ]
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, quick_jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", WRAPPED)
 def test_wrappers_equal_the_dense_result(name, wrap):
     place = "before" if name in ("freeze", "mask for the bias") else "alone"
@@ -660,7 +658,7 @@ COMPILED_MAPS = [
 
 @pytest.mark.parametrize("name", COMPILED_MAPS)
 def test_a_compiled_map_over_rows_equals_the_dense_one_or_raises(name):
-    assert outcome(map_case(MAPS[name], "pooled", quick_jit)) != "wrong"
+    assert outcome(map_case(MAPS[name], "pooled", jax.jit)) != "wrong"
 
 
 # Functions of a leaf that move numbers, without arithmetic.
@@ -810,7 +808,7 @@ STACKED = {"vmap": stacked_by_vmap, "scan": stacked_by_scan}
 
 @functools.cache
 def stacked(kind, sparse):
-    return quick_jit(lambda: STACKED[kind](sparse))()
+    return jax.jit(lambda: STACKED[kind](sparse))()
 
 
 REDUCTIONS = {

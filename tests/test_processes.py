@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import os
 import re
 import signal
 import socket
@@ -19,13 +18,11 @@ import optax
 import oracle
 import process_worker as worker
 import pytest
-from modes import QUICKLY
 
 import jbag
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "train_recommender.py"
-FLAGS = " ".join(f"--{name}={value}" for name, value in QUICKLY.items())
 TRAINING = "--rows 300 --features 8 --batch-size 168 --steps 120 --test-examples 500"
 
 
@@ -50,7 +47,6 @@ class Processes:
                 [sys.executable, "-W", "error", *map(str, command)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"XLA_FLAGS": FLAGS},
             )
             for command, file in zip(commands, self.files, strict=True)
         ]

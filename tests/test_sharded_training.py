@@ -15,13 +15,11 @@ from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
-from modes import QUICKLY
 
 import jbag
 from jbag import optim
 from jbag.sharding import Whole
 
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 # By name: the spec, and the capacity.
 STRATEGIES = {
     "rows": (P("x", None), None),
@@ -96,9 +94,9 @@ def train(collection, batches):
     """Return all tables and states after some steps of each optimizer."""
     loss = functools.partial(squares, collection)
     # The gradients leave one program, and enter another.
-    differentiate = quick_jit(jbag.grad(loss))
+    differentiate = jax.jit(jbag.grad(loss))
 
-    @quick_jit
+    @jax.jit
     def move(gradients, states, each):
         moved = {}
         for name, optimizer in OPTIMIZERS.items():
@@ -156,7 +154,7 @@ def accumulate(collection, blocks):
     optimizer = optim.rowwise_adagrad(0.3, eps=1e-3)
     batches = [batch_of(k, blocks) for k in range(2)]
 
-    @quick_jit
+    @jax.jit
     def step(params, batches):
         both = jbag.value_and_grad(functools.partial(squares, collection))
         value, gradient = optim.accumulate_gradients(both, 2)(params, batches)
@@ -196,7 +194,7 @@ def test_half_tables_round_at_random(strategy):
     params = collection.import_tables({"a": jnp.ones((64, cases.D), jnp.bfloat16)})
     params = jax.device_put(params, collection.shardings(params))
 
-    @quick_jit
+    @jax.jit
     def step(params, state, ids):
         loss = lambda p: collection.apply({"params": p}, {"a": ids})["a"].sum()
         gradient = jbag.grad(loss)(params)
@@ -242,8 +240,8 @@ def test_a_train_state_is_made_and_moves_where_it_lies(strategy):
     )
     assert table.names == (*spec, None, None)[:2]
     create = lambda: nn.unbox(make_state(many))
-    state = quick_jit(create, out_shardings=many.shardings(jax.eval_shape(create)))()
-    expected = quick_jit(lambda: make_state(one))()
+    state = jax.jit(create, out_shardings=many.shardings(jax.eval_shape(create)))()
+    expected = jax.jit(lambda: make_state(one))()
     lies = NamedSharding(mesh, P(*(*spec, None, None)[:2]))
     tables = [state.params["bags"]["embedding_4"]]
     tables += [x["bags"]["embedding_4"] for x in state.opt_state.states.values()]
@@ -251,7 +249,7 @@ def test_a_train_state_is_made_and_moves_where_it_lies(strategy):
         assert x.sharding.is_equivalent_to(lies, 2)
     assert state.params["Dense_0"]["kernel"].sharding.is_fully_replicated
 
-    @functools.partial(quick_jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0)
     def step(state, batch):
         loss = lambda p: (state.apply_fn({"params": p}, batch) ** 2).mean()
         value, gradient = jbag.value_and_grad(loss)(state.params)
@@ -276,7 +274,7 @@ def test_training_goes_on_with_tables_that_lie_whole_and_back():
             pooled = collection.apply({"params": params}, batch).values()
             return sum((jnp.nan_to_num(x) ** 2).sum() for x in pooled)
 
-        @quick_jit
+        @jax.jit
         def step(params, state, batch):
             gradient = jbag.grad(loss)(params, batch)
             updates, state = optimizer.update(gradient, state, params)

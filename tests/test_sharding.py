@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from collection_cases import quick_jit
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
 
@@ -155,7 +154,7 @@ def test_all_ids_may_be_of_one_owner():
     g = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
     bags = [[(i, None) for i in bag] for bag in ids]
 
-    @functools.partial(quick_jit, static_argnums=2)
+    @functools.partial(jax.jit, static_argnums=2)
     def run(table, ids, capacity):
         def loss(table):
             out = jbag.sharding.embedding_bag(
@@ -197,7 +196,7 @@ def test_a_malformed_bag_is_nan_alone(strategy):
     for name in names:
         if name != "flat_mean":
             batch[name] = broken(batch[name])
-    got = quick_jit(functools.partial(cases.results, collection))(
+    got = jax.jit(functools.partial(cases.results, collection))(
         cases.start(collection), batch, cases.cotangents(names)
     )
     to_tables = dict.fromkeys(tables, 0)
@@ -241,7 +240,7 @@ def test_one_table_by_itself_and_without_jit():
     loss = lambda table: (pool(table, ids) * g).sum()
     with jax.set_mesh(mesh):  # which is where the function finds it
         out, gradient = pool(table, ids), jbag.grad(loss)(table)
-        dense = quick_jit(jax.grad(loss))(table)
+        dense = jax.jit(jax.grad(loss))(table)
         stranger = ids.copy()
         stranger[2, 1] = V
         expected = r"`indices` must lie in \[0, 24\).*got 24 at position \(2, 1\)"
@@ -260,7 +259,7 @@ def test_a_batch_of_no_ids_or_no_bags(strategy):
     collection = make(tables, features, STRATEGIES[strategy], make_mesh("auto"))
     params = cases.start(collection)
 
-    @quick_jit
+    @jax.jit
     def run(params, batch):
         def loss(params):
             out = collection.apply({"params": params}, batch)
@@ -306,7 +305,7 @@ def test_a_keyed_batch_equals_a_dict(strategy):
         with pytest.raises(ValueError, match="take a dict of bags; got one keyed"):
             collection.apply(params, keyed)
         return
-    apply = quick_jit(collection.apply)
+    apply = jax.jit(collection.apply)
     oracle.assert_close(apply(params, keyed), apply(params, batch))
 
 
@@ -330,7 +329,7 @@ def test_derivatives_forwards_and_of_second_order(strategy):
             along = lambda p: jax.jvp(loss, (p,), (direction,))[1]
             return forwards, [twice, jax.grad(along)(params)]
 
-        forwards, second = quick_jit(run)(params, direction)
+        forwards, second = jax.jit(run)(params, direction)
         return forwards, [collection.export_tables(x) for x in second]
 
     one = make(tables, features, P(), None, grid=grid)
@@ -357,7 +356,7 @@ def test_a_table_may_be_used_several_times(strategy):
     def tied(params):
         return twice(params) + jnp.sin(params["embedding_4"]).sum()
 
-    @quick_jit
+    @jax.jit
     def run(params):
         grads = (functools.partial(jbag.grad, allow_dense=True), jax.grad)
         both = lambda f: [g(f)(params)["embedding_4"] for g in grads]
@@ -569,7 +568,7 @@ def test_other_dtypes(strategy, dtype, ids_dtype):
             out = collection.apply({"params": params}, batch)
             return sum((out[k] * g).sum() for k, g in cotangents.items()), out
 
-        @quick_jit
+        @jax.jit
         def run(params):
             rows, out = jbag.grad(loss, has_aux=True)(params)
             dense, _ = jax.grad(loss, has_aux=True)(params)

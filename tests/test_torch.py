@@ -1,6 +1,5 @@
 """PyTorch as a peer: its own operator samples, and modules moved over and back."""
 
-import functools
 import itertools
 
 import jax
@@ -9,14 +8,12 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from modes import QUICKLY
 
 import jbag
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 MODES = ("sum", "mean", "max")
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 S, M = 5, 10
 
 
@@ -83,7 +80,7 @@ def check_sample(num_embeddings, indices, options, dtype, implementation):
     cotangent = rng.normal(size=expected.shape).astype(dtype)
     expected.backward(torch.tensor(cotangent))
 
-    @quick_jit
+    @jax.jit
     def results(table, weights, cotangent):
         value, pullback = jax.vjp(
             lambda t, w: jbag.embedding_bag(
@@ -120,7 +117,7 @@ def test_random_ragged_batches_equal_pytorch(seed, mode, implementation):
     expected.sum().backward()
     options = {"mode": mode, "padding_idx": 3, "implementation": implementation}
 
-    @quick_jit
+    @jax.jit
     def results(table):
         pool = lambda t: jbag.embedding_bag(t, indices, offsets, **options)
         value, pullback = jax.vjp(pool, table)

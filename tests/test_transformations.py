@@ -14,7 +14,6 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 from meshes import make_mesh, some_devices
-from modes import QUICKLY
 from oracle import MODES
 
 import jbag
@@ -25,8 +24,6 @@ IDS = jnp.array([4, 1, 2, 4, 4, 0, 3, 1, 2], jnp.int32)
 OFFSETS = jnp.array([0, 3, 3, 7], jnp.int32)  # and two tail slots
 
 LAYOUTS = ("ragged", "rectangular")
-
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 
 
 def make_table(*shape, seed=0):
@@ -83,7 +80,7 @@ def compiled(pairs):
 
     @functools.wraps(pairs)
     def transformation(pool, table, weights):
-        program = quick_jit(functools.partial(pairs, pool))
+        program = jax.jit(functools.partial(pairs, pool))
         for actual, expected in program(table, weights):
             close(actual, expected)
 
@@ -207,7 +204,7 @@ def test_jvp_and_vjp_agree_under_every_option(implementation):
     moved = make_table(5, 3, seed=1), make_table(9, seed=2)
     cotangent = make_table(3, 3, seed=3)
 
-    @quick_jit
+    @jax.jit
     def products(table, weights):
         _, tangent = jax.jvp(pool, (table, weights), moved)
         forward = jnp.einsum("bdm,bd->m", tangent, cotangent)
@@ -220,7 +217,7 @@ def test_jvp_and_vjp_agree_under_every_option(implementation):
 
     close(*products(table, weights))
     loss = lambda t: jnp.sin(pool(t, weights)).sum((0, 1))
-    assert np.isfinite(quick_jit(jax.hessian(loss))(table)).all()
+    assert np.isfinite(jax.jit(jax.hessian(loss))(table)).all()
 
 
 def test_vmap_keeps_malformed_and_unknown_apart(implementation):
@@ -231,17 +228,17 @@ def test_vmap_keeps_malformed_and_unknown_apart(implementation):
         t, i, o, include_last_offset=True, implementation=implementation
     )
 
-    @quick_jit
+    @jax.jit
     def alone(ids, offsets):
         value, pullback = jax.vjp(lambda t: pool(ids, offsets, t), table)
         return value, pullback(jnp.ones_like(value))[0]
 
     each, gradients = zip(*map(alone, ids, offsets), strict=True)
-    out = quick_jit(jax.vmap(pool, in_axes=(0, 0, None)))(ids, offsets, table)
+    out = jax.jit(jax.vmap(pool, in_axes=(0, 0, None)))(ids, offsets, table)
     np.testing.assert_allclose(out, jnp.stack(each), rtol=1e-6)
 
     # The same, each batch with a table of its own: ids must not reach a neighbour's.
-    @quick_jit
+    @jax.jit
     def own(tables):
         value, pullback = jax.vjp(lambda t: jax.vmap(pool)(ids, offsets, t), tables)
         return value, pullback(jnp.ones_like(value))[0]
@@ -257,8 +254,8 @@ def test_vmap_with_tail_slots_and_padding(implementation):
     stacked = jax.tree.map(lambda *x: jnp.stack(list(map(jnp.asarray, x))), *batches)
     table = make_table(5, 3)
     pool = lambda b: every_mode(table, b, padding_idx=0, implementation=implementation)
-    out = quick_jit(jax.vmap(pool))(stacked)
-    each = list(map(quick_jit(pool), batches))
+    out = jax.jit(jax.vmap(pool))(stacked)
+    each = list(map(jax.jit(pool), batches))
     np.testing.assert_allclose(out, jnp.stack(each), rtol=1e-6)
 
 
@@ -269,8 +266,8 @@ def test_vmap_counts_frequencies_within_each_batch(implementation):
         t, i, scale_grad_by_freq=True, implementation=implementation
     ).sum((0, 1))
     gradient = jax.jacrev(pool)
-    each = jnp.stack([quick_jit(gradient)(table, i) for i in ids])
-    close(quick_jit(jax.vmap(gradient, in_axes=(None, 0)))(table, ids), each)
+    each = jnp.stack([jax.jit(gradient)(table, i) for i in ids])
+    close(jax.jit(jax.vmap(gradient, in_axes=(None, 0)))(table, ids), each)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -331,7 +328,7 @@ def test_shard_map_over_bags_equals_one_device(kind, implementation):
     def loss(pool, table, weights):
         return jnp.sin(pool(table, ids, weights)).sum()
 
-    one = quick_jit(jax.value_and_grad(lambda t, w: loss(pool, t, w), (0, 1)))
+    one = jax.jit(jax.value_and_grad(lambda t, w: loss(pool, t, w), (0, 1)))
     close_to = one(table, weights)
     with jax.set_mesh(mesh):
         split = jax.sharding.NamedSharding(mesh, P("x"))
@@ -352,7 +349,7 @@ def test_shard_map_over_ragged_blocks_and_columns(implementation):
     )
     table = make_table(5, 4)
     pool = lambda t, b: every_mode(t, b, implementation=implementation)
-    expected = jnp.concatenate([quick_jit(pool)(table, b) for b in blocks])
+    expected = jnp.concatenate([jax.jit(pool)(table, b) for b in blocks])
     with jax.set_mesh(mesh):
         split = jax.sharding.NamedSharding(mesh, P("x"))
         columns = jax.sharding.NamedSharding(mesh, P(None, "y"))
@@ -371,7 +368,7 @@ def test_jit_partitions_a_sharded_batch(implementation):
     ids = jnp.arange(24, dtype=jnp.int32).reshape(8, 3) % 8
     pool = lambda t, i: every_mode(t, i, implementation=implementation)
     gradient = jax.grad(lambda t, i: jnp.sin(pool(t, i)).sum())
-    expected = quick_jit(gradient)(table, ids)
+    expected = jax.jit(gradient)(table, ids)
     for spec in (P(), P("x", None)):
         rows = jax.device_put(table, jax.sharding.NamedSharding(mesh, spec))
         split = jax.device_put(ids, jax.sharding.NamedSharding(mesh, P("x")))
