@@ -13,9 +13,9 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
-
-from jbag._explicit import whole
 
 AnyArray = jax.Array | np.ndarray
 Integers = ArrayLike | Sequence[Any]
@@ -236,3 +236,15 @@ def check_strings(name: str, strings: Iterable[str]) -> list[str]:
         if not isinstance(string, str):
             raise TypeError(f"`{name}` must hold strings; got {string!r} at {at}.")
     return strings
+
+
+def is_cut(x: jax.Array) -> bool:
+    """Whether an array is cut along some Explicit axis."""
+    return any(axes is not None for axes in jax.typeof(x).sharding.spec)
+
+
+def whole(x: Any) -> Any:
+    """Return an array that is cut along Explicit axes on every device; others as is."""
+    if not isinstance(x, jax.Array) or not is_cut(x):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, P()))

@@ -12,10 +12,8 @@ from flax.core import FrozenDict
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jbag import _serialization as _serialization  # registers pytrees with Flax
-from jbag import _torch
-from jbag._bags import Bags
-from jbag._collection import (
+from jbag._validation import Floats, Integers
+from jbag.collection._collection import (
     check_parts,
     collection_shardings,
     collection_traffic,
@@ -25,7 +23,10 @@ from jbag._collection import (
     pool_collection,
     validate_batch,
 )
-from jbag._shell import (
+from jbag.collection._lookup import Traffic
+from jbag.collection._stacking import Feature, Table
+from jbag.interop import _torch
+from jbag.ops._modules import (
     Initializer,
     check_options,
     default_embedding_init,
@@ -33,9 +34,7 @@ from jbag._shell import (
     pool,
     pretrained_options,
 )
-from jbag._stacked import Traffic
-from jbag._stacks import Feature, Table
-from jbag._validation import Floats, Integers
+from jbag.ragged._bags import Bags
 
 if TYPE_CHECKING:
     import torch

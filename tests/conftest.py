@@ -24,7 +24,7 @@ if "JAX_NUM_CPU_DEVICES" not in os.environ:
 # GPUs and TPUs multiply matrices in fewer bits than float32 has, unless told otherwise.
 jax.config.update("jax_default_matmul_precision", "highest")
 
-from jbag._kernels import KERNELS  # noqa: E402  (the devices come first)
+from jbag.ops.kernels import KERNELS  # noqa: E402  (the devices come first)
 
 
 @pytest.fixture(params=KERNELS)

@@ -9,10 +9,10 @@ from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
 
 import jbag
-from jbag._costs import Site
-from jbag._kernels.rules import RULES
-from jbag._plan import _check
+from jbag.ops.kernels.update_rules import RULES
 from jbag.sharding import Load, Whole
+from jbag.sharding._cost_model import Site
+from jbag.sharding._planner import _check
 
 DEVICES, BAGS, SLOTS, WIDTH, COUNT = 4, 64, 500, 32, 5
 SPECS = {

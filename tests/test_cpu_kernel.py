@@ -21,7 +21,7 @@ from modes import every_mode
 from oracle import MODES, assert_close
 
 import jbag
-from jbag import _extremum, _product
+from jbag.ops import _segment_max, _spmm
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -43,13 +43,13 @@ def offsets_of(lengths):
 def operations(table, weights, ids, offsets, cotangent, implementation="cpu"):
     """Return the results of the four operations, by what they are."""
     options = {"empty": None, "implementation": implementation}
-    pool = lambda t, w: _product.product(t, ids, offsets, w, **options)
+    pool = lambda t, w: _spmm.product(t, ids, offsets, w, **options)
     value, pullback = jax.vjp(pool, table, weights)
     to_table, to_weights = pullback(cotangent)
     results = {"sum": value, "to_table": to_table, "to_weights": to_weights}
     bags = (ids, weights) if offsets is None else (ids, offsets, weights)
     for mode in ("max", "min"):
-        results[mode], results[f"slots of {mode}"] = _extremum._extremum.bind(
+        results[mode], results[f"slots of {mode}"] = _segment_max._extremum.bind(
             table, *bags, largest=mode == "max", **options
         )
     return results
@@ -153,7 +153,7 @@ def test_a_row_that_20000_slots_name_gets_the_gradient_of_all(dtype, width):
     sums = "float64" if dtype == "float64" else "float32"
     weights = eighths(rng, ids.shape, sums)
     cotangent = eighths(rng, (500, width), sums)
-    to_table = _product.transposed_product(
+    to_table = _spmm.transposed_product(
         cotangent,
         jnp.asarray(ids),
         jnp.asarray(offsets_of(lengths)),
@@ -426,7 +426,7 @@ def test_every_16_bit_number_is_read_exactly(dtype, width):
     numbers = np.arange(2**16, dtype=np.uint16)
     numbers = np.resize(numbers, (-(-(2**16) // width), width))
     table = numbers.view(jnp.dtype(dtype))
-    out = _product.product(
+    out = _spmm.product(
         jnp.asarray(table),
         jnp.arange(len(table), dtype=jnp.int32)[:, None],
         None,
@@ -461,7 +461,7 @@ def float32_samples(rng, dtype):
 def test_gradients_are_rounded_as_jax_rounds(dtype, width):
     samples = float32_samples(np.random.default_rng(0), dtype)
     cotangent = np.resize(samples, (-(-samples.size // width), width))
-    out = _product.transposed_product(
+    out = _spmm.transposed_product(
         jnp.asarray(cotangent),
         jnp.arange(len(cotangent), dtype=jnp.int32)[:, None],
         None,
@@ -477,7 +477,7 @@ def test_gradients_are_rounded_as_jax_rounds(dtype, width):
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
 def transposed_in_place(used, ids, offsets, cotangent):
     """Return the transposed product, in the memory of `used`."""
-    return _product.transposed_product(
+    return _spmm.transposed_product(
         cotangent,
         ids,
         offsets,
@@ -513,7 +513,7 @@ def test_a_large_result_is_zero_where_no_slot_is_in_new_memory_and_in_used(
     table = jnp.zeros(expected.shape, dtype)
     for _ in range(3):
         value, pullback = jax.vjp(
-            lambda table: _product.product(
+            lambda table: _spmm.product(
                 table, ids, offsets, None, empty=None, implementation="cpu"
             ),
             table,
@@ -544,7 +544,7 @@ def test_averages_are_rounded_as_the_reference_rounds_them(
     results = []
     for implementation in ("cpu", "xla"):
         pool = functools.partial(
-            _product.product,
+            _spmm.product,
             ids=jnp.asarray(ids, jnp.int32),
             offsets=offsets,
             average=average,

@@ -15,7 +15,7 @@ import pytest
 from fasttext_files import EXAMPLE, model
 
 import jbag
-from jbag._kernels import KERNELS
+from jbag.ops.kernels import KERNELS
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 FLAGS = (

@@ -11,8 +11,8 @@ import pytest
 from oracle import MODES, assert_close
 
 import jbag
-from jbag import _kernels, _primitive
-from jbag._kernels import KERNELS, Kernel, check_implementation, choose, xla
+from jbag.ops import _primitive, kernels
+from jbag.ops.kernels import KERNELS, Kernel, check_implementation, choose, xla
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -32,11 +32,11 @@ def test_the_reference_runs_everywhere():
 
 def test_a_platform_gets_the_first_that_runs_on_it(monkeypatch):
     native = Kernel(xla, platforms=("tpu",))
-    monkeypatch.setattr(_kernels, "KERNELS", {"native": native, **KERNELS})
+    monkeypatch.setattr(kernels, "KERNELS", {"native": native, **KERNELS})
     assert choose(None, "tpu") is native
     assert choose(None, "cuda") is KERNELS["xla"]
     assert choose("xla", "tpu") is KERNELS["xla"]
-    assert _kernels.special_platforms() == {"cpu", "tpu"}
+    assert kernels.special_platforms() == {"cpu", "tpu"}
 
 
 def test_a_cpu_gets_its_own_kernel(require):
@@ -47,18 +47,18 @@ def test_a_cpu_gets_its_own_kernel(require):
 
 def test_an_exported_program_gets_a_portable_kernel_unless_it_names_one(monkeypatch):
     native = Kernel(xla, platforms=("tpu",))
-    monkeypatch.setattr(_kernels, "KERNELS", {"native": native, **KERNELS})
+    monkeypatch.setattr(kernels, "KERNELS", {"native": native, **KERNELS})
     for platform in (*PLATFORMS, None):
         assert choose(None, platform, exported=True) is KERNELS["xla"]
     assert choose("native", "tpu", exported=True) is native
     portable = Kernel(xla, platforms=("tpu",), portable=True)
-    monkeypatch.setattr(_kernels, "KERNELS", {"native": portable, **KERNELS})
+    monkeypatch.setattr(kernels, "KERNELS", {"native": portable, **KERNELS})
     assert choose(None, "tpu", exported=True) is portable
 
 
 def test_a_named_kernel_is_that_one_or_an_error(monkeypatch):
     native = Kernel(xla, platforms=("cpu",))
-    monkeypatch.setattr(_kernels, "KERNELS", {"native": native, **KERNELS})
+    monkeypatch.setattr(kernels, "KERNELS", {"native": native, **KERNELS})
     check_implementation("native")
     with pytest.raises(ValueError, match=r"'native' runs on \('cpu',\), not on tpu"):
         choose("native", "tpu")
@@ -71,7 +71,7 @@ REASON = "no working C++ compiler was found when it was installed"
 def without_cpu_kernel(monkeypatch):
     """An installation that lacks the CPU kernel."""
     missing = Kernel(None, platforms=("cpu",), missing=REASON)
-    monkeypatch.setattr(_kernels, "KERNELS", KERNELS | {"cpu": missing})
+    monkeypatch.setattr(kernels, "KERNELS", KERNELS | {"cpu": missing})
     # Programs compiled before took it.
     jax.clear_caches()
     yield
@@ -123,7 +123,7 @@ def test_a_primitive_is_lowered_to_the_kernel_of_its_platform(monkeypatch):
             return xla.product(*operands, **options)
 
     native = Kernel(Native, platforms=(jax.default_backend(),))
-    monkeypatch.setattr(_kernels, "KERNELS", {"native": native, **KERNELS})
+    monkeypatch.setattr(kernels, "KERNELS", {"native": native, **KERNELS})
     primitive = _primitive.define(
         "product", dense=["rows"], coefficients=True, outputs=["bags"]
     )

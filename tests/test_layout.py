@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jbag._layout import GRID, Lanes, place
-from jbag._primitive import UNKNOWN
+from jbag._mesh.row_layout import GRID, Lanes, place
+from jbag.ragged._slots import UNKNOWN
 from jbag.sharding import Layout
 
 SIZES = [(1, 1), (10, 1), (10, 4), (12, 4), (3, 7), (30_000, GRID), (7, GRID)]

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec
 from meshes import make_mesh
 
 import jbag
-from jbag._mesh import Whole
-from jbag._plan import Load, Plan, TablePlan, plan
+from jbag._mesh.partition_specs import Whole
+from jbag.sharding._planner import Load, Plan, TablePlan, plan
 
 P = PartitionSpec
 STRATEGIES = ("replicated", "rows", "columns", "whole")

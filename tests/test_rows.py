@@ -9,8 +9,8 @@ import pytest
 from jax.experimental.sparse import BCOO
 
 import jbag
-from jbag._kernels.xla import accumulation_dtype
-from jbag._terms import Term
+from jbag.ops._gather import accumulation_dtype
+from jbag.ops._gradient_terms import Term
 
 V, D = 9, 3
 RNG = np.random.default_rng(0)

@@ -14,8 +14,8 @@ import pytest
 import text_oracle
 
 import jbag
-from jbag._text import READERS
 from jbag.text import Encoder
+from jbag.text._tokenizers import READERS
 
 PIECES = [
     "a", "b", "cat", "Cat", "CAFÉ", "é", "ñandú", "日本語", "ไทย", "e\u0301", "#$", "ß",
@@ -90,7 +90,7 @@ def test_hashes_are_fasttexts():
 
 
 def test_characters_are_told_apart_as_python_does():
-    from jbag._text import plan
+    from jbag.text import _tokenizer_options as plan
 
     for name in ("words", "spaces"):
         classes = plan.character_classes(name, ascii_only=False)

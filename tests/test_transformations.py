@@ -17,8 +17,8 @@ from meshes import make_mesh, some_devices
 from oracle import MODES
 
 import jbag
-from jbag import _extremum, _primitive, _product
-from jbag._kernels import KERNELS
+from jbag.ops import _primitive, _segment_max, _spmm
+from jbag.ops.kernels import KERNELS
 
 IDS = jnp.array([4, 1, 2, 4, 4, 0, 3, 1, 2], jnp.int32)
 OFFSETS = jnp.array([0, 3, 3, 7], jnp.int32)  # and two tail slots
@@ -297,11 +297,11 @@ def test_vmap_over_more_rows_than_ids_can_name_runs_one_by_one(implementation):
     ("primitive", "outputs", "options"),
     [
         (
-            _product._product,
+            _spmm._product,
             ("bags",),
             {"average": "mean", "dtype": jnp.dtype("float32")},
         ),
-        (_extremum._extremum, ("bags", "winners"), {"largest": True}),
+        (_segment_max._extremum, ("bags", "winners"), {"largest": True}),
     ],
 )
 def test_batches_run_one_by_one_give_the_same(

@@ -1,6 +1,6 @@
 // The operations of the embedding bag on a CPU, by plain pointers: no XLA, no Python.
 //
-// The meaning is that of jbag/_kernels/xla.py. Nothing is read or written outside the
+// The meaning is that of jbag/ops/kernels/xla.py. Nothing is read or written outside the
 // arrays that are given, whatever the ids and offsets hold. Results don't depend on the
 // number of threads: sums run in an order that the bags alone decide.
 
@@ -68,7 +68,7 @@ void ParallelFor(Pool& pool, int64_t count, F function) {
 // there are none), or the root of that.
 enum class Average { kNone, kMean, kSqrtN };
 
-// How rows of a table move, given their gradient: jbag/_kernels/rules.py.
+// How rows of a table move, given their gradient: jbag/ops/kernels/update_rules.py.
 enum class Rule {
   kSgd,
   kMomentum,

@@ -1,4 +1,4 @@
-// The rules of jbag/_kernels/rules.py, by the vector. Each is a struct of its numbers,
+// The rules of jbag/ops/kernels/update_rules.py, by the vector. Each is a struct of its numbers,
 // in order; the rule's name there is the struct's here.
 //
 // Moved(w, g, states, divisor) returns the row's new numbers and leaves the new ones of

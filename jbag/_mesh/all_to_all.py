@@ -1,0 +1,342 @@
+"""Rows that travel: distinct ids to the rows' owners, rows back, gradients to owners.
+
+All of it runs on one device of a mesh, under `shard_map`. A table of V' rows is cut
+into P shards of S, one for each device; a row's owner is row // S. Per pair of devices
+and round, C ids and C rows travel, in buckets of that one size.
+
+Where a bucket would overflow, there are more rounds. They are cut by ranges of rows,
+not by position in the batch: round r is about the r-th part of every shard. So what all
+devices send about a row arrives in one round, and an optimizer that isn't linear sees a
+row's gradient whole. A part of at most C rows is never named by more than C distinct
+ids, so that doubling the number of rounds ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Shaped
+
+from jbag._mesh.partition_specs import Strategy, per_device
+from jbag.ops import _spmm
+from jbag.ops._gather import accumulation_dtype, take
+from jbag.ops._primitive import evaluate_compiled
+from jbag.ragged._slots import UNKNOWN
+
+
+def default_capacity(slots: int, owners: int) -> int:
+    r"""Return C for n slots a device: :math:`n / P + 6 \sqrt{n / P} + 8`, in eights.
+
+    If n distinct ids fall on owners evenly, as the grid makes them, no bucket overflows
+    but once in a hundred million.
+    """
+    share = slots / owners
+    wanted = math.ceil((share + 6 * math.sqrt(share) + 8) / 8) * 8
+    return min(slots, wanted)
+
+
+def distinct(
+    ids: Int[Array, " N"], num_rows: int
+) -> tuple[Int[Array, " U"], Int[Array, " N"]]:
+    """Return the rows that ids name, in order, and where each id stands among them.
+
+    There is room for U = min(N, V') rows; the rest is V'. Ids outside [0, V') name none
+    and stand for themselves if negative, and at `UNKNOWN` otherwise.
+    """
+    size = ids.size
+    known = (ids >= 0) & (ids < num_rows)
+    named = jnp.where(known, ids, num_rows)
+    order = jnp.argsort(named)
+    named = named[order]
+    is_first = jnp.diff(named, prepend=-1) > 0
+    rank = jnp.cumsum(is_first, dtype=ids.dtype) - 1
+    room = min(size, num_rows)
+    slots = jnp.where(is_first & (named < num_rows), rank, room)
+    unique = jnp.full(room, num_rows, ids.dtype).at[slots].set(named, mode="drop")
+    places = jnp.zeros_like(ids).at[order].set(rank, unique_indices=True)
+    strangers = jnp.where(ids < 0, ids, UNKNOWN)
+    return unique, jnp.where(known, places, strangers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """How ids and rows travel: over which axes, from how many devices, in what buckets.
+
+    Attributes:
+      axis: of the mesh.
+      owners: P.
+      shard: S, the rows that an owner has.
+      capacity: C.
+    """
+
+    axis: tuple[str, ...]
+    owners: int
+    shard: int
+    capacity: int
+
+    def rounds(self, unique: Int[Array, " U"]) -> Int[Array, ""] | int:
+        """Return how many rounds all devices need, a power of two."""
+        capacity = self.capacity
+        if capacity >= min(unique.size, self.shard):
+            return 1
+        owner, row = unique // self.shard, unique % self.shard
+        known = unique < self.owners * self.shard
+
+        def overflows(rounds: Int[Array, ""]) -> Array:
+            width = -(-self.shard // rounds)
+            bucket = owner * rounds + row // width
+            return ((bucket[capacity:] == bucket[:-capacity]) & known[capacity:]).any()
+
+        one = jnp.ones((), unique.dtype)
+        own = jax.lax.while_loop(overflows, lambda rounds: 2 * rounds, one)
+        return jax.lax.pmax(own, self.axis)
+
+    def each_round(
+        self, body: Callable[[Any, Any], Any], carry: Any, rounds: Int[Array, ""] | int
+    ) -> Any:
+        """Return what `body(round, carry)` makes of the carry, round by round."""
+        if isinstance(rounds, int):
+            return body(0, carry)
+        first = jnp.zeros((), rounds.dtype)
+        _, carry = jax.lax.while_loop(
+            lambda state: state[0] < rounds,
+            lambda state: (state[0] + 1, body(*state)),
+            (first, carry),
+        )
+        return carry
+
+    def bucket(
+        self, unique: Int[Array, " U"], number: Any, rounds: Any
+    ) -> tuple[Int[Array, "P C"], Int[Array, "P C"], Int[Array, " P"]]:
+        """Return a round's ids as owners number them, and where they stand in `unique`.
+
+        Empty places hold S, and stand at U. With them comes where each bucket starts.
+        """
+        width = -(-self.shard // rounds)
+        begin = self.shard * jnp.arange(self.owners, dtype=unique.dtype)
+        low = begin + jnp.minimum(number * width, self.shard)
+        high = begin + jnp.minimum((number + 1) * width, self.shard)
+        starts, ends = jnp.searchsorted(unique, jnp.stack([low, high])).astype(
+            unique.dtype
+        )
+        places = starts[:, None] + jnp.arange(self.capacity, dtype=unique.dtype)
+        is_filled = places < ends[:, None]
+        places = jnp.where(is_filled, places, unique.size)
+        ids = take(unique, places, 0) - begin[:, None]
+        return jnp.where(is_filled, ids, self.shard), places, starts
+
+    def swap(self, x: Shaped[Array, "P ..."]) -> Shaped[Array, "P ..."]:
+        """Send x[p] to device p; return what each of them sent."""
+        if self.owners == 1:
+            return x
+        return jax.lax.all_to_all(x, self.axis, 0, 0)
+
+    def ask(
+        self,
+        unique: Int[Array, " U"],
+        answer: Callable[..., Shaped[Array, "P C ..."]],
+        out: Shaped[Array, "U ..."],
+        *told: Shaped[Array, "U ..."],
+    ) -> Shaped[Array, "U ..."]:
+        """Return what the owners answer about each row, `out` where none is named.
+
+        `answer` takes a round's ids [P, C] and, of each, what the askers tell.
+        """
+        rounds = self.rounds(unique)
+        owner, row = unique // self.shard, unique % self.shard
+        slots = jnp.arange(unique.size, dtype=unique.dtype)
+
+        def body(number: Any, out: Array) -> Array:
+            ids, places, starts = self.bucket(unique, number, rounds)
+            telling = [self.swap(take(x, places, 0)) for x in told]
+            answers = self.swap(answer(self.swap(ids), *telling))
+            answers = answers.reshape(-1, *answers.shape[2:])
+            asked = row // -(-self.shard // rounds) == number
+            asked &= owner < self.owners
+            place = slots - take(starts, owner, 0) + self.capacity * owner
+            found = take(answers, jnp.where(asked, place, -1), 0)
+            asked = asked.reshape(-1, *[1] * (out.ndim - 1))
+            return jnp.where(asked, found.astype(out.dtype), out)
+
+        return self.each_round(body, out, rounds)
+
+    def deliver(
+        self,
+        unique: Int[Array, " U"],
+        rows: Shaped[Array, "U D"],
+        receive: Callable[[Any, Int[Array, " M"], Shaped[Array, "M D"]], Any],
+        carry: Any,
+    ) -> Any:
+        """Send rows to their owners; return what they make of the carry, by rounds.
+
+        `receive(carry, ids, rows)` gets what came from all devices, M = P * C rows, and
+        their numbers in the shard, S in empty places.
+        """
+        rounds = self.rounds(unique)
+
+        def body(number: Any, carry: Any) -> Any:
+            ids, places, _ = self.bucket(unique, number, rounds)
+            ids, sent = self.swap(ids), self.swap(take(rows, places, 0))
+            return receive(carry, ids.reshape(-1), sent.reshape(-1, rows.shape[1]))
+
+        return self.each_round(body, carry, rounds)
+
+
+def router(strategy: Strategy, num_rows: int, slots: int, capacity: int) -> Router:
+    """Return the router for a table of V' rows and that many distinct ids."""
+    owners = strategy.size
+    return Router(strategy.batch, owners, num_rows // owners, min(capacity, slots))
+
+
+def fetch(
+    table: Float[Array, "rows D"],
+    unique: Int[Array, " all_U"],
+    *,
+    strategy: Strategy,
+    capacity: int,
+    implementation: str | None,
+) -> Float[Array, "all_U D"]:
+    """Return the rows that each device asks for, zeros where it names none.
+
+    `unique` has a block for each device, in order, each row once. It is linear in the
+    table; its transpose sends one row for each distinct id back to the owner.
+    """
+    return _fetch.bind(
+        table,
+        unique,
+        num_rows=table.shape[0],
+        strategy=strategy,
+        capacity=capacity,
+        implementation=implementation,
+    )
+
+
+def _ask(
+    table: Float[Array, "rows D"],
+    unique: Int[Array, " all_U"],
+    *,
+    num_rows: int,
+    strategy: Strategy,
+    capacity: int,
+    implementation: str | None,
+) -> Float[Array, "all_U D"]:
+    width, slots = table.shape[1], unique.size // strategy.size
+    route = router(strategy, num_rows, slots, capacity)
+
+    def ask(
+        shard: Float[Array, "S D"], unique: Int[Array, " U"]
+    ) -> Float[Array, "U D"]:
+        def answer(ids: Int[Array, "P C"]) -> Float[Array, "P C D"]:
+            # Each id is a bag of its own.
+            rows = _spmm.product(
+                shard,
+                ids.reshape(-1, 1),
+                None,
+                None,
+                dtype=shard.dtype,
+                empty=route.shard,
+                implementation=implementation,
+            )
+            return rows.reshape(*ids.shape, width)
+
+        return route.ask(unique, answer, jnp.zeros((unique.size, width), shard.dtype))
+
+    rows = P(strategy.batch, None)
+    specs = (rows, strategy.blocks)
+    return per_device(ask, strategy, specs, rows, check=False)(table, unique)
+
+
+def _give(
+    rows: Float[Array, "all_U D"],
+    unique: Int[Array, " all_U"],
+    *,
+    num_rows: int,
+    strategy: Strategy,
+    capacity: int,
+    implementation: str | None,
+) -> Float[Array, "rows D"]:
+    """Return the array of which each owner's rows are the sums of what it is given."""
+    wide = accumulation_dtype(rows.dtype)
+    route = router(strategy, num_rows, unique.size // strategy.size, capacity)
+
+    def give(rows: Float[Array, "U D"], unique: Int[Array, " U"]) -> Array:
+        def receive(total: Array, ids: Array, sent: Array) -> Array:
+            return total + _spmm.transposed_product(
+                sent,
+                ids[:, None],
+                None,
+                None,
+                num_embeddings=route.shard,
+                dtype=wide,
+                empty=None,
+                implementation=implementation,
+            )
+
+        total = jnp.zeros((route.shard, rows.shape[1]), wide)
+        total = route.deliver(unique, rows.astype(wide), receive, total)
+        return total.astype(rows.dtype)
+
+    spec = P(strategy.batch, None)
+    specs = (spec, strategy.blocks)
+    return per_device(give, strategy, specs, spec, check=False)(rows, unique)
+
+
+def _define(name: str, function: Callable) -> Primitive:
+    """Make the primitive of a function that is linear in its first operand."""
+    primitive = Primitive(f"jbag_{name}")
+    evaluate_compiled(primitive)
+
+    @primitive.def_abstract_eval
+    def infer(*avals: Any, **params: Any) -> Any:
+        return jax.make_jaxpr(functools.partial(function, **params))(*avals).out_avals[
+            0
+        ]
+
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+    return primitive
+
+
+def _differentiate(primitive: Primitive, transposed: Primitive) -> None:
+    """Let `transposed` be the transpose of a primitive."""
+
+    def jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+        value = primitive.bind(*primals, **params)
+        if isinstance(tangents[0], ad.Zero):
+            return value, ad.Zero(jax.typeof(value).to_tangent_aval())
+        return value, primitive.bind(tangents[0], primals[1], **params)
+
+    def transpose(cotangent: Any, x: Any, unique: Array, **params: Any) -> list[Any]:
+        if isinstance(cotangent, ad.Zero):
+            return [ad.Zero(x.aval), None]
+        return [transposed.bind(cotangent, unique, **params), None]
+
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+
+
+_fetch, _given = _define("fetch", _ask), _define("give", _give)
+_differentiate(_fetch, _given)
+_differentiate(_given, _fetch)
+
+
+def totals(
+    counts: Float[Array, " U"], unique: Int[Array, " U"], route: Router
+) -> Float[Array, " U"]:
+    """Return each row's count summed over all devices. Runs on one device."""
+
+    def answer(
+        ids: Int[Array, "P C"], counts: Float[Array, "P C"]
+    ) -> Float[Array, "P C"]:
+        sums = jnp.zeros(route.shard, counts.dtype).at[ids].add(counts, mode="drop")
+        return take(sums, ids, 0)
+
+    return route.ask(unique, answer, jnp.zeros_like(counts), counts)

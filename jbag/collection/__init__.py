@@ -1,0 +1,1 @@
+"""Many tables, pooled in few launches."""

@@ -1,0 +1,312 @@
+"""What the Linen and the NNX collection share: the stacks, the checks, the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from jbag._mesh.partition_specs import Strategy, Whole, current_mesh, lay, strategy
+from jbag._mesh.row_layout import GRID
+from jbag._validation import check_flag, check_integer
+from jbag.collection._inputs import Parts, check_batch
+from jbag.collection._lookup import Traffic, measure_traffic, pool_stack
+from jbag.collection._stacking import (
+    KEYED,
+    Bag,
+    Feature,
+    Launch,
+    Stack,
+    Table,
+    make_launches,
+    make_stacks,
+)
+from jbag.ops.kernels import check_implementation
+
+
+def check_parts(module: Any) -> Parts:
+    """Return the parts of a collection; raise where its options can't be meant.
+
+    Raises:
+      TypeError: something is of the wrong type.
+      ValueError: a feature's table isn't there, or a group's spec.
+    """
+    tables = _check_mapping("tables", module.tables, Table, "Table")
+    features = _check_mapping("features", module.features, Feature, "Feature")
+    kinds = "PartitionSpec or a Whole"
+    specs = _check_mapping("specs", module.specs, P | Whole, kinds)
+    if not tables:
+        raise ValueError("`tables` must hold at least one Table; got none.")
+    for name, feature in features.items():
+        if feature.table not in tables:
+            raise ValueError(
+                f"`features[{name!r}]` must name one of the tables, {list(tables)}; "
+                f"got {feature.table!r}."
+            )
+    if KEYED in features:
+        raise ValueError("`features` must have names; got an empty one.")
+    for flag in ("sparse", "concatenate"):
+        check_flag(flag, getattr(module, flag))
+    check_implementation(module.implementation)
+    if module.dtype is not None and not jnp.issubdtype(module.dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be floating; got {jnp.dtype(module.dtype)}.")
+    if module.capacity is not None:
+        check_integer("capacity", module.capacity, low=1)
+    grid = module.grid
+    if grid is None:
+        grid = GRID if specs else 1
+    return Parts(tables, features, make_stacks(tables, specs, grid))
+
+
+def _check_mapping(name: str, given: Any, kind: Any, called: str) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"`{name}` must be a dict; got {given!r}.")
+    for key, value in given.items():
+        if not isinstance(key, str) or not isinstance(value, kind):
+            raise TypeError(
+                f"`{name}` must hold a {called} for each name; "
+                f"got {value!r} at {key!r}."
+            )
+    return dict(given)
+
+
+def strategies(
+    stacks: tuple[Stack, ...],
+    mesh: Mesh | AbstractMesh | None,
+    batch_axis: Any,
+) -> dict[str, Strategy]:
+    """Return the strategy of each stack by name; none without a mesh.
+
+    A mesh that `jax.set_mesh` set counts if a stack has a spec.
+
+    Raises:
+      ValueError: batches would be cut in several ways, or an array can't be cut so.
+    """
+    if mesh is None and all(stack.spec is None for stack in stacks):
+        return {}
+    mesh = current_mesh(mesh)
+    if mesh is None:
+        return {}
+    named = [
+        strategy(mesh, stack.spec, batch_axis)
+        for stack in stacks
+        if stack.spec is not None and any(stack.partition_spec or ())
+    ]
+    axes = {one.batch for one in named}
+    if len(axes) > 1:
+        raise ValueError(
+            f"`specs` must name the same axes of the mesh; got {sorted(axes)}."
+        )
+    if batch_axis is None and axes:
+        batch_axis = next(iter(axes))
+    found = {
+        stack.name: strategy(
+            mesh, P() if stack.spec is None else stack.spec, batch_axis
+        )
+        for stack in stacks
+    }
+    if len({one.batch for one in found.values()}) > 1:
+        raise ValueError(
+            "`batch_axis` must be the axes that `specs` name; "
+            f"got {batch_axis!r} and {sorted(axes)}."
+        )
+    for stack in stacks:
+        _check_division(stack, found[stack.name])
+    return found
+
+
+def _check_division(stack: Stack, found: Strategy) -> None:
+    rows, width = stack.shape
+    if found.name == "columns" and width % found.size:
+        raise ValueError(
+            f"`features` must be divisible by the {found.size} devices that share the "
+            f"columns of {stack.name!r}; got {width}."
+        )
+    if found.name in ("rows", "whole") and rows % found.size:
+        raise ValueError(
+            f"`grid` (or `lanes`) must be divisible by the {found.size} devices that "
+            f"share the rows of {stack.name!r}; got {stack.layout}."
+        )
+    if found.name == "whole" and stack.layout.num_lanes % found.size:  # type: ignore[union-attr]  # whole tables have lanes
+        raise ValueError(
+            f"`lanes` must be a multiple of the {found.size} devices; "
+            f"got {stack.layout}."
+        )
+
+
+def initializer(module: Any, parts: Parts, stack: Stack) -> Callable[[Array], Array]:
+    """Return the function of a key that makes a stack's first array, where it lies."""
+
+    def init(key: Array) -> Array:
+        found = strategies(parts.stacks, module.mesh, module.batch_axis)
+        array = stack.init(key)
+        if stack.name not in found:
+            return array
+        return lay(array, found[stack.name], found[stack.name].table)
+
+    return init
+
+
+class Collection(NamedTuple):
+    """The options of a collection, as the modules have them as attributes."""
+
+    tables: Any
+    features: Any
+    specs: Any
+    mesh: Any = None
+    batch_axis: Any = None
+    capacity: int | None = None
+    grid: int | None = None
+    sparse: bool = False
+    concatenate: bool = False
+    dtype: Any = None
+    implementation: str | None = None
+
+
+def pool_collection(
+    module: Any, parts: Parts, arrays: Mapping[str, Array], batch: Any
+) -> Any:
+    """Return what a collection pools: by feature, or all side by side."""
+    found, bags = _check_call(module, parts, batch)
+    pooled: dict[str, Array] = {}
+    for stack, launches, own in _calls(module, parts, bags):
+        one = found.get(stack.name)
+        if one is not None and one.name == "whole" and KEYED in bags:
+            raise ValueError(
+                "Tables that are dealt out whole take a dict of bags; got one keyed "
+                "batch, of which no device's part has a static size."
+            )
+        pooled |= pool_stack(
+            arrays[stack.name],
+            own,
+            stack=stack,
+            launches=launches,
+            strategy=one,
+            sparse=bool(module.sparse),
+            capacity=module.capacity,
+        )
+    out = [pooled[name] for name in parts.features]
+    if module.dtype is not None:
+        out = [x.astype(module.dtype) for x in out]
+    if module.concatenate:
+        return jnp.concatenate(out, axis=1)
+    return dict(zip(parts.features, out, strict=True))
+
+
+def _check_call(
+    module: Any, parts: Parts, batch: Any
+) -> tuple[dict[str, Strategy], dict[str, Bag]]:
+    found = strategies(parts.stacks, module.mesh, module.batch_axis)
+    blocks = next(iter(found.values())).size if found else None
+    return found, check_batch(batch, parts, blocks)
+
+
+def _calls(
+    module: Any, parts: Parts, bags: Mapping[str, Bag]
+) -> Iterator[tuple[Stack, tuple[Launch, ...], dict[str, Bag]]]:
+    """Yield each stack with what is pooled from it, and of which bags."""
+    weighted = {
+        name: bags[KEYED if KEYED in bags else name].weights is not None
+        for name in parts.features
+    }
+    for stack in parts.stacks:
+        launches = make_launches(stack, parts.features, weighted, module.implementation)
+        own: dict[str, Bag] = {}
+        for launch in launches:
+            own |= launch.own(bags)
+        if launches:
+            yield stack, launches, own
+
+
+def collection_traffic(module: Any, batch: Any) -> dict[str, Traffic]:
+    """Return what the rows of each stack that are dealt out are sent for a batch."""
+    parts = check_parts(module)
+    found, bags = _check_call(module, parts, batch)
+    bags = {name: bag._replace(weights=None) for name, bag in bags.items()}
+    return {
+        stack.name: measure_traffic(
+            own,
+            stack=stack,
+            launches=launches,
+            strategy=found[stack.name],
+            capacity=module.capacity,
+        )
+        for stack, launches, own in _calls(module, parts, bags)
+        if stack.name in found and found[stack.name].name == "rows"
+    }
+
+
+def validate_batch(module: Any, batch: Any) -> Any:
+    """Check a batch by value, copied from the device if need be; return it."""
+    # A list is no array of JAX's, and is checked by value as it is.
+    on_host = jax.tree.map(
+        lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, batch
+    )
+    _check_call(module, check_parts(module), on_host)
+    return batch
+
+
+def export_tables(parts: Parts, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Return each table's rows in the order of their ids."""
+    names = {stack.name for stack in parts.stacks}
+    if not isinstance(arrays, Mapping) or not names <= set(arrays):
+        raise ValueError(
+            f"`params` must be a dict with {sorted(names)}; "
+            f"got {list(arrays) if isinstance(arrays, Mapping) else arrays!r}."
+        )
+    return {
+        name: _take(jnp.asarray(arrays[stack.name]), stack.table_rows(name))
+        for stack in parts.stacks
+        for name in stack.names
+    }
+
+
+def _take(array: Array, rows: np.ndarray) -> Array:
+    """Return rows of an array; over a mesh of Explicit axes, on every device."""
+    mesh = jax.typeof(array).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return array[rows]
+    return array.at[rows].get(out_sharding=NamedSharding(mesh, P()))
+
+
+def import_tables(parts: Parts, tables: Mapping[str, Any]) -> dict[str, Array]:
+    """Return the arrays that hold tables given in the order of their ids."""
+    if set(tables) != set(parts.tables):
+        raise ValueError(f"`tables` must be {list(parts.tables)}; got {list(tables)}.")
+    for name, table in parts.tables.items():
+        shape = np.shape(tables[name])
+        full = (table.num_embeddings, table.features)
+        if shape not in (full, full[:1]):
+            raise ValueError(
+                f"`tables[{name!r}]` must have shape {full} or {full[:1]}; got {shape}."
+            )
+    return {stack.name: stack.fill(tables) for stack in parts.stacks}
+
+
+def collection_shardings(module: Any, tree: Any) -> Any:
+    """Return how each array of a tree lies on the mesh: a `NamedSharding` each.
+
+    Arrays under a stack's name, of as many rows, lie as its spec says; others are
+    replicated.
+    """
+    stacks = check_parts(module).stacks
+    found = strategies(stacks, module.mesh, module.batch_axis)
+    if not found:
+        raise ValueError("`mesh` must be given, or set by jax.set_mesh; got neither.")
+    mesh = next(iter(found.values())).mesh
+
+    def one(path: Any, x: Any) -> NamedSharding:
+        names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
+        for stack in stacks:
+            if stack.name in names and x.shape[:1] == stack.shape[:1]:
+                own = found[stack.name]
+                return NamedSharding(mesh, own.table if x.ndim == 2 else own.narrow)
+        return NamedSharding(mesh, P())
+
+    return jax.tree.map_with_path(one, tree)

@@ -1,0 +1,322 @@
+"""Pooling the features of a stack of tables, on one device or over a mesh.
+
+Over a mesh, every device has a block of the batch, and three programs run on it, with
+marks between them for `value_and_grad`, which does not look into them:
+
+    rows                     name the distinct rows; fetch them (marked); pool at home
+    columns, whole tables,   pool where the table is (marked); bring home what was
+    replicated               pooled, and finish
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jbag._mesh.all_to_all import default_capacity, distinct, fetch, router, totals
+from jbag._mesh.gradients import Routed
+from jbag._mesh.partition_specs import Strategy, per_device
+from jbag.collection._dist import Bags, exchange, own_block
+from jbag.collection._stacking import Bag, Launch, Stack, only_in_bags
+from jbag.ops import _pooling
+from jbag.ops._marks import mark_table
+from jbag.ops._pooling import Pieces
+from jbag.ragged._slots import EMPTY, UNKNOWN
+
+Pooled = dict[str, Float[Array, "B D"]]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("stack", "launches", "strategy", "sparse", "capacity")
+)
+def pool_stack(
+    table: Float[Array, "R D"],
+    bags: Bags,
+    *,
+    stack: Stack,
+    launches: tuple[Launch, ...],
+    strategy: Strategy | None,
+    sparse: bool,
+    capacity: int | None,
+) -> Pooled:
+    """Return each feature's bags, pooled; over a mesh, every array in blocks."""
+    if strategy is None:
+        return _pool_here(table, bags, stack, launches, sparse)
+    if sparse:
+        table = mark_table(table)
+    bags = _with_slots(bags, strategy)
+    mapped = _Mapped(stack, launches, strategy, sparse)
+    if strategy.name == "rows" and strategy.size > 1:
+        return _pool_fetched(table, bags, mapped, capacity)
+    return _pool_there(table, bags, mapped)
+
+
+class Traffic(NamedTuple):
+    """How the rows of a batch travel, over P devices; see `Layout`.
+
+    Attributes:
+      rounds: how many rounds the devices need, a power of two; 1 unless the capacity is
+        too small for a batch.
+      distinct: [P], how many distinct rows each device asks for.
+      asked: [P, P], how many rows device p asks of owner q.
+      strangers: [P], how many slots of each device hold an id that is no row.
+    """
+
+    rounds: Int[Array, ""]
+    distinct: Int[Array, " P"]
+    asked: Int[Array, "P P"]
+    strangers: Int[Array, " P"]
+
+
+jax.export.register_namedtuple_serialization(
+    Traffic, serialized_name="jbag.sharding.Traffic"
+)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("stack", "launches", "strategy", "capacity")
+)
+def measure_traffic(
+    bags: Bags,
+    *,
+    stack: Stack,
+    launches: tuple[Launch, ...],
+    strategy: Strategy,
+    capacity: int | None,
+) -> Traffic:
+    """Return how rows travel when `pool_stack` is called so."""
+    bags = _with_slots(bags, strategy)
+    mapped = _Mapped(stack, launches, strategy, False)
+    num_rows, capacity = stack.shape[0], mapped.capacity(bags, capacity)
+
+    def measure(bags: Bags) -> tuple[Array, ...]:
+        bags = own_block(bags)
+        ids = [only_in_bags(*launch.join(stack, [bags])[:2]) for launch in launches]
+        named = jnp.concatenate([x.reshape(-1) for x in ids])
+        unique, _ = distinct(named, num_rows)
+        route = router(strategy, num_rows, unique.size, capacity)
+        rounds = jnp.asarray(route.rounds(unique), jnp.int32)
+        owners = jnp.where(unique < num_rows, unique // route.shard, strategy.size)
+        asked = jnp.zeros(strategy.size, jnp.int32).at[owners].add(1, mode="drop")
+        strangers = (named == UNKNOWN).sum(dtype=jnp.int32)
+        return rounds, asked.sum(dtype=asked.dtype)[None], asked[None], strangers[None]
+
+    specs = (P(), strategy.blocks, strategy.blocks, strategy.blocks)
+    return Traffic(*mapped.run(measure, (strategy.blocks,), specs, check=False)(bags))
+
+
+def _pool_here(
+    table: Float[Array, "R D"],
+    bags: Bags,
+    stack: Stack,
+    launches: Sequence[Launch],
+    sparse: bool,
+) -> Pooled:
+    out: Pooled = {}
+    for launch in launches:
+        ids, offsets, weights = launch.join(stack, [bags])
+        pooled = _pooling.pool(
+            table,
+            ids,
+            offsets,
+            weights,
+            launch.norm(),
+            how=launch.how,
+            padding_idx=EMPTY,
+            sparse=sparse,
+        )
+        out |= launch.split(pooled, bags)
+    return out
+
+
+class _Mapped(NamedTuple):
+    """What all programs of a stack over a mesh know."""
+
+    stack: Stack
+    launches: tuple[Launch, ...]
+    strategy: Strategy
+    sparse: bool
+
+    @property
+    def rows(self) -> P:
+        """The spec of what has bags, or slots, on the first of two axes."""
+        return P(self.strategy.batch, None)
+
+    def run(self, body: Any, in_specs: Any, out_specs: Any, check: bool = True) -> Any:
+        return per_device(body, self.strategy, in_specs, out_specs, check=check)
+
+    def capacity(self, bags: Bags, given: int | None) -> int:
+        """Return C: what is given, or what a device's slots want."""
+        if given is not None:
+            return given
+        slots = sum(
+            bag.ids.size // self.strategy.size
+            for launch in self.launches
+            for bag in launch.own(bags).values()
+        )
+        return default_capacity(slots, self.strategy.size)
+
+
+def _with_slots(bags: Bags, strategy: Strategy) -> Bags:
+    """Return bags of which each device has a slot: XLA can't cut arrays of none."""
+
+    def with_slot(bag: Bag) -> Bag:
+        ids, offsets, weights = bag
+        if ids.size:
+            return bag
+        if offsets is None:
+            shape = (strategy.size, ids.shape[0] // strategy.size + 1)
+            offsets = jnp.zeros(shape, ids.dtype)
+        slot = (strategy.size, 1)  # of no bag
+        return Bag(
+            jnp.zeros(slot, ids.dtype),
+            jnp.where(offsets == 0, 0, -1),  # a malformed one stays so
+            None if weights is None else jnp.zeros(slot, weights.dtype),
+        )
+
+    return {name: with_slot(bag) for name, bag in bags.items()}
+
+
+def _pool_fetched(
+    table: Float[Array, "R D"], bags: Bags, mapped: _Mapped, capacity: int | None
+) -> Pooled:
+    stack, launches, strategy, sparse = mapped
+    blocks = strategy.blocks
+    num_rows, capacity = stack.shape[0], mapped.capacity(bags, capacity)
+    implementation = launches[0].how.implementation
+
+    def name(bags: Bags) -> tuple[Array, Any, Any]:
+        bags = own_block(bags)
+        joined = [launch.join(stack, [bags])[:2] for launch in launches]
+        named = [only_in_bags(*one) for one in joined]
+        unique, places = distinct(
+            jnp.concatenate([ids.reshape(-1) for ids in named]), num_rows
+        )
+        found: list[Any] = []
+        counts: list[Array | None] = []
+        first = 0
+        for launch, ids, (_, offsets) in zip(launches, named, joined, strict=True):
+            own = places[first : first + ids.size]
+            first += ids.size
+            found.append((own.reshape(ids.shape), offsets))
+            if launch.how.scale_grad_by_freq:
+                route = router(strategy, num_rows, unique.size, capacity)
+                dtype = _pooling.accumulation_dtype(jnp.dtype(stack.dtype))
+                own = jnp.where(own < 0, unique.size, own)
+                count = jnp.zeros(unique.size, dtype).at[own].add(1, mode="drop")
+                count = jnp.maximum(totals(count, unique, route), 1)
+                counts.append(_pooling.take(count, own, 1).reshape(ids.shape))
+            else:
+                counts.append(None)
+        return unique, found, counts
+
+    unique, found, counts = mapped.run(name, (blocks,), blocks, check=False)(bags)
+    rows = fetch(
+        table,
+        unique,
+        strategy=strategy,
+        capacity=capacity,
+        implementation=implementation,
+    )
+    if sparse:
+        placement = Routed(strategy, mapped.rows, blocks, capacity)
+        asked = mapped.run(lambda x: x[:, None], (blocks,), mapped.rows, check=False)
+        rows = _pooling.mark_pooled(
+            rows,
+            table,
+            asked(unique),
+            None,
+            None,
+            average=None,
+            empty=None,
+            implementation=implementation,
+            placement=placement,
+        )
+
+    def pool(rows: Array, bags: Bags, found: Any, counts: Any) -> Pooled:
+        bags = own_block(bags)
+        out: Pooled = {}
+        for launch, (ids, offsets), count in zip(launches, found, counts, strict=True):
+            _, _, weights = launch.join(stack, [bags])
+            pooled = _pooling.pool(
+                rows,
+                ids,
+                offsets,
+                weights,
+                launch.norm(),
+                count,
+                how=launch.how,
+                padding_idx=EMPTY,
+                sparse=False,
+            )
+            out |= launch.split(pooled, bags)
+        return out
+
+    specs = (mapped.rows, blocks, blocks, blocks)
+    return mapped.run(pool, specs, mapped.rows)(rows, bags, found, counts)
+
+
+def _pool_there(table: Float[Array, "R D"], bags: Bags, mapped: _Mapped) -> Pooled:
+    out: Pooled = {}
+    for launch in mapped.launches:
+        out |= _launch_there(table, launch.own(bags), mapped, launch)
+    return out
+
+
+def _launch_there(
+    table: Float[Array, "R D"], bags: Bags, mapped: _Mapped, launch: Launch
+) -> Pooled:
+    stack, strategy = mapped.stack, mapped.strategy
+    there = exchange(stack, launch, strategy)
+    spec, slots = there.placement.cotangent, there.placement.bags
+
+    def combine(table: Array, bags: Bags) -> tuple[Array, Array | None, Pieces]:
+        ids, offsets, weights = there.gather(bags)
+        first = there.first_row(table.shape[0])
+        pieces, _ = _pooling.prepare(
+            table,
+            jnp.where(ids < 0, ids, ids - first),
+            offsets,
+            weights,
+            launch.norm(),
+            how=launch.how,
+            padding_idx=EMPTY,
+            columns=there.columns,
+            replicas=there.replicas,
+        )
+        total, winners = _pooling.combine(table, pieces, how=launch.how, empty=EMPTY)
+        ids = jnp.where(pieces.ids < 0, pieces.ids, pieces.ids + first)
+        return total, winners, pieces._replace(ids=ids, value_scale=None)
+
+    total, winners, pieces = mapped.run(
+        combine, (strategy.table, there.bags), (spec, spec, slots)
+    )(table, bags)
+    if mapped.sparse:
+        total = _pooling.mark(
+            total,
+            winners,
+            table,
+            pieces,
+            how=launch.how,
+            empty=EMPTY,
+            placement=there.placement,
+        )
+
+    def finish(total: Array, bags: Bags) -> Pooled:
+        bags = own_block(bags)
+        like: Any = jax.ShapeDtypeStruct(stack.shape, table.dtype)
+        how = launch.how._replace(scale_grad_by_freq=False)
+        joined = launch.join(stack, [bags])
+        pieces, empty = _pooling.prepare(like, *joined, how=how, padding_idx=EMPTY)
+        total = there.bring_home(total, bags)
+        pooled = _pooling.finish(total, pieces, like, how=how, empty=empty)
+        return launch.split(pooled, bags)
+
+    return mapped.run(finish, (spec, strategy.blocks), mapped.rows)(total, bags)

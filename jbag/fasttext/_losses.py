@@ -1,0 +1,210 @@
+"""What fastText makes of a text's pooled embedding: probabilities, and the best labels.
+
+Its own roundings are kept, down to the sigmoid, which it reads from a table, and to the
+order of equal labels, which its heap decides: its predictions are met exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jbag.ops._embedding_bag import embedding_bag
+from jbag.ragged._bags import Bags
+
+_GUARD = 1e-5  # fastText's logarithm is log(x + 1e-5)
+_SIGMOID_STEPS, _SIGMOID_END = 512, 8
+_NO_COUNT = 10**15  # of a node that isn't made yet
+_SIGMOID = 1 / (
+    1 + np.exp(_SIGMOID_END * (1 - np.arange(_SIGMOID_STEPS + 1) * 2 / _SIGMOID_STEPS))
+)
+
+
+class Tree(NamedTuple):
+    """Huffman's tree over L labels, of 2 L - 1 nodes: the labels, then what joins two.
+
+    Attributes:
+      edges: [2 L - 1], the column of the edge to each node's parent among the L - 1
+        left edges and the L - 1 right ones; behind them, for the root, nothing.
+      jumps: for each power of two, the node so many steps up, or the root: [2 L - 1].
+      order: [L], the labels as they are met from the left.
+    """
+
+    edges: np.ndarray
+    jumps: tuple[np.ndarray, ...]
+    order: np.ndarray
+
+
+def huffman(counts: Sequence[int]) -> Tree:
+    """Return fastText's tree of labels that occur so often, most often first."""
+    num = len(counts)
+    nodes = [*counts, *[_NO_COUNT] * (num - 1)]
+    parents = np.full(2 * num - 1, 2 * num - 2, np.int32)
+    edges = np.full(2 * num - 1, 2 * (num - 1), np.int32)
+    children = np.zeros((2 * num - 1, 2), np.int32)
+    leaf, node = num - 1, num
+    for new in range(num, 2 * num - 1):
+        for side in range(2):
+            if leaf >= 0 and nodes[leaf] < nodes[node]:
+                child, leaf = leaf, leaf - 1
+            else:
+                child, node = node, node + 1
+            children[new, side] = child
+            parents[child] = new
+            edges[child] = new - num + side * (num - 1)
+        nodes[new] = nodes[children[new, 0]] + nodes[children[new, 1]]
+    order, ahead = [], [2 * num - 2]
+    while ahead:
+        here = ahead.pop()
+        if here < num:
+            order.append(here)
+        else:
+            ahead += children[here, ::-1].tolist()
+    jumps = [parents]
+    while (jumps[-1] != 2 * num - 2).any():
+        jumps.append(jumps[-1][jumps[-1]])
+    return Tree(edges, tuple(jumps[:-1]), np.array(order))
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def values(
+    table: Float[Array, "V D"],
+    output: Float[Array, "L D"],
+    bags: Bags,
+    tree: Tree | None,
+    *,
+    loss: str,
+) -> Float[Array, "B L"]:
+    """Return the probability of each label; with a tree, fastText's logarithm of it."""
+    pooled = embedding_bag(table, bags, mode="mean")
+    logits = jnp.matmul(pooled, output.T, precision="highest")
+    if loss == "softmax":
+        return jax.nn.softmax(logits)
+    if tree is None:
+        steps = (logits + _SIGMOID_END) * (_SIGMOID_STEPS / 2 / _SIGMOID_END)
+        steps = jnp.clip(steps, 0, _SIGMOID_STEPS).astype(jnp.int32)
+        near = jnp.asarray(_SIGMOID, logits.dtype)[steps]
+        far = jnp.where(jnp.isnan(logits), logits, (logits > 0).astype(logits.dtype))
+        return jnp.where(jnp.abs(logits) <= _SIGMOID_END, near, far)
+    right = 1 / (1 + jnp.exp(-logits[:, :-1].T))
+    # XLA would make 1.00001 - right of it, which float32 rounds to another number.
+    left = jax.lax.optimization_barrier(1 - right)
+    root = jnp.zeros((1, right.shape[1]), right.dtype)
+    edges = jnp.concatenate([jnp.log(left + _GUARD), jnp.log(right + _GUARD)])
+    paths = jnp.concatenate([edges, root])[tree.edges]
+    for jump in tree.jumps:  # Of the nodes above, twice as many each time.
+        paths += paths[jump]
+    return paths[: output.shape[0]].T
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def largest(x: Float[Array, "B L"], k: int) -> tuple[Array, Array]:
+    """Return the k largest values of each row, and where they are."""
+    top, places = jax.lax.top_k(x, k)
+    return top, places
+
+
+def best_labels(
+    p: Float[Array, "B L"],
+    best: tuple[Array, Array],
+    there: np.ndarray,
+    *,
+    k: int,
+    least: np.float32,
+    tree: Tree | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the k best labels of each text, and fastText's logarithms of them.
+
+    Args:
+      p: what `values` returned.
+      best: the k + 1 largest of each row, where there are so many, by `largest`.
+      there: [B], whether a text has rows. There may be fewer of them than of `p`.
+      k: how many labels.
+      least: the least probability.
+      tree: of hierarchical softmax, or None.
+
+    Returns:
+      (labels, scores): [B, k]; a label is -1 where there is none.
+    """
+    logarithm = _guarded_log if tree is None else np.asarray
+    order = np.arange(p.shape[1]) if tree is None else np.asarray(tree.order)
+    least = least if tree is None else np.float32(_guarded_log(least))
+    top, labels = (np.array(x)[: len(there)] for x in best)
+    if np.isnan(top).any():
+        raise ValueError("`table` and `output` must hold numbers; got NaN from them.")
+    scores = logarithm(top)
+    labels[top < least] = -1
+    equal = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
+    rows = np.asarray(p) if equal.size else np.empty(0)
+    for at in equal:
+        row = rows[at]
+        own = order[row[order] >= least]
+        own_scores = logarithm(row[own])
+        first = _first_of_equals(own_scores, k)
+        labels[at] = -1
+        labels[at, : len(first)] = own[first]
+        scores[at, : len(first)] = own_scores[first]
+    labels[~there] = -1
+    return labels[:, :k], scores[:, :k]
+
+
+def _guarded_log(x: np.ndarray | np.float32) -> np.ndarray:
+    return np.log(np.asarray(x, np.float64) + _GUARD).astype(np.float32)
+
+
+def _first_of_equals(scores: np.ndarray, k: int) -> list[int]:
+    """Return where the k largest are, the largest first, as fastText's heap has them.
+
+    It is that of libstdc++'s `std::push_heap`, `std::pop_heap` and `std::sort_heap`,
+    the smallest on top; where scores are equal, these decide.
+    """
+    heap: list[tuple[float, int]] = []
+    for at, score in enumerate(scores.tolist()):
+        if len(heap) == k and score < heap[0][0]:
+            continue
+        heap.append((score, at))
+        _rise(heap, len(heap) - 1, 0)
+        if len(heap) > k:
+            _pop(heap, len(heap))
+            heap.pop()
+    for end in range(len(heap), 1, -1):
+        _pop(heap, end)
+    return [at for _, at in heap]
+
+
+def _rise(heap: list[tuple[float, int]], hole: int, top: int) -> None:
+    """Move what is at `hole` up past all that is larger."""
+    moved = heap[hole]
+    while hole > top and heap[(hole - 1) // 2][0] > moved[0]:
+        heap[hole] = heap[(hole - 1) // 2]
+        hole = (hole - 1) // 2
+    heap[hole] = moved
+
+
+def _pop(heap: list[tuple[float, int]], end: int) -> None:
+    """Move the top of the heap of `end` to its end, and mend the rest."""
+    last = end - 1
+    if not last:
+        return
+    moved = heap[last]
+    heap[last] = heap[0]
+    hole = 0
+    # To the bottom by the smaller child, the right one where they are equal ...
+    while 2 * hole + 2 < last:
+        child = 2 * hole + 2
+        if heap[child][0] > heap[child - 1][0]:
+            child -= 1
+        heap[hole] = heap[child]
+        hole = child
+    if 2 * hole + 2 == last:
+        heap[hole] = heap[last - 1]
+        hole = last - 1
+    # ... and up again.
+    heap[hole] = moved
+    _rise(heap, hole, 0)

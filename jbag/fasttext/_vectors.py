@@ -1,0 +1,153 @@
+"""Word vectors as text (`.vec`): fastText's, word2vec's and GloVe's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from jbag._files import refusing
+from jbag._validation import check_integer
+from jbag.text._tokenizers import reader
+
+_BLOCK = 1 << 24  # bytes
+_BOM = b"\xef\xbb\xbf"
+_DIGITS = 18  # of a number that counts something in a file
+
+
+def load_vectors(
+    path: str | os.PathLike[str], max_words: int | None = None
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Read word vectors in fastText's text format, with its first line or without.
+
+    A line is a word and D numbers. The first line may hold the number of words and D,
+    as fastText and word2vec write it; GloVe does not. Of lines of one word the first
+    counts. A byte order mark in front is left out. Words are UTF-8; bytes that aren't
+    become lone surrogates, as by Python's "surrogateescape".
+
+    Args:
+      path: of the file.
+      max_words: how many lines to read, the most frequent words being the first; None
+        for all.
+
+    Returns:
+      (words, table): word i has row i of the table, [V, D] float32.
+
+    Raises:
+      OSError: the file can't be read.
+      ValueError: it holds something else.
+
+    Example:
+      >>> words, table = jbag.fasttext.load_vectors(directory / "vectors.vec")
+      >>> words, table.shape
+      (('to', 'be'), (2, 3))
+      >>> encoder = jbag.text.Encoder(words=words, split="spaces", lowercase=False)
+      >>> jbag.embedding_bag(table, encoder.encode(["to be"]))
+      Array([[2.5, 3.5, 4.5]], dtype=float32)
+    """
+    if max_words is not None:
+        max_words = check_integer("max_words", max_words, low=0)
+    with refusing(path, "holds no word vectors"), Path(path).open("rb") as file:
+        words, table = _load(file, max_words)
+    rows = {word: row for row, word in reversed(list(enumerate(words)))}
+    if len(rows) < len(words):
+        chosen = sorted(rows.values())
+        words, table = [words[row] for row in chosen], table[chosen]
+    return tuple(word.decode(errors="surrogateescape") for word in words), table
+
+
+def _load(file: BinaryIO, max_words: int | None) -> tuple[list[bytes], np.ndarray]:
+    """Return the words and numbers of all lines, or of the first ones."""
+    num, features, first = _measure(file, os.fstat(file.fileno()).st_size)
+    file.seek(first)
+    wanted = num if max_words is None else min(num, max_words)
+    table = np.empty((wanted, features), np.float32)
+    words: list[bytes] = []
+    for lines in _blocks(file):
+        at = len(words)
+        lines = lines[: wanted - at] if max_words is not None else lines
+        if at + len(lines) > wanted:
+            raise ValueError(
+                f"it must hold {num} words, as its first line says; it holds more"
+            )
+        if lines:
+            words += _read(lines, table[at : at + len(lines)], at)
+        if max_words is not None and len(words) == wanted:
+            break
+    if len(words) < wanted:
+        raise ValueError(
+            f"it must hold {num} words, as its first line says; it holds {len(words)}"
+        )
+    return words, table
+
+
+def _measure(file: BinaryIO, size: int) -> tuple[int, int, int]:
+    """Return how many words there may be, of how many numbers, and where they begin."""
+    start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+    file.seek(start)
+    line = file.readline(_BLOCK)
+    fields = line.split()
+    if len(fields) == 2 and all(map(_is_size, fields)):
+        num, features = map(int, fields)
+        told, first = "as its first line says", file.tell()
+        if features < 1:
+            raise ValueError(f"its words can't have {features} numbers")
+    elif len(fields) < 2:
+        raise ValueError(
+            "it must begin with the numbers of words and of features, or with a word "
+            f"and its vector; got {line[:80]!r}"
+        )
+    else:
+        told, first = "as many as its first line has", start
+        file.seek(first)
+        num, features = sum(map(len, _blocks(file))), len(fields) - 1
+    if 2 * num * features > size:
+        raise ValueError(
+            f"it must hold {num} words of {features} numbers, {told}; it is of {size} "
+            "bytes"
+        )
+    return num, features, first
+
+
+def _is_size(field: bytes) -> bool:
+    return field.isdigit() and len(field) <= _DIGITS
+
+
+def _blocks(file: BinaryIO) -> Iterator[list[bytes]]:
+    """Yield the lines of a file that aren't blank, many at a time."""
+    rest = b""
+    while block := file.read(_BLOCK):
+        *lines, rest = (rest + block).split(b"\n")
+        if len(rest) > _BLOCK:
+            raise ValueError(f"it has a line of over {_BLOCK} bytes")
+        yield [line for line in lines if line.strip()]
+    if rest.strip():
+        yield [rest]
+
+
+def _read(lines: list[bytes], rows: np.ndarray, at: int) -> list[bytes]:
+    """Write the numbers of lines into rows; return the words."""
+    if len({line.count(b" ") for line in lines}) == 1:
+        parts = [line.partition(b" ") for line in lines]
+        numbers = reader(None).numbers(
+            b" ".join([part[2] for part in parts]), rows.size
+        )
+        if numbers is not None:
+            rows[:] = numbers.reshape(rows.shape)
+            return [part[0] for part in parts]
+    # One by one: there are words with spaces in them (GloVe's), or there is an error.
+    words = []
+    for row, line in enumerate(lines):
+        word, *fields = line.rsplit(None, rows.shape[1])
+        numbers = reader(None).numbers(b" ".join(fields), rows.shape[1])
+        if numbers is None:
+            raise ValueError(
+                f"it must hold a word and {rows.shape[1]} numbers in each line; got "
+                f"{line[:80]!r} for word {at + row}"
+            )
+        rows[row] = numbers
+        words.append(word)
+    return words

@@ -1,0 +1,1 @@
+"""Tables and states of other libraries: PyTorch, NumPy, safetensors, Flax."""

@@ -1,0 +1,302 @@
+"""The embedding bag as a Flax NNX module, and gradients of NNX modules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.core import FrozenDict
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from jbag._validation import Floats, Integers
+from jbag.collection._collection import (
+    Collection,
+    check_parts,
+    collection_shardings,
+    collection_traffic,
+    export_tables,
+    import_tables,
+    initializer,
+    pool_collection,
+    validate_batch,
+)
+from jbag.collection._lookup import Traffic
+from jbag.collection._stacking import Feature, Table
+from jbag.interop import _flax_state as _flax_state  # registers pytrees with Flax
+from jbag.interop import _torch
+from jbag.nnx._gradient import grad as grad
+from jbag.nnx._gradient import value_and_grad as value_and_grad
+from jbag.ops._modules import (
+    Initializer,
+    check_options,
+    default_embedding_init,
+    initialize,
+    pool,
+    pretrained_options,
+)
+from jbag.ragged._bags import Bags
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Frozen(nnx.Variable[Array]):
+    """A table kept from training: not an `nnx.Param`, which optimizers select."""
+
+
+class EmbeddingBag(nnx.Module):
+    """A table of embeddings, pooled over bags of ids by `jbag.embedding_bag`.
+
+    The table is `self.embedding`, an `nnx.Param` [V, D], or a `Frozen` variable.
+
+    Args:
+      num_embeddings: V.
+      features: D.
+      mode: "mean", "sum", "sqrtn", "max" or "min".
+      padding_idx: the row that stands for nothing; it starts as zeros.
+      include_last_offset: whether offsets end with the number of slots in use.
+      max_norm: rows are used scaled down to this norm.
+      norm_type: p of that norm.
+      scale_grad_by_freq: divide each row's gradient by its count in the batch.
+      sparse: ask for a row-sparse gradient where the caller can take one, as
+        `jbag.value_and_grad` can.
+      dtype: of the result; None for the table's own. Only the result is cast.
+      param_dtype: of the table.
+      embedding_init: the table's initializer, called with (key, shape, dtype); by
+        default N(0, 1 / D), as in `flax.nnx.Embed`. `nnx.with_partitioning` around it,
+        or `embedding_metadata`, brings metadata.
+      implementation: the kernel by name, or None for the platform's best one.
+      freeze: whether the table is kept from training.
+      embedding_metadata: metadata of the variable, such as `out_sharding`.
+      rngs: gives the initializer its key; not needed by `from_pretrained`.
+
+    Example:
+      >>> bag = jbag.nnx.EmbeddingBag(10, 2, rngs=flax.nnx.Rngs(0))
+      >>> bag(jbag.Bags.from_lists([[0, 1, 2, 3], [4, 5], [6, 0, 7, 8]])).shape
+      (3, 2)
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        mode: str = "mean",
+        padding_idx: int | None = None,
+        include_last_offset: bool = False,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        embedding_init: Initializer = default_embedding_init,
+        implementation: str | None = None,
+        freeze: bool = False,
+        *,
+        embedding_metadata: Mapping[str, Any] = MappingProxyType({}),
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.num_embeddings = num_embeddings
+        self.features = features
+        self.mode = mode
+        self.padding_idx = padding_idx
+        self.include_last_offset = include_last_offset
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.scale_grad_by_freq = scale_grad_by_freq
+        self.sparse = sparse
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.implementation = implementation
+        self.freeze = freeze
+        check_options(self)
+        # The initializer isn't kept: a pretrained one would keep its table alive.
+        table = initialize(self, embedding_init, rngs.params(), _map_value)
+        variable = Frozen if freeze else nnx.Param
+        self.embedding = variable(table, **embedding_metadata)
+
+    def __call__(
+        self,
+        indices: Integers | Bags,
+        offsets: Integers | None = None,
+        weights: Floats | None = None,
+    ) -> Float[Array, "B D"]:
+        """Pool the bags; see `jbag.embedding_bag` for the arguments and errors.
+
+        Args:
+          indices: [N] with `offsets`, [B, L], or a `Bags`.
+          offsets: [B] or [B + 1], or None.
+          weights: of the shape of `indices`, or None.
+
+        Returns:
+          [B, D], of `dtype`.
+        """
+        return pool(self, self.embedding[...], indices, offsets, weights)
+
+    @classmethod
+    def from_pretrained(
+        cls, table: ArrayLike, freeze: bool = True, **options: Any
+    ) -> EmbeddingBag:
+        """Return a module that holds `table`, frozen unless told otherwise.
+
+        Args:
+          table: [V, D], floating.
+          freeze: whether the table is kept from training.
+          **options: of the module.
+
+        Raises:
+          TypeError, ValueError: `table` is not a floating matrix.
+
+        Example:
+          >>> table = jax.numpy.ones((10, 2))
+          >>> bag = jbag.nnx.EmbeddingBag.from_pretrained(table, mode="sum")
+          >>> bag([[1, 2], [3, 4]])
+          Array([[2., 2.],
+                 [2., 2.]], dtype=float32)
+        """
+        options = {"rngs": nnx.Rngs(0), **pretrained_options(table, options)}
+        return cls(freeze=freeze, **options)
+
+    @classmethod
+    def from_torch(cls, module: torch.nn.EmbeddingBag) -> EmbeddingBag:
+        """Return the module that equals a PyTorch module, with a copy of its state.
+
+        A weight that requires no gradient comes frozen.
+
+        Raises:
+          TypeError: `module` is not a `torch.nn.EmbeddingBag`.
+
+        Example:
+          >>> module = torch.nn.EmbeddingBag(10, 3)  # doctest: +SKIP
+          >>> bag = jbag.nnx.EmbeddingBag.from_torch(module)  # doctest: +SKIP
+        """
+        table, options = _torch.read(module)
+        return cls.from_pretrained(table, **options)
+
+    def to_torch(self) -> torch.nn.EmbeddingBag:
+        """Return the PyTorch module that equals this one, with a copy of its table.
+
+        Raises:
+          ValueError: PyTorch lacks the module's mode, or its combination of options.
+
+        Example:
+          >>> module = bag.to_torch()  # doctest: +SKIP
+        """
+        return _torch.write(self.embedding[...], self)
+
+
+class EmbeddingBagCollection(nnx.Module):
+    """Several tables, and the features that are pooled from them.
+
+    It is `jbag.linen.EmbeddingBagCollection`, of which see the arguments, as an NNX
+    module: each stack of tables is an `nnx.Param`, an attribute "group_width".
+
+    Args:
+      tables: a `jbag.Table` by name.
+      features: a `jbag.Feature` by name, in the order of the outputs.
+      specs: by group, a `PartitionSpec` or a `jbag.sharding.Whole`. They are the
+        parameters' `out_sharding` metadata, too.
+      mesh: the mesh; None is that of `jax.set_mesh`, if there are specs.
+      batch_axis: along which batches are cut, where all tables are replicated.
+      capacity: C, how many rows a device asks of one owner in a round, or None.
+      grid: K of the layouts, or None.
+      sparse: ask for row-sparse gradients.
+      concatenate: return one array, the features side by side.
+      dtype: of the results; None for the tables' own.
+      implementation: the kernel by name, or None for the platform's best one.
+      rngs: gives the initializers their keys.
+
+    Example:
+      >>> collection = jbag.nnx.EmbeddingBagCollection(
+      ...     tables={"items": jbag.Table(1000, 8)},
+      ...     features={"seen": jbag.Feature("items", mode="sum")},
+      ...     rngs=flax.nnx.Rngs(0),
+      ... )
+      >>> collection({"seen": [[1, 2, 3]]})["seen"].shape
+      (1, 8)
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[str, Table],
+        features: Mapping[str, Feature],
+        specs: Mapping[str, Any] = MappingProxyType({}),
+        mesh: Any = None,
+        batch_axis: Any = None,
+        capacity: int | None = None,
+        grid: int | None = None,
+        sparse: bool = False,
+        concatenate: bool = False,
+        dtype: Any = None,
+        implementation: str | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.options = Collection(
+            FrozenDict(tables) if isinstance(tables, Mapping) else tables,
+            FrozenDict(features) if isinstance(features, Mapping) else features,
+            FrozenDict(specs) if isinstance(specs, Mapping) else specs,
+            mesh,
+            batch_axis,
+            capacity,
+            grid,
+            sparse,
+            concatenate,
+            dtype,
+            implementation,
+        )
+        parts = check_parts(self.options)
+        for stack in parts.stacks:
+            metadata: dict[str, Any] = {}
+            if stack.partition_spec is not None:
+                # A state of one number a row can't lie so: it follows the table.
+                metadata["out_sharding"] = stack.partition_spec
+                metadata["optimizer_sharding"] = PartitionSpec()
+                if isinstance(mesh, Mesh):
+                    metadata["mesh"] = mesh
+            array = initializer(self.options, parts, stack)(rngs.params())
+            setattr(self, stack.name, nnx.Param(array, **metadata))
+
+    def __call__(self, batch: Any) -> Any:
+        """Pool every feature; see `jbag.linen.EmbeddingBagCollection`."""
+        parts = check_parts(self.options)
+        return pool_collection(self.options, parts, self._arrays(), batch)
+
+    def _arrays(self) -> dict[str, Array]:
+        names = [stack.name for stack in check_parts(self.options).stacks]
+        return {name: getattr(self, name)[...] for name in names}
+
+    def validate(self, batch: Any) -> Any:
+        """Check a batch by value; see `jbag.linen.EmbeddingBagCollection.validate`."""
+        return validate_batch(self.options, batch)
+
+    def traffic(self, batch: Any) -> dict[str, Traffic]:
+        """Return, for each parameter whose rows are dealt out, how a batch's travel."""
+        return collection_traffic(self.options, batch)
+
+    def shardings(self, tree: Any) -> Any:
+        """Return a `NamedSharding` for each array of a tree, such as an `nnx.State`."""
+        return collection_shardings(self.options, tree)
+
+    def export_tables(self) -> dict[str, Array]:
+        """Return each table by name, [V, D], its rows in the order of their ids."""
+        return export_tables(check_parts(self.options), self._arrays())
+
+    def import_tables(self, tables: Mapping[str, ArrayLike]) -> None:
+        """Take over such tables; see `export_tables`."""
+        parts = check_parts(self.options)
+        for name, array in import_tables(parts, tables).items():
+            getattr(self, name)[...] = array
+
+
+def _map_value(function: Callable[[Array], Array], value: Any) -> Any:
+    """Apply a function to a table, inside its metadata if it has some."""
+    if isinstance(value, nnx.VariableMetadata):
+        return dataclasses.replace(value, raw_value=function(value.raw_value))
+    return function(value)

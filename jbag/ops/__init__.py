@@ -1,0 +1,1 @@
+"""The embedding bag and the operations that it consists of."""

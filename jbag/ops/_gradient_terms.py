@@ -1,0 +1,271 @@
+"""Transposed products that are not multiplied out: the terms of row-sparse arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from jbag.ops import _gather
+from jbag.ops._row_updates import coalesce, update_rows
+from jbag.ops._spmm import divided, transposed_product
+from jbag.ragged import _slots
+from jbag.ragged._joining import fold_bags, join, join_slots, ones
+from jbag.ragged._slots import EMPTY, UNKNOWN, Ids, Offsets, Slots, merge
+
+Shape = tuple[int, ...]
+
+
+class Placement(Protocol):
+    """How the arrays of terms lie on devices, and how rows come to where they move.
+
+    Attributes:
+      over_mesh: whether every array of a term has a block for each device of a mesh.
+    """
+
+    over_mesh: ClassVar[bool]
+
+    def coalesce(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term: ...
+
+    def flat(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term: ...
+
+    def todense(
+        self, terms: Sequence[Term], shape: Shape, dtype: Any
+    ) -> Float[Array, "V D"]: ...
+
+    def update_rows(
+        self,
+        terms: Sequence[Term],
+        table: Float[Array, "V D"],
+        states: tuple[Array, ...],
+        scalars: Sequence[Any],
+        seed: Array | None,
+        *,
+        rule: str,
+    ) -> tuple[Array, ...]: ...
+
+    def take(
+        self, array: Shaped[Array, "V ..."], indices: Int[Array, " N"]
+    ) -> Shaped[Array, "N ..."]: ...
+
+    def put(
+        self,
+        array: Shaped[Array, "V ..."],
+        indices: Int[Array, " N"],
+        rows: Shaped[Array, "N ..."],
+    ) -> Shaped[Array, "V ..."]: ...
+
+    def zeros(self, shape: Shape, dtype: Any) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OneDevice:
+    """The placement of a table that each device, or the only one, has for itself."""
+
+    over_mesh: ClassVar[bool] = False
+
+    def coalesce(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term:
+        """Return the rows that are named, each once, in order, and their sums."""
+        term = self._join(terms, shape, dtype)
+        indices, sums = term.apply(coalesce, num_embeddings=shape[0])
+        return Term(sums, indices[:, None], implementation=term.implementation)
+
+    def flat(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term:
+        """Return the rows of all slots as bags of one."""
+        term = self._join(terms, shape, dtype).plain()
+        rows, kept = _gather.bag_rows(term.cotangent, term.ids, term.offsets)
+        if term.coefficients is not None:
+            rows = term.coefficients[..., None] * rows
+        kept &= (term.ids >= 0) & (term.ids < shape[0])
+        kept &= _slots.filled(term.ids, term.empty)
+        indices = jnp.where(kept, term.ids, shape[0]).reshape(-1, 1)
+        rows = jnp.where(kept[..., None], rows, 0).reshape(indices.size, shape[1])
+        return Term(rows, indices, implementation=term.implementation)
+
+    def todense(
+        self, terms: Sequence[Term], shape: Shape, dtype: Any
+    ) -> Float[Array, "V D"]:
+        """Return the sum of the terms as an array."""
+        return self._join(terms, shape, dtype).apply(
+            transposed_product, num_embeddings=shape[0], dtype=dtype
+        )
+
+    def update_rows(
+        self,
+        terms: Sequence[Term],
+        table: Float[Array, "V D"],
+        states: tuple[Array, ...],
+        scalars: Sequence[Any],
+        seed: Array | None,
+        *,
+        rule: str,
+    ) -> tuple[Array, ...]:
+        """Move the rows by a rule, in place; see `RowSparse.move`."""
+        term = self._join(terms, table.shape, table.dtype)
+        return term.apply(update_rows, table, states, scalars, seed, rule=rule)
+
+    def take(
+        self, array: Shaped[Array, "V ..."], indices: Int[Array, " N"]
+    ) -> Shaped[Array, "N ..."]:
+        """Return an array's rows at the indices, zeros where these name none."""
+        return _gather.take(array, indices, 0)
+
+    def put(
+        self,
+        array: Shaped[Array, "V ..."],
+        indices: Int[Array, " N"],
+        rows: Shaped[Array, "N ..."],
+    ) -> Shaped[Array, "V ..."]:
+        """Return the array with those rows replaced; the indices are in order."""
+        return array.at[indices].set(rows, mode="drop", indices_are_sorted=True)
+
+    def zeros(self, shape: Shape, dtype: Any) -> Array:
+        """Return zeros that lie as a cotangent does."""
+        return jnp.zeros(shape, dtype)
+
+    def _join(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term:
+        return join_terms(terms, shape[1], _gather.accumulation_dtype(jnp.dtype(dtype)))
+
+
+ONE_DEVICE = OneDevice()
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cotangent", "ids", "offsets", "coefficients", "winners"],
+    meta_fields=["empty", "implementation", "average", "placement"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Term:
+    """A transposed product that isn't multiplied out: A.T @ cotangent.
+
+    A holds the bags' coefficients, divided as an `average` divides. With `winners`, a
+    feature goes to the one slot that won it. The `placement` tells how the arrays lie
+    on devices. What it adds up to is never larger than these arrays are.
+    """
+
+    cotangent: Float[Array, "B D"]
+    ids: Ids
+    offsets: Offsets = None
+    coefficients: Slots | None = None
+    empty: int | None = None
+    implementation: str | None = None
+    winners: Int[Array, "B D"] | None = None
+    average: str | None = None
+    placement: Placement = ONE_DEVICE
+
+    def apply(self, operation: Callable, *operands: Any, **params: Any) -> Any:
+        """Call an operation with the operands, the cotangent and the bags."""
+        term = self.plain()
+        return operation(
+            *operands,
+            term.cotangent,
+            term.ids,
+            term.offsets,
+            term.coefficients,
+            empty=term.empty,
+            implementation=term.implementation,
+            **params,
+        )
+
+    def plain(self) -> Term:
+        """Return the same without an average and winners."""
+        options: dict[str, Any] = {
+            "empty": self.empty,
+            "implementation": self.implementation,
+        }
+        if self.average is not None:
+            rows = divided(
+                self.cotangent,
+                self.ids,
+                self.offsets,
+                self.cotangent.dtype,
+                self.average,
+                **options,
+            )
+            return dataclasses.replace(self, cotangent=rows, average=None)
+        if self.winners is None:
+            return self
+        # Each slot is a bag of its own, of the features that it won.
+        rows, kept = _gather.bag_rows(self.cotangent, self.ids, self.offsets)
+        own, _ = _gather.bag_rows(self.winners, self.ids, self.offsets)
+        slots = jnp.arange(self.ids.size, dtype=own.dtype)
+        rows = jnp.where(own == slots.reshape((*self.ids.shape, 1)), rows, 0)
+        if self.coefficients is not None:
+            rows = rows * self.coefficients[..., None]
+        ids = jnp.where(kept & _slots.filled(self.ids, self.empty), self.ids, EMPTY)
+        return Term(
+            rows.reshape(ids.size, -1),
+            ids.reshape(-1, 1),
+            empty=EMPTY,
+            implementation=self.implementation,
+        )
+
+
+def fold(batch: Term, num_embeddings: int) -> Term:
+    """Return the sum of a batch of terms, whose arrays have one axis more, in front."""
+    ids, offsets, coefficients, winners = fold_bags(
+        batch.ids,
+        batch.offsets,
+        batch.coefficients,
+        batch.winners,
+        empty=batch.empty,
+        num_embeddings=num_embeddings,
+    )
+    return dataclasses.replace(
+        batch,
+        cotangent=merge(batch.cotangent),
+        ids=ids,
+        offsets=offsets,
+        coefficients=coefficients,
+        winners=winners,
+        empty=EMPTY,
+    )
+
+
+def join_terms(terms: Sequence[Term], width: int, dtype: Any = jnp.float32) -> Term:
+    """Return one term that is the sum of all: their bags laid end to end.
+
+    Without any, it is zeros of that width and dtype.
+    """
+    terms = [t for t in terms if t.ids.size and t.cotangent.shape[0]]
+    if not terms:
+        return Term(jnp.zeros((0, width), dtype), jnp.zeros((0, 1), jnp.int32))
+    if len(terms) == 1:
+        return terms[0]
+    terms = [term.plain() for term in terms]
+    dtype = jnp.result_type(*(term.ids.dtype for term in terms))
+    parts = []
+    for term in terms:
+        ids = term.ids
+        if term.empty is not None:
+            ids = jnp.where(ids == term.empty, EMPTY, ids)
+        elif jnp.issubdtype(ids.dtype, jnp.signedinteger):
+            ids = jnp.maximum(ids, UNKNOWN)  # -1 is an empty slot from here on
+        parts.append((ids.astype(dtype), term.offsets))
+    wide = jnp.result_type(*(term.cotangent.dtype for term in terms))
+    coefficients = None
+    if any(term.coefficients is not None for term in terms):
+        coefficients = join_slots(
+            parts,
+            [
+                ones(term.ids, wide)
+                if term.coefficients is None
+                else term.coefficients.astype(wide)
+                for term in terms
+            ],
+        )
+    ids, offsets = join(parts)
+    return Term(
+        jnp.concatenate([term.cotangent.astype(wide) for term in terms]),
+        ids,
+        offsets,
+        coefficients,
+        empty=EMPTY,
+        implementation=terms[0].implementation,
+    )

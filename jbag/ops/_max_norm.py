@@ -1,0 +1,147 @@
+"""`max_norm`: rows scaled down to a largest norm."""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Shaped
+
+from jbag._validation import (
+    Integers,
+    check_ids,
+    check_integers,
+    check_table,
+    on_host,
+    to_index_dtype,
+)
+from jbag.ops._gather import accumulation_dtype, take
+from jbag.ragged._bags import Bags
+
+# PyTorch adds this to the norm that it divides by.
+_EPSILON = 1e-7
+
+
+def renorm(
+    table: ArrayLike, indices: Integers | Bags, max_norm: Any, norm_type: float = 2.0
+) -> Float[Array, "V D"]:
+    """Return the table with the rows named in `indices` scaled down to a norm.
+
+    Row v becomes `table[v] * max_norm / (|table[v]|_p + 1e-7)` where its norm exceeds
+    `max_norm`; other rows stay. It is what `torch.nn.EmbeddingBag(max_norm=...)` does
+    to its weight in place, as a pure function. The scaling is a constant to autodiff.
+
+    Args:
+      table: [V, D], floating.
+      indices: ids of the rows in use, of any shape, or a `Bags`, whose tail slots name
+        nothing. On a device, an id that is no row changes nothing.
+      max_norm: the largest norm a named row keeps, at least 0.
+      norm_type: p of the p-norm, above 0; `math.inf` for the largest magnitude.
+
+    Returns:
+      [V, D], the dtype of `table`.
+
+    Raises:
+      IndexError: an id on the host is outside [0, V).
+      TypeError: `table` is not floating or `indices` are not integers.
+      ValueError: `max_norm` is negative, or `norm_type` is not positive.
+
+    Example:
+      >>> table = jax.numpy.array([[3.0, 4.0], [30.0, 40.0]])
+      >>> jbag.renorm(table, [0], max_norm=1.0)[0].round(3)
+      Array([0.6, 0.8], dtype=float32)
+    """
+    table = check_table(table)
+    if max_norm is None:
+        raise TypeError("`max_norm` must be a number; got None.")
+    max_norm, norm_type = check_norm(max_norm, norm_type)
+    num_embeddings = table.shape[0]
+    if isinstance(indices, Bags):
+        segments = indices.segment_ids
+        counted = (segments >= 0) & (segments < indices.num_bags)
+        ids = check_integers("indices", indices.indices)
+        if on_host(ids) and on_host(counted):
+            check_ids(ids, num_embeddings, counted)
+        ids = jnp.where(counted, to_index_dtype(ids), -1)
+    else:
+        ids = check_integers("indices", indices)
+        if on_host(ids):
+            check_ids(ids, num_embeddings)
+        ids = to_index_dtype(ids)
+    return _renorm(table, ids, max_norm, norm_type)
+
+
+@functools.partial(jax.jit, static_argnames="norm_type")
+def _renorm(
+    table: Float[Array, "V D"],
+    ids: Int[Array, "..."],
+    max_norm: Shaped[Array, ""],
+    norm_type: float,
+) -> Float[Array, "V D"]:
+    num_embeddings = table.shape[0]
+    ids = jnp.where(ids < 0, num_embeddings, jnp.minimum(ids, num_embeddings))
+    ids = ids.reshape(-1)
+    scale = row_scale(table, ids, max_norm, norm_type)[:, None]
+    scaled = (take(table, ids, 0).astype(scale.dtype) * scale).astype(table.dtype)
+    return table.at[ids].set(scaled, mode="drop")
+
+
+def row_scale(
+    table: Float[Array, "V D"],
+    ids: Int[Array, "*slots"],
+    max_norm: Shaped[Array, ""],
+    norm_type: float,
+    columns: Any = None,
+) -> Float[Array, "*slots"]:
+    """Return what scales the row of each slot down to `max_norm`, a constant.
+
+    It is 1 where a slot names no row. `columns` is the axis of a mesh over which the
+    columns of the table are cut.
+    """
+    dtype = accumulation_dtype(table.dtype)
+    rows = take(jax.lax.stop_gradient(table), ids, 0)
+    sizes = jnp.abs(rows.astype(dtype))
+
+    def total(terms: Array) -> Array:
+        own = terms.sum(-1)
+        return own if columns is None else jax.lax.psum(own, columns)
+
+    if norm_type == 2:
+        norms = jnp.sqrt(total(sizes * sizes))
+    elif math.isinf(norm_type):
+        norms = sizes.max(-1, initial=0)
+        norms = norms if columns is None else jax.lax.pmax(norms, columns)
+    else:
+        norms = total(sizes**norm_type) ** (1 / norm_type)
+    largest = jax.lax.stop_gradient(max_norm).astype(dtype)
+    scale = jnp.where(norms > largest, largest / (norms + _EPSILON), 1)
+    # On a device, a norm that is none can't raise: it shows.
+    return jnp.where(largest >= 0, scale, jnp.nan)
+
+
+def check_norm(max_norm: Any, norm_type: Any) -> tuple[jax.Array | None, float]:
+    """Return `max_norm` as a scalar array, or None, and `norm_type` as a float."""
+    if isinstance(norm_type, bool) or not isinstance(norm_type, numbers.Real):
+        raise TypeError(f"`norm_type` must be a number; got {norm_type!r}.")
+    if not float(norm_type) > 0:
+        raise ValueError(f"`norm_type` must be above 0; got {norm_type}.")
+    if max_norm is None:
+        return None, float(norm_type)
+    if isinstance(max_norm, np.ndarray | jax.Array):
+        if max_norm.dtype.kind not in "fiu" and max_norm.dtype != jnp.bfloat16:
+            raise TypeError(f"`max_norm` must be a number; got {max_norm.dtype}.")
+        if max_norm.ndim != 0:
+            raise ValueError(
+                f"`max_norm` must be one number; got shape {max_norm.shape}."
+            )
+    elif isinstance(max_norm, bool) or not isinstance(max_norm, numbers.Real):
+        raise TypeError(f"`max_norm` must be a number; got {max_norm!r}.")
+    if on_host(max_norm) and not max_norm >= 0:
+        raise ValueError(f"`max_norm` must be at least 0; got {max_norm}.")
+    return jnp.asarray(max_norm), float(norm_type)

@@ -1,0 +1,87 @@
+"""Coalescing, and moving the rows of a table in place, as JAX primitives.
+
+Both read the transposed product row by row, of the rows that slots name alone. Their
+derivatives are those of the reference, made of JAX's own operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from jbag.ops._gather import accumulation_dtype
+from jbag.ops._primitive import bind, dispatch, equally_varying, layout
+from jbag.ops.kernels import Kernel
+from jbag.ops.kernels.update_rules import RULES
+from jbag.ragged._slots import Ids, Offsets, Size, Slots
+
+
+def coalesce(
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    num_embeddings: Size,
+    **options: Any,
+) -> tuple[Int[Array, " U"], Float[Array, "U D"]]:
+    """Return the rows that slots name, in order, and their sums.
+
+    U is N or V, whichever is less; past the last row the index is V and the sum zero.
+    """
+    options["capacity"] = min(ids.size, num_embeddings)
+    options["num_embeddings"] = num_embeddings
+    indices, sums = bind(_coalesce, (cotangent,), ids, offsets, coefficients, **options)
+    return indices, sums
+
+
+def update_rows(
+    table: Float[Array, "V D"],
+    states: Sequence[Array],
+    scalars: Sequence[Any],
+    seed: UInt32[Array, "2"] | None,
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    rule: str,
+    **options: Any,
+) -> tuple[Array, ...]:
+    """Move the rows that slots name by a rule; return the table and its states.
+
+    In place, where the table and the states aren't needed any more. A `seed` has a
+    bfloat16 table rounded at random.
+    """
+    dtype = accumulation_dtype(table.dtype)
+    numbers = jnp.stack([jnp.asarray(x, dtype) for x in scalars])
+    optional = [
+        x for x in (seed, cotangent, ids, offsets, coefficients) if x is not None
+    ]
+    operands = equally_varying(table, *states, numbers, *optional)
+    options |= {"rule": rule, "at_random": seed is not None}
+    return tuple(_update_rows.bind(*operands, **options))
+
+
+def _call_coalesce(kernel: Kernel, *operands: Array, **params: Any) -> Any:
+    (cotangent,), *bags = layout(1, operands)
+    return kernel.operations.coalesce(cotangent, *bags, **params)
+
+
+def _call_update_rows(
+    kernel: Kernel, table: Array, *operands: Array, at_random: bool, **params: Any
+) -> Any:
+    num_states = len(RULES[params["rule"]].states)
+    states, (scalars, *rest) = operands[:num_states], operands[num_states:]
+    seed = rest.pop(0) if at_random else None
+    (cotangent,), *bags = layout(1, rest)
+    return kernel.operations.update_rows(
+        table, states, scalars, seed, cotangent, *bags, **params
+    )
+
+
+_coalesce = dispatch("coalesce", _call_coalesce, several=True)
+_update_rows = dispatch("update_rows", _call_update_rows, several=True)

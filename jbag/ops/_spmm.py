@@ -1,0 +1,317 @@
+"""The operations of the bag as JAX primitives, and their derivative rules.
+
+With A the sparse [B, V] matrix of the bags (ids, offsets, coefficients c):
+
+    product               A @ table              [B, D], or averaged
+    transposed_product    A.T @ cotangent        [V, D]
+    sampled_dots          <table[id], cotangent[bag]>, one per slot
+
+Each is linear in its arrays, and each one's derivatives are the other two, so that they
+are closed under differentiation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad
+from jaxtyping import Array, Float
+
+from jbag.ops import _gather
+from jbag.ops._primitive import bind, define, equally_varying, layout
+from jbag.ops.kernels import xla
+from jbag.ragged import _slots
+
+Ids = _slots.Ids
+Offsets = _slots.Offsets
+Slots = _slots.Slots
+
+
+def product(
+    table: Float[Array, "V D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    average: str | None = None,
+    dtype: jnp.dtype | None = None,
+    **options: Any,
+) -> Float[Array, "B D"]:
+    """Sum c[i] * table[ids[i]] over each bag, or average; rounded once to `dtype`.
+
+    Without a `dtype` it is the accumulation dtype. Here as below, `options` are the id
+    that is `empty`, and the `implementation`.
+    """
+    return bind(
+        _product,
+        (table,),
+        ids,
+        offsets,
+        coefficients,
+        average=average,
+        dtype=jnp.dtype(dtype or _gather.accumulation_dtype(table.dtype)),
+        **options,
+    )
+
+
+def transposed_product(
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    num_embeddings: _slots.Size,
+    dtype: jnp.dtype,
+    **options: Any,
+) -> Float[Array, "V D"]:
+    """Sum c[i] * cotangent[bag of i] over each row of the table, rounded once."""
+    return bind(
+        _transposed_product,
+        (cotangent,),
+        ids,
+        offsets,
+        coefficients,
+        num_embeddings=num_embeddings,
+        dtype=jnp.dtype(dtype),
+        **options,
+    )
+
+
+def sampled_dots(
+    table: Float[Array, "V D"],
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    **options: Any,
+) -> Slots:
+    """Return <table[ids[i]], cotangent[bag of i]> for each slot."""
+    return bind(_sampled_dots, (table, cotangent), ids, offsets, None, **options)
+
+
+def product_scaled(
+    table: Float[Array, "V D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    value_scale: Slots | None,
+    gradient_scale: Slots | None,
+    **options: Any,
+) -> Float[Array, "B D"]:
+    """Like `product`, with each slot's row scaled.
+
+    `value_scale` is seen by the value and by the gradient to the coefficients,
+    `gradient_scale` by the gradient to the table; both are constants to autodiff.
+    """
+    pool: Callable = functools.partial(product, **options)
+    bags = (ids, offsets, coefficients)
+    if value_scale is None and gradient_scale is None:
+        return pool(table, *bags)
+    return _product_scaled(pool, table, *bags, value_scale, gradient_scale)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product_scaled(
+    pool: Callable,
+    table: Float[Array, "V D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    value_scale: Slots | None,
+    gradient_scale: Slots | None,
+) -> Float[Array, "B D"]:
+    del gradient_scale
+    return pool(table, ids, offsets, times(coefficients, value_scale))
+
+
+@functools.partial(_product_scaled.defjvp, symbolic_zeros=True)
+def _product_scaled_jvp(
+    pool: Callable, primals: tuple, tangents: tuple
+) -> tuple[Array, Array]:
+    table, ids, offsets, coefficients, value_scale, gradient_scale = primals
+    value = _product_scaled(pool, *primals)
+    pool = functools.partial(pool, dtype=None)  # rounded when all is added up
+    tangent = jnp.zeros(value.shape, _gather.accumulation_dtype(table.dtype))
+    if varies(tangents[0]):
+        scaled = times(coefficients, gradient_scale)
+        tangent += pool(tangents[0], ids, offsets, scaled)
+    if coefficients is not None and varies(tangents[3]):
+        tangent += pool(table, ids, offsets, times(tangents[3], value_scale))
+    return value, tangent.astype(value.dtype)
+
+
+def times(a: Array | None, b: Array | None) -> Array | None:
+    """Multiply where None stands for ones."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a * b
+
+
+def varies(tangent: Any) -> bool:
+    return not isinstance(tangent, SymbolicZero)
+
+
+_product = define("product", dense=["rows"], coefficients=True, outputs=["bags"])
+_transposed_product = define(
+    "transposed_product", dense=["bags"], coefficients=True, outputs=["rows"]
+)
+_sampled_dots = define(
+    "sampled_dots", dense=["rows", "bags"], coefficients=False, outputs=["slots"]
+)
+
+
+def _jvp(
+    primitive: Primitive, primals: Sequence, tangents: Sequence, **params: Any
+) -> tuple[Any, Any]:
+    """Differentiate an operation that is linear in each floating operand."""
+    value = primitive.bind(*equally_varying(*primals), **params)
+    moving = [
+        (position, moved)
+        for position, moved in enumerate(tangents)
+        if not isinstance(moved, ad.Zero) and moved.dtype != jax.dtypes.float0
+    ]
+    if not moving:
+        return value, ad.Zero(jax.typeof(value).to_tangent_aval())
+    if len(moving) > 1 and "dtype" in params:  # rounded when all is added up
+        params["dtype"] = _gather.accumulation_dtype(value.dtype)
+    tangent = None
+    for position, moved in moving:
+        operands = [*primals[:position], moved, *primals[position + 1 :]]
+        term = primitive.bind(*equally_varying(*operands), **params)
+        tangent = term if tangent is None else ad.add_tangents(tangent, term)
+    assert tangent is not None
+    return value, tangent.astype(value.dtype)
+
+
+def _transpose(
+    num_dense: int, rules: Sequence, cotangent: Any, *operands: Any, **params: Any
+) -> list[Any]:
+    """Transpose in the one operand that is unknown; `rules` has one for each place.
+
+    The places are the dense operands and, last, the coefficients.
+    """
+    unknown = [ad.is_undefined_primal(x) for x in operands]
+    place = unknown.index(True)
+    result: list[Any] = [None] * len(operands)
+    if isinstance(cotangent, ad.Zero):
+        result[place] = ad.Zero(operands[place].aval)
+        return result
+    rule = rules[min(place, num_dense)]
+    dense, ids, offsets, coefficients = layout(num_dense, operands)
+    result[place] = rule(cotangent, dense, ids, offsets, coefficients, **params)
+    return result
+
+
+# The rules, of (what comes back, dense operands, ids, offsets, coefficients). The
+# unknown among them is an `UndefinedPrimal`, of which the type alone is known.
+
+
+def _product_to_table(
+    back: Array,
+    dense: Any,
+    *bags: Any,
+    average: str | None,
+    dtype: jnp.dtype,
+    **options: Any,
+) -> Array:
+    ids, offsets, _ = bags
+    table = dense[0].aval
+    return transposed_product(
+        divided(back, ids, offsets, dtype, average, **options),
+        *bags,
+        num_embeddings=table.shape[0],
+        dtype=table.dtype,
+        **options,
+    )
+
+
+def _product_to_coefficients(
+    back: Array,
+    dense: Any,
+    ids: Ids,
+    offsets: Offsets,
+    _: Any,
+    *,
+    average: str | None,
+    dtype: jnp.dtype,
+    **options: Any,
+) -> Array:
+    shares = divided(back, ids, offsets, dtype, average, **options)
+    return sampled_dots(dense[0], shares, ids, offsets, **options)
+
+
+def divided(
+    back: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    dtype: jnp.dtype,
+    average: str | None,
+    *,
+    empty: int | None,
+    implementation: str | None,
+) -> Float[Array, "B D"]:
+    """Divide by what the average divided by, in the accumulation dtype."""
+    wide = _gather.accumulation_dtype(dtype)
+    back = back.astype(wide)
+    if average is None:
+        return back
+    pool = functools.partial(product, implementation=implementation)
+    options: dict[str, Any] = {"empty": empty, "average": average}
+    return back / xla.divisors(pool, ids, offsets, wide, **options)
+
+
+def _transposed_to_cotangent(
+    back: Array,
+    _: Any,
+    *bags: Any,
+    num_embeddings: _slots.Size,
+    dtype: jnp.dtype,
+    **options: Any,
+) -> Array:
+    del num_embeddings, dtype
+    return product(back, *bags, **options)
+
+
+def _transposed_to_coefficients(
+    back: Array,
+    dense: Any,
+    ids: Ids,
+    offsets: Offsets,
+    _: Any,
+    *,
+    num_embeddings: _slots.Size,
+    dtype: jnp.dtype,
+    **options: Any,
+) -> Array:
+    del num_embeddings, dtype
+    return sampled_dots(back, dense[0], ids, offsets, **options)
+
+
+def _dots_to_table(
+    back: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
+) -> Array:
+    table, cotangent = dense
+    options |= {"average": None, "dtype": cotangent.dtype}
+    return _product_to_table(cotangent, [table], ids, offsets, back, **options)
+
+
+def _dots_to_cotangent(
+    back: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
+) -> Array:
+    return product(dense[0], ids, offsets, back, **options)
+
+
+for _primitive, _num_dense, _rules in (
+    (_product, 1, (_product_to_table, _product_to_coefficients)),
+    (_transposed_product, 1, (_transposed_to_cotangent, _transposed_to_coefficients)),
+    (_sampled_dots, 2, (_dots_to_table, _dots_to_cotangent)),
+):
+    ad.primitive_jvps[_primitive] = functools.partial(_jvp, _primitive)
+    ad.primitive_transposes[_primitive] = functools.partial(
+        _transpose, _num_dense, _rules
+    )

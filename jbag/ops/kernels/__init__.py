@@ -1,0 +1,85 @@
+"""The implementations by name, and which one a platform gets.
+
+A kernel is a module with the six operations of `xla`: `product`, `transposed_product`,
+`sampled_dots`, `extremum`, `coalesce` and `update_rows`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jbag.ops.kernels import cpu, xla
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One implementation: its operations, and the platforms it runs on (None: all).
+
+    `missing` says why this installation doesn't have it. One that is not `portable`
+    runs only where jbag itself is loaded, which an exported program can't count on.
+    """
+
+    operations: Any  # a module, or what has the same six functions
+    platforms: tuple[str, ...] | None = None
+    missing: str | None = None
+    portable: bool = False
+
+    def runs_on(self, platform: str | None) -> bool:
+        """Whether it runs on a platform; None is any that no kernel is made for."""
+        return self.platforms is None or platform in self.platforms
+
+
+# The best first: a platform gets the first that runs on it.
+KERNELS: dict[str, Kernel] = {
+    "cpu": Kernel(cpu, platforms=("cpu",), missing=cpu.MISSING),
+    "xla": Kernel(xla, portable=True),
+}
+
+
+def check_implementation(implementation: object) -> None:
+    """Raise ValueError unless `implementation` is None or names an available kernel."""
+    known = implementation is None or isinstance(implementation, str)
+    if not known or (implementation is not None and implementation not in KERNELS):
+        raise ValueError(
+            f"`implementation` must be None or one of {', '.join(map(repr, KERNELS))}; "
+            f"got {implementation!r}."
+        )
+    if isinstance(implementation, str):
+        missing = KERNELS[implementation].missing
+        if missing is not None:
+            raise ValueError(
+                f"`implementation` {implementation!r} is not available: {missing}."
+            )
+
+
+def choose(
+    implementation: str | None, platform: str | None, *, exported: bool = False
+) -> Kernel:
+    """Return the named kernel, or the best one; `platform` None is any other platform.
+
+    The best one for a program that is `exported` is portable: it runs elsewhere.
+
+    Raises:
+      ValueError: the named kernel doesn't run on `platform`.
+    """
+    if implementation is None:
+        return next(
+            kernel
+            for kernel in KERNELS.values()
+            if kernel.runs_on(platform)
+            and kernel.missing is None
+            and (kernel.portable or not exported)
+        )
+    kernel = KERNELS[implementation]
+    if not kernel.runs_on(platform):
+        raise ValueError(
+            f"`implementation` {implementation!r} runs on {kernel.platforms}, "
+            f"not on {platform or 'this platform'}."
+        )
+    return kernel
+
+
+def special_platforms() -> set[str]:
+    """Return the platforms that some kernel is made for."""
+    return {p for kernel in KERNELS.values() for p in kernel.platforms or ()}

@@ -1,0 +1,218 @@
+"""The kernel for CPUs: C++ through XLA's FFI. Its source is in `csrc`.
+
+It keeps to the contract of `xla`, without an (N, D) intermediate: rows are summed as
+they are gathered, and the transposed product sorts the slots by row. Results are the
+same from run to run and for any number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.resources
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
+
+from jbag.ops._gather import accumulation_dtype
+from jbag.ragged._slots import Ids, Offsets, Size, Slots
+
+
+def product(
+    table: Float[Array, "V D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    empty: int | None,
+    average: str | None,
+    dtype: jnp.dtype,
+) -> Float[Array, "B D"]:
+    """Return out[b] = sum of c[i] * table[ids[i]] over the slots i of bag b."""
+    shape = (_num_bags(ids, offsets), table.shape[1])
+    pooled = jax.ShapeDtypeStruct(shape, dtype)
+    bags = _bags(table, ids, offsets, coefficients)
+    return _call(
+        "product", pooled, table, *bags, empty=empty, average=average or "none"
+    )
+
+
+def transposed_product(
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    empty: int | None,
+    num_embeddings: Size,
+    dtype: jnp.dtype,
+) -> Float[Array, "V D"]:
+    """Return out[v] = sum of c[i] * cotangent[bag of i] where ids[i] = v."""
+    rows = jax.ShapeDtypeStruct((num_embeddings, cotangent.shape[1]), dtype)
+    bags = _bags(cotangent, ids, offsets, coefficients)
+    return _call("transposed_product", rows, cotangent, *bags, empty=empty)
+
+
+def sampled_dots(
+    table: Float[Array, "V D"],
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    *,
+    empty: int | None,
+) -> Slots:
+    """Return out[i] = <table[ids[i]], cotangent[bag of i]>, zero at empty slots."""
+    dots = jax.ShapeDtypeStruct(ids.shape, accumulation_dtype(table.dtype))
+    bags = _bags(table, ids, offsets, None)[:-1]
+    return _call("sampled_dots", dots, table, cotangent, *bags, empty=empty)
+
+
+def extremum(
+    table: Float[Array, "V D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    empty: int | None,
+    largest: bool,
+) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
+    """Return the largest (or smallest) c[i] * table[ids[i]], and the first winner."""
+    shape = (_num_bags(ids, offsets), table.shape[1])
+    values = jax.ShapeDtypeStruct(shape, accumulation_dtype(table.dtype))
+    winners = jax.ShapeDtypeStruct(shape, jnp.int32)
+    bags = _bags(table, ids, offsets, coefficients)
+    best = _call(
+        "extremum", (values, winners), table, *bags, empty=empty, largest=largest
+    )
+    return best[0], best[1]
+
+
+def coalesce(
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    empty: int | None,
+    num_embeddings: Size,
+    capacity: Size,
+) -> tuple[Int[Array, " U"], Float[Array, "U D"]]:
+    """Return the rows of the transposed product that slots name: which, and their sums.
+
+    They come in order, each once. Behind them, up to the capacity, the index is V and
+    the sum zero.
+    """
+    indices = jax.ShapeDtypeStruct((capacity,), ids.dtype)
+    sums = jax.ShapeDtypeStruct((capacity, cotangent.shape[1]), cotangent.dtype)
+    bags = _bags(cotangent, ids, offsets, coefficients)
+    # An operand, as a symbolic size can't be an attribute.
+    size = jnp.asarray(num_embeddings, ids.dtype)
+    found = _call("coalesce", (indices, sums), cotangent, *bags, size, empty=empty)
+    return found[0], found[1]
+
+
+def update_rows(
+    table: Float[Array, "V D"],
+    states: tuple[Array, ...],
+    scalars: Float[Array, " H"],
+    seed: UInt32[Array, "2"] | None,
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    empty: int | None,
+    rule: str,
+) -> tuple[Array, ...]:
+    """Move the rows that slots name by a rule; return the table and its states.
+
+    In place where XLA may: the rows that no slot names are neither read nor written.
+    """
+    if seed is None:
+        seed = jnp.zeros(0, jnp.uint32)
+    bags = _bags(table, ids, offsets, coefficients)
+    operands = (table, scalars, seed, cotangent, *bags)
+    moved = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (table, *states))
+    aliases = {0: 0}
+    aliases |= {len(operands) + i: 1 + i for i in range(len(states))}
+    return tuple(
+        _call(
+            "update_rows",
+            moved,
+            *operands,
+            *states,
+            empty=empty,
+            aliases=aliases,
+            rule=rule,
+        )
+    )
+
+
+def to_huge_pages(x: Array) -> Array:
+    """Copy an array to huge pages, where the system grants them."""
+    copy = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ffi.ffi_call("jbag_cpu_to_huge_pages", copy)(x)
+
+
+def _num_bags(ids: Ids, offsets: Offsets) -> Size:
+    return ids.shape[0] if offsets is None else offsets.shape[0] - 1
+
+
+def _bags(
+    dense: Array, ids: Ids, offsets: Offsets, coefficients: Slots | None
+) -> tuple[Array, Array, Array]:
+    """Return ids, offsets and coefficients, those that are absent as empty arrays."""
+    if offsets is None:
+        offsets = jnp.zeros(0, ids.dtype)
+    if coefficients is None:
+        coefficients = jnp.zeros(0, accumulation_dtype(dense.dtype))
+    return ids, offsets, coefficients
+
+
+def _call(
+    name: str,
+    results: Any,
+    *operands: Array,
+    empty: int | None,
+    aliases: dict[int, int] | None = None,
+    **attributes: bool | str,
+) -> Any:
+    call = jax.ffi.ffi_call(f"jbag_cpu_{name}", results, input_output_aliases=aliases)
+    marked = {"has_empty": empty is not None, "empty": np.int64(empty or 0)}
+    return call(*operands, **marked, **attributes)
+
+
+OPERATIONS = (
+    "product",
+    "transposed_product",
+    "sampled_dots",
+    "extremum",
+    "coalesce",
+    "update_rows",
+    "to_huge_pages",
+)
+
+
+def _load() -> str | None:
+    """Load the library and register its handlers; return why it can't be, or None."""
+    package = importlib.resources.files("jbag") / "ops" / "kernels"
+    reason = package / "cpu_missing.txt"
+    if reason.is_file():
+        return reason.read_text().strip()
+    library = package / "libjbag_cpu.so"
+    if not library.is_file():
+        return "it is built by `pip install`, and this copy of jbag was not"
+    with importlib.resources.as_file(library) as path:
+        try:
+            handlers = ctypes.CDLL(str(path))
+        except OSError as error:
+            return f"its library can't be loaded: {error}"
+    for name in OPERATIONS:
+        handler = jax.ffi.pycapsule(getattr(handlers, f"jbag_cpu_{name}"))
+        jax.ffi.register_ffi_target(f"jbag_cpu_{name}", handler, platform="cpu")
+    return None
+
+
+MISSING = _load()

@@ -1,0 +1,265 @@
+"""How an optimizer moves the rows that a gradient names, and dense arrays alike."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from jbag._validation import check_integer
+from jbag.ops._gather import accumulation_dtype
+from jbag.ops.kernels.memory_pages import to_huge_pages
+from jbag.ops.kernels.update_rules import RULES, step
+from jbag.sparse._row_sparse import RowSparse, is_rows
+from jbag.sparse._row_update import RowUpdate
+
+Rate = float | Array | Callable[[Int[Array, ""]], Any]
+
+
+class RowState(NamedTuple):
+    """The state of a row-wise optimizer.
+
+    Attributes:
+      count: the number of steps taken.
+      states: by the name that the rule gives them, trees like the parameters. Of a
+        parameter of shape [..., D], a state has that shape, or [...] if it is one
+        number a row; and the accumulation dtype.
+    """
+
+    count: Int[Array, ""]  # type: ignore[assignment]  # named as in Optax's states
+    states: dict[str, Any]
+
+
+def transformation(
+    rule: str,
+    learning_rate: Rate,
+    constants: dict[str, Any],
+    weight_decay: float,
+    seed: int | None,
+    initial: dict[str, Any] | None = None,
+) -> optax.GradientTransformation:
+    """Make the optimizer that moves rows, and whole arrays, by a rule."""
+    narrow = RULES[rule].narrow
+    first = {name: (initial or {}).get(name, 0.0) for name in RULES[rule].states}
+    check_at_least_zero(**constants, weight_decay=weight_decay)
+    for start in first.values():
+        if not callable(start):
+            check_at_least_zero(initial_accumulator_value=start)
+    _check_below_one(**{k: x for k, x in constants.items() if k in ("b1", "b2")})
+    if not callable(learning_rate):
+        _check_number("learning_rate", learning_rate)
+    if seed is not None:
+        seed = _check_seed(seed)
+
+    def init(params: Any) -> RowState:
+        def start(name: str, parameter: Array) -> Array:
+            dtype = accumulation_dtype(jnp.asarray(parameter).dtype)
+            if callable(first[name]):
+                return first[name](jnp.asarray(parameter).astype(dtype))
+            if name in narrow:
+                shape, device = jnp.shape(parameter)[:-1], _device_of_rows(parameter)
+                return jnp.full(shape, first[name], dtype, device=device)
+            return jnp.full_like(parameter, first[name], dtype)
+
+        states = {
+            name: jax.tree.map(functools.partial(start, name), params) for name in first
+        }
+        return RowState(jnp.zeros((), jnp.int32), to_huge_pages(states))
+
+    def update(updates: Any, state: RowState, params: Any = None) -> Any:
+        tree: Any
+        gradients, tree = jax.tree.flatten(updates, is_leaf=is_rows)
+        parameters: list[Any] = [None] * len(gradients)
+        if params is not None:
+            parameters = tree.flatten_up_to(params)
+        elif rule == "ftrl" or not is_zero(weight_decay):
+            raise ValueError("`params` must be given to `update`; got None.")
+        columns = [tree.flatten_up_to(state.states[name]) for name in first]
+        results: list[tuple[Any, tuple[Array, ...]]] = []
+        for k, gradient in enumerate(gradients):
+            states = tuple(column[k] for column in columns)
+            dtype = accumulation_dtype(jnp.dtype(gradient.dtype))
+            scalars = _scalars(
+                rule, state.count, learning_rate, weight_decay, constants, dtype
+            )
+            parameter = parameters[k]
+            if not is_rows(gradient):
+                results.append(_move(rule, gradient, parameter, states, scalars))
+                continue
+            if parameter is None:
+                results.append(_step_rows(rule, gradient, None, states, scalars))
+                continue
+            at_random = seed is not None and parameter.dtype == jnp.bfloat16
+            noise = _noise(seed, k, state.count) if at_random else None
+            results.append(
+                _move_rows(rule, gradient, parameter, states, scalars, noise)
+            )
+        moved_states = {
+            name: tree.unflatten([states[i] for _, states in results])
+            for i, name in enumerate(first)
+        }
+        count = optax.safe_increment(state.count)
+        deltas = tree.unflatten([delta for delta, _ in results])
+        return deltas, RowState(count, moved_states)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _move_rows(
+    rule: str,
+    gradient: RowSparse,
+    table: Array,
+    states: tuple[Array, ...],
+    scalars: list[Array],
+    noise: Array | None,
+) -> tuple[RowSparse, tuple[Array, ...]]:
+    """Move the rows and their states, in place where they may be; return the update."""
+    table, states = jnp.asarray(table), tuple(map(jnp.asarray, states))
+    if gradient.shape != table.shape:
+        raise ValueError(
+            f"A gradient must have the shape of its table, {table.shape}; "
+            f"got {gradient.shape}."
+        )
+    moved, *moved_states = gradient.move(table, states, scalars, noise, rule=rule)
+
+    def difference() -> RowSparse:
+        delta, _ = _step_rows(rule, gradient, table, states, scalars)
+        if noise is None:
+            return delta
+        wide = [delta.rows_of(x).astype(jnp.float32) for x in (table, moved)]
+        return delta.with_values(wide[1] - wide[0])
+
+    return RowUpdate(table, moved, difference), tuple(moved_states)
+
+
+def _step_rows(
+    rule: str,
+    gradient: RowSparse,
+    table: Array | None,
+    states: tuple[Array, ...],
+    scalars: list[Array],
+) -> tuple[RowSparse, tuple[Array, ...]]:
+    """Return what is added to the rows, and the new states."""
+    gradient = gradient.coalesce()
+    indices, values = gradient.indices, gradient.values
+    rows = jnp.zeros_like(values)
+    if table is not None:
+        rows = gradient.rows_of(table).astype(values.dtype)
+    before = [gradient.rows_of(state) for state in states]
+    delta, after = step(rule, rows, values, before, jnp.stack(scalars))
+    delta = jnp.where((indices < gradient.shape[0])[:, None], delta, 0)
+    moved = tuple(gradient.put(x, y) for x, y in zip(states, after, strict=True))
+    return gradient.with_values(delta), moved
+
+
+def _move(
+    rule: str,
+    gradient: Array,
+    parameter: Array | None,
+    states: tuple[Array, ...],
+    scalars: list[Array],
+) -> tuple[Array, tuple[Array, ...]]:
+    """Return what is added to a dense parameter, all rows of it, and the new states."""
+    dtype = scalars[0].dtype
+    wide = gradient.astype(dtype)
+    rows = jnp.zeros_like(wide) if parameter is None else parameter.astype(dtype)
+    shape = wide.shape
+    if not shape:  # a number is a row of one
+        wide, rows = wide[None], rows[None]
+        num_wide = len(RULES[rule].wide)
+        states = tuple(x[None] if i < num_wide else x for i, x in enumerate(states))
+    delta, moved = step(rule, rows, wide, states, jnp.stack(scalars))
+    if not shape:
+        moved = tuple(x.reshape(()) for x in moved)
+    return delta.reshape(shape).astype(gradient.dtype), moved
+
+
+def _device_of_rows(parameter: Any) -> NamedSharding | None:
+    """Return where a number for each row lies, if the parameter lies over a mesh."""
+    if not isinstance(parameter, jax.Array) or isinstance(parameter, jax.core.Tracer):
+        return None
+    sharding = parameter.sharding
+    if not isinstance(sharding, NamedSharding):
+        return None
+    spec = (*sharding.spec, *[None] * parameter.ndim)[: max(parameter.ndim - 1, 0)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _scalars(
+    rule: str,
+    count: Int[Array, ""],
+    learning_rate: Rate,
+    weight_decay: Any,
+    constants: dict[str, Any],
+    dtype: jnp.dtype,
+) -> list[Array]:
+    """Return the numbers of the rule for this step, in its order."""
+    values = {k: jnp.asarray(x, dtype) for k, x in constants.items()}
+    values["rate"] = rate = rate_at(learning_rate, count, dtype)
+    values["decay"] = rate * jnp.asarray(weight_decay, dtype)
+    steps = (count + 1).astype(dtype)
+    if "b2" in values:  # as moments start from zero
+        values["rate"] *= jnp.sqrt(_filled(values["b2"], steps))
+    if "b1" in values:
+        values["rate"] /= _filled(values["b1"], steps)
+    return [values[name] for name in RULES[rule].scalars]
+
+
+def _filled(b: Array, steps: Array) -> Array:
+    """Return 1 - b ** steps, exactly where b is close to 1."""
+    return -jnp.expm1(steps * jnp.log1p(b - 1))
+
+
+def rate_at(learning_rate: Rate, count: Int[Array, ""], dtype: jnp.dtype) -> Array:
+    rate = learning_rate(count) if callable(learning_rate) else learning_rate
+    return jnp.asarray(rate, dtype)
+
+
+def _noise(seed: Any, number: int, count: Int[Array, ""]) -> Array:
+    """Return the seed of a table, by its number in the tree, in a step."""
+    shift = number * 0x9E3779B9 % 2**32
+    own = jnp.asarray(seed, jnp.uint32) + jnp.uint32(shift)
+    return jnp.stack([own, count.astype(jnp.uint32)])
+
+
+def _check_seed(seed: Any) -> Any:
+    if isinstance(seed, jax.Array):  # as Optax injects it
+        return seed
+    return check_integer("stochastic_rounding", seed) % 2**32
+
+
+def is_zero(x: Any) -> bool:
+    """Return whether a number is known to be 0; a traced one isn't."""
+    return _is_known(x) and x == 0
+
+
+def check_at_least_zero(**named: Any) -> None:
+    """Raise unless the numbers, where they are known, are at least 0."""
+    for name, number in named.items():
+        _check_number(name, number)
+        if _is_known(number) and not number >= 0:
+            raise ValueError(f"`{name}` must be at least 0; got {number}.")
+
+
+def _check_below_one(**named: Any) -> None:
+    for name, number in named.items():
+        if _is_known(number) and not number < 1:
+            raise ValueError(f"`{name}` must be below 1; got {number}.")
+
+
+def _check_number(name: str, number: Any) -> None:
+    is_array = isinstance(number, jax.Array | np.ndarray)  # as Optax injects it
+    if isinstance(number, bool) or not (_is_known(number) or is_array):
+        raise TypeError(f"`{name}` must be a number; got {number!r}.")
+
+
+def _is_known(number: Any) -> bool:
+    return isinstance(number, numbers.Real)

@@ -1,0 +1,208 @@
+"""Transformations of gradients and updates, some leaves of which are `RowSparse`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jbag.ops._gather import accumulation_dtype
+from jbag.optim._row_wise import check_at_least_zero
+from jbag.sparse._row_sparse import RowSparse, is_rows
+
+
+def scale(step_size: float | Array) -> optax.GradientTransformation:
+    """Multiply all gradients by a number: `optax.scale` for trees with rows.
+
+    Example:
+      >>> optimizer = optax.chain(jbag.optim.scale(0.5), jbag.optim.adagrad(0.1))
+    """
+    return optax.stateless(lambda updates, _: _scaled(updates, step_size))
+
+
+def scale_by_schedule(
+    step_size_fn: Callable[[Int[Array, ""]], Any],
+) -> optax.GradientTransformation:
+    """Multiply all gradients by a function of the number of steps taken.
+
+    It is `optax.scale_by_schedule` for trees with rows.
+
+    Example:
+      >>> warmup = jbag.optim.scale_by_schedule(lambda step: (step + 1) / 100)
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        count = optax.safe_increment(state.count)
+        updates = _scaled(updates, step_size_fn(state.count))
+        return updates, optax.ScaleByScheduleState(count)
+
+    def init(params: Any) -> Any:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_by_learning_rate(
+    learning_rate: float | Array | Callable[[Int[Array, ""]], Any],
+    *,
+    flip_sign: bool = True,
+) -> optax.GradientTransformation:
+    """Multiply all updates by a learning rate, or by minus it, or by a schedule.
+
+    It is `optax.scale_by_learning_rate` for trees with rows. The optimizers of
+    `jbag.optim` take their own `learning_rate`.
+
+    Example:
+      >>> descend = jbag.optim.scale_by_learning_rate(0.1)
+    """
+    sign = -1 if flip_sign else 1
+    if callable(learning_rate):
+        schedule = learning_rate
+        return scale_by_schedule(lambda count: sign * schedule(count))
+    return scale(sign * learning_rate)
+
+
+def apply_if_finite(
+    inner: optax.GradientTransformation, max_consecutive_errors: int
+) -> optax.GradientTransformation:
+    """Skip the steps of `inner` in which a gradient isn't finite.
+
+    It is `optax.apply_if_finite` for trees with rows; see there for the state. As both
+    outcomes are computed, tables aren't updated in place.
+
+    Example:
+      >>> optimizer = jbag.optim.apply_if_finite(jbag.optim.sgd(0.1), 3)
+    """
+
+    def update_plain(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        updates, state = wide.update(updates, state, params, **extra)
+        # Of the structure of the gradients: a skipped update is zeros like these.
+        return map_rows(lambda rows: rows.with_values(rows.values), updates), state
+
+    wide = optax.with_extra_args_support(inner)
+    plain = optax.GradientTransformationExtraArgs(inner.init, update_plain)
+    outer = optax.apply_if_finite(plain, max_consecutive_errors)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        updates = map_rows(RowSparse.coalesce, updates)
+        return outer.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(outer.init, update)
+
+
+def map_rows(function: Callable, updates: Any) -> Any:
+    """Apply a function to the row-sparse leaves of a tree."""
+    return jax.tree.map(
+        lambda x: function(x) if is_rows(x) else x, updates, is_leaf=is_rows
+    )
+
+
+def _scaled(updates: Any, number: Any) -> Any:
+    """Multiply each leaf, in its own dtype."""
+    return jax.tree.map(
+        lambda x: x * (number if is_rows(x) else jnp.asarray(number, x.dtype)),
+        updates,
+        is_leaf=is_rows,
+    )
+
+
+def add_decayed_weights(weight_decay: float) -> optax.GradientTransformation:
+    """Add weight_decay * parameter to the gradient: L2 regularisation.
+
+    Of a table with a row-sparse gradient, to the rows that the batch names. It stands
+    before an optimizer, in `optax.chain`, and needs the parameters.
+
+    Example:
+      >>> decay = jbag.optim.add_decayed_weights(0.5)
+      >>> rows = jbag.RowSparse.from_rows([3], jnp.ones((1, 2)), num_embeddings=5)
+      >>> decay.update(rows, decay.init(None), jnp.ones((5, 2)))[0].values
+      Array([[1.5, 1.5]], dtype=float32)
+    """
+    check_at_least_zero(weight_decay=weight_decay)
+
+    def add(gradient: Any, parameter: Array) -> Any:
+        if not isinstance(gradient, RowSparse):
+            return gradient + weight_decay * parameter
+        gradient = gradient.coalesce()
+        rows = gradient.rows_of(parameter).astype(gradient.values.dtype)
+        return gradient.with_values(gradient.values + weight_decay * rows)
+
+    def update(updates: Any, params: Any) -> Any:
+        if params is None:
+            raise ValueError("`params` must be given, to be decayed; got None.")
+        return jax.tree.map(add, updates, params, is_leaf=is_rows)
+
+    return optax.stateless(update)
+
+
+def clip_by_row_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scale each row of a row-sparse gradient down to a norm; leave other gradients.
+
+    Example:
+      >>> clip = jbag.optim.clip_by_row_norm(1.0)
+      >>> rows = jbag.RowSparse.from_rows([3], jnp.array([[3.0, 4.0]]), 5)
+      >>> clip.update(rows, clip.init(None))[0].values.round(3)
+      Array([[0.6, 0.8]], dtype=float32)
+    """
+    check_at_least_zero(max_norm=max_norm)
+
+    def clip(gradient: Any) -> Any:
+        if not isinstance(gradient, RowSparse):
+            return gradient
+        gradient = gradient.coalesce()
+        norms = jnp.sqrt(jnp.square(gradient.values).sum(-1))
+        return gradient.scale_rows(_down_to(norms, max_norm))
+
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(clip, updates, is_leaf=is_rows)
+    )
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scale all gradients down to a norm over all of them, `global_norm`.
+
+    It is `optax.clip_by_global_norm` for trees in which some leaves are `RowSparse`.
+
+    Example:
+      >>> optimizer = optax.chain(
+      ...     jbag.optim.clip_by_global_norm(1.0), jbag.optim.adagrad(0.1)
+      ... )
+    """
+    check_at_least_zero(max_norm=max_norm)
+
+    def clip(updates: Any, _: Any) -> Any:
+        updates = map_rows(RowSparse.coalesce, updates)
+        return _scaled(updates, _down_to(global_norm(updates), max_norm))
+
+    return optax.stateless(clip)
+
+
+def global_norm(updates: Any) -> Float[Array, ""]:
+    """Return the root of the sum of all squares, over row-sparse and dense leaves.
+
+    Example:
+      >>> rows = jbag.RowSparse.from_rows([1, 1], jnp.ones((2, 1)), num_embeddings=9)
+      >>> jbag.optim.global_norm({"table": rows, "bias": jnp.zeros(3)})
+      Array(2., dtype=float32)
+    """
+    squares = [
+        jnp.square((x.coalesce().values if is_rows(x) else x).astype(dtype)).sum()
+        for x in jax.tree.leaves(updates, is_leaf=is_rows)
+        for dtype in [accumulation_dtype(jnp.dtype(x.dtype))]
+    ]
+    if not squares:
+        return jnp.zeros(())
+    wide = jnp.result_type(*(x.dtype for x in squares))
+    return jnp.sqrt(sum(x.astype(wide) for x in squares))
+
+
+def _down_to(norm: Array, max_norm: Any) -> Array:
+    """Return what scales the norm down to the largest allowed."""
+    largest = jnp.asarray(max_norm, norm.dtype)
+    return jnp.where(norm > largest, largest / norm, 1)

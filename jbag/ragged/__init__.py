@@ -1,0 +1,1 @@
+"""Ragged batches: bags of ids, their offsets and padding, and how they are packed."""

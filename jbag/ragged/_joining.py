@@ -1,0 +1,127 @@
+"""Several batches of bags laid end to end, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from jbag.ragged import _slots
+from jbag.ragged._slots import (
+    EMPTY,
+    UNKNOWN,
+    Ids,
+    Offsets,
+    Slots,
+    lay_end_to_end,
+    merge,
+    name_slots,
+)
+
+
+def join(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets]:
+    """Return the ids and offsets of all bags, in order.
+
+    Slots in no bag, of which all but the last part's now lie between bags, become
+    `EMPTY`. A malformed bag stays malformed, or holds an id of no row: it is NaN and
+    receives nothing, as before. Rectangles of one length stay a rectangle.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if _is_rectangle(parts):
+        return jnp.concatenate([ids for ids, _ in parts]), None
+    ids: list[Array] = []
+    offsets: list[Array] = []
+    dtype = max((ids.dtype for ids, _ in parts), key=lambda dtype: dtype.itemsize)
+    first = 0
+    for part in parts:
+        own, ends = ragged(*part)
+        if ends.size == 1:  # no bags
+            continue
+        bounds, _ = _slots.bag_bounds(ends, own.size)
+        # One more slot on either side tells of the outer bounds, which parts share: of
+        # a bag that is malformed by them, the id there alone is left.
+        is_moved = bounds != ends
+        before, after = jnp.where(is_moved[jnp.array([0, -1])], UNKNOWN, EMPTY)
+        low = jnp.where(is_moved[0], bounds[1], 0)
+        high = jnp.where(is_moved[-1], bounds[-2], bounds[-1])
+        slots = jnp.arange(own.size, dtype=bounds.dtype)
+        own = jnp.where((slots >= low) & (slots < high), own, EMPTY).astype(dtype)
+        ids += [before.astype(dtype)[None], own, after.astype(dtype)[None]]
+        inner = jnp.where(is_moved, -1, ends.astype(dtype) + (first + 1))[1:-1]
+        offsets += [jnp.full(1, first, dtype), inner]
+        first += own.size + 2
+    if not ids:
+        return jnp.zeros(0, dtype), jnp.zeros(1, dtype)
+    return jnp.concatenate(ids), jnp.concatenate([*offsets, jnp.full(1, first, dtype)])
+
+
+def join_slots(
+    parts: Sequence[tuple[Ids, Offsets]], values: Sequence[Shaped[Array, "*slots"]]
+) -> Shaped[Array, "*slots"]:
+    """Return what each slot holds, by the slots of what `join` makes of the parts."""
+    if len(parts) == 1:
+        return values[0]
+    if _is_rectangle(parts):
+        return jnp.concatenate(values)
+    kept = [
+        jnp.pad(own.reshape(-1), 1)
+        for (ids, ends), own in zip(parts, values, strict=True)
+        if (ids.shape[0] if ends is None else ends.size - 1) > 0
+    ]
+    return jnp.concatenate(kept) if kept else jnp.zeros(0, values[0].dtype)
+
+
+def fold_bags(
+    ids: Int[Array, "K *slots"],
+    offsets: Int[Array, "K ends"] | None,
+    coefficients: Float[Array, "K *slots"] | None,
+    winners: Int[Array, "K B D"] | None,
+    *,
+    empty: int | None,
+    num_embeddings: Any,
+) -> tuple[Ids, Offsets, Slots | None, Int[Array, "K*B D"] | None]:
+    """Return K batches of bags of one table as one; its empty slots are `EMPTY`.
+
+    Winners, flat slots, are numbered anew; N, of a bag without one, stays the end.
+    """
+    size, slots = ids.shape[0], ids[0].size
+    ids = name_slots(ids, empty, num_embeddings)
+    if offsets is not None:
+        ids, offsets, _ = lay_end_to_end(ids, offsets)
+    if winners is not None:
+        shift = slots * jnp.arange(size, dtype=winners.dtype)[:, None, None]
+        winners = merge(jnp.where(winners == slots, size * slots, winners + shift))
+    return (
+        merge(ids),
+        offsets,
+        coefficients if coefficients is None else merge(coefficients),
+        winners,
+    )
+
+
+def ragged(ids: Ids, offsets: Offsets) -> tuple[Int[Array, " N"], Int[Array, " ends"]]:
+    """Return bags with offsets, as which a rectangle can be written, too."""
+    if offsets is not None:
+        return ids, offsets
+    bounds = ids.shape[1] * jnp.arange(ids.shape[0] + 1, dtype=ids.dtype)
+    return ids.reshape(-1), bounds
+
+
+def num_bags(ids: Ids, offsets: Offsets) -> int:
+    """Return B."""
+    return ids.shape[0] if offsets is None else offsets.size - 1
+
+
+def ones(ids: Ids, dtype: jnp.dtype) -> Float[Array, "*slots"]:
+    """Return weights that change nothing."""
+    return jnp.ones(ids.shape, dtype)
+
+
+def _is_rectangle(parts: Sequence[tuple[Int[Array, "..."], Offsets]]) -> bool:
+    return (
+        all(offsets is None for _, offsets in parts)
+        and len({ids.shape[1] for ids, _ in parts}) == 1
+    )

@@ -1,0 +1,32 @@
+"""Pooling together with its pullback: where a bag becomes a `RowSparse`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from jbag.ops._gather import accumulation_dtype
+from jbag.ops._gradient_terms import Term
+from jbag.ragged._slots import Ids, Offsets, Slots
+from jbag.sparse._row_sparse import RowSparse
+
+
+def pull_back(
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    winners: Int[Array, "B D"] | None,
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+    **options: Any,
+) -> RowSparse:
+    """Return the gradient of a table, A.T @ cotangent, not multiplied out.
+
+    A holds the coefficients of the bags; see `Term` for the options.
+    """
+    cotangent = cotangent.astype(accumulation_dtype(cotangent.dtype))
+    term = Term(cotangent, ids, offsets, coefficients, winners=winners, **options)
+    return RowSparse((term,), shape, dtype)

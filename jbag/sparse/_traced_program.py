@@ -1,0 +1,260 @@
+"""The marked bags of a traced program: where they are, and from what they pool.
+
+Calls, checkpoints, `scan` and `cond` that hold marks are walked through; anything else
+is one operation. `_interpreter` runs the program so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jaxtyping import Array
+
+from jbag.ops._marks import pooled_mark, table_mark
+
+# JAX's primitives that are walked through, by name, and the parameter that holds their
+# program. (`closed_call` is what `jax.jit` leaves in a program that was exported.)
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
+CHECKPOINTS = {"checkpoint": "jaxpr", "remat2": "jaxpr"}
+SCAN, COND, STOP_GRADIENT = "scan", "cond", "stop_gradient"
+
+# Where an equation stands: its number, after those of the equations around it.
+Path = tuple[int, ...]
+
+
+class PooledCall(NamedTuple):
+    """A marked bag that pools from an operand of the program.
+
+    Attributes:
+      leaf: the number of the operand.
+      equation: the mark of what is pooled.
+      loops: the lengths of the scans around it, the outermost first.
+    """
+
+    leaf: int
+    equation: core.JaxprEqn
+    loops: tuple[int, ...]
+
+    def zeros(self) -> Array:
+        """Return zeros like what is pooled, in all turns of the loops."""
+        pooled: Any = self.equation.outvars[0].aval
+        placement = self.equation.params["placement"]
+        zeros = placement.zeros((*self.loops, *pooled.shape), pooled.dtype)
+        if placement.over_mesh:
+            return zeros
+        varying = pooled.manual_axis_type.varying  # under `shard_map`
+        return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
+
+
+class Found(NamedTuple):
+    """What is to be differentiated, and how.
+
+    Attributes:
+      calls: the marked bags whose gradient can be row-sparse, by path.
+      tables: the marks before pooling, by path, and the number of the operand.
+      dense: the operands on which the first result depends in any other way.
+      requested: the operands of which some marked bag pools, be it in vain.
+      has_refs: whether JAX's references carry values: then the others mean nothing.
+    """
+
+    calls: dict[Path, PooledCall]
+    tables: dict[Path, int]
+    dense: frozenset[int]
+    requested: frozenset[int]
+    has_refs: bool
+
+
+class _Value(NamedTuple):
+    """What is known of a variable.
+
+    Attributes:
+      sources: what it depends on, as far as derivatives go: numbers of operands, and
+        paths of marks of tables.
+      leaf: the operand that it is, unchanged.
+      table: the path of the mark of a table that it comes out of.
+    """
+
+    sources: frozenset = frozenset()
+    leaf: int | None = None
+    table: Path | None = None
+
+
+def find(closed: core.ClosedJaxpr) -> Found:
+    """Find the marked bags of a program, and which operands are used otherwise."""
+    search = _Search()
+    operands = [_Value(frozenset([k]), k) for k in range(len(closed.jaxpr.invars))]
+    results = search.visit(closed.jaxpr, operands, (), ())
+    first = results[0] if results else _Value()
+    # A table that goes round its mark, as in a derivative that the loss itself takes,
+    # is an ordinary array: cut off, it would lose a part of its gradient.
+    around = {search.tables[x] for x in first.sources if isinstance(x, tuple)}
+    dense = around | {x for x in first.sources if isinstance(x, int)}
+    return Found(
+        {p: call for p, call in search.calls.items() if call.leaf not in around},
+        {p: leaf for p, leaf in search.tables.items() if leaf not in around},
+        frozenset(dense),
+        frozenset(search.requested),
+        search.has_refs,
+    )
+
+
+@dataclasses.dataclass
+class _Search:
+    calls: dict[Path, PooledCall] = dataclasses.field(default_factory=dict)
+    tables: dict[Path, int] = dataclasses.field(default_factory=dict)
+    requested: set[int] = dataclasses.field(default_factory=set)
+    has_refs: bool = False
+
+    def visit(
+        self,
+        jaxpr: core.Jaxpr,
+        operands: Sequence[_Value],
+        path: Path,
+        loops: tuple[int, ...],
+    ) -> list[_Value]:
+        """Return what is known of the results."""
+        known = dict(zip(jaxpr.invars, operands, strict=True))
+
+        def of(variable: Any) -> _Value:
+            if isinstance(variable, core.Literal):
+                return _Value()
+            return known.get(variable, _Value())
+
+        for number, equation in enumerate(jaxpr.eqns):
+            ins = [of(variable) for variable in equation.invars]
+            outs = self._visit_equation(equation, ins, (*path, number), loops)
+            for variable, value in zip(equation.outvars, outs, strict=True):
+                self.has_refs |= not _is_array_type(variable.aval)
+                if jnp.issubdtype(_dtype(variable), jnp.inexact):
+                    known[variable] = value
+            self.has_refs |= not all(_is_array_type(x.aval) for x in equation.invars)
+        return [of(variable) for variable in jaxpr.outvars]
+
+    def _visit_equation(
+        self,
+        equation: core.JaxprEqn,
+        ins: list[_Value],
+        path: Path,
+        loops: tuple[int, ...],
+    ) -> list[_Value]:
+        name, params = equation.primitive.name, equation.params
+        reached = frozenset().union(*(value.sources for value in ins))
+        if equation.primitive is table_mark:
+            self.requested |= {x for x in ins[0].sources if isinstance(x, int)}
+            if ins[0].leaf is not None:
+                self.tables[path] = ins[0].leaf
+                reached = frozenset([path])
+            return [_Value(reached, table=path if path in self.tables else None)]
+        if equation.primitive is pooled_mark:
+            # Its other operands are there to be read, not to be differentiated.
+            table = ins[1].table
+            over_mesh = params["placement"].over_mesh
+            if table is None or (over_mesh and loops):
+                return [_Value(ins[0].sources)]
+            self.calls[path] = PooledCall(self.tables[table], equation, loops)
+            return [_Value(ins[0].sources - {table})]
+        if name == STOP_GRADIENT:
+            return [_Value() for _ in equation.outvars]
+        if not _has_marks(equation):
+            return [_Value(reached) for _ in equation.outvars]
+        if name in CALLS or name in CHECKPOINTS:
+            called, _ = body(equation)
+            return self.visit(called, ins, path, loops)
+        if name == SCAN:
+            return self._visit_scan(equation, ins, path, loops)
+        if name == COND:
+            return self._visit_cond(equation, ins, path, loops)
+        self.requested |= {x for x in reached if isinstance(x, int)} & set(
+            _marked_operands(equation, ins)
+        )
+        return [_Value(reached) for _ in equation.outvars]
+
+    def _visit_scan(
+        self,
+        equation: core.JaxprEqn,
+        ins: list[_Value],
+        path: Path,
+        loops: tuple[int, ...],
+    ) -> list[_Value]:
+        body = equation.params["jaxpr"].jaxpr
+        num_consts, num_carry = scan_sizes(equation.params)
+        loops = (*loops, equation.params["length"])
+        consts, changing = ins[:num_consts], ins[num_consts:]
+        changing = [_Value(value.sources) for value in changing]
+        while True:
+            outs = self.visit(body, [*consts, *changing], path, loops)
+            carry = [
+                _Value(before.sources | after.sources)
+                for before, after in zip(
+                    changing[:num_carry], outs[:num_carry], strict=True
+                )
+            ]
+            if carry == changing[:num_carry]:
+                return [_Value(value.sources) for value in outs]
+            changing[:num_carry] = carry
+
+    def _visit_cond(
+        self,
+        equation: core.JaxprEqn,
+        ins: list[_Value],
+        path: Path,
+        loops: tuple[int, ...],
+    ) -> list[_Value]:
+        branches = [
+            self.visit(branch.jaxpr, ins[1:], (*path, k), loops)
+            for k, branch in enumerate(equation.params["branches"])
+        ]
+        return [
+            _Value(frozenset().union(*(value.sources for value in values)))
+            for values in zip(*branches, strict=True)
+        ]
+
+
+def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """Return how many constants and carried values a scan has."""
+    if "num_consts" in params:  # before JAX 0.12
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def body(equation: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """Return the program that a call calls, and its constants."""
+    called = equation.params[(CALLS | CHECKPOINTS)[equation.primitive.name]]
+    closed = isinstance(called, core.ClosedJaxpr)
+    return (called.jaxpr, called.consts) if closed else (called, ())
+
+
+def _marked_operands(equation: core.JaxprEqn, ins: list[_Value]) -> Iterator[int]:
+    """Yield the operands that marked bags within an operation may pool."""
+    for jaxpr in core.jaxprs_in_params(equation.params):
+        whole = len(jaxpr.invars) == len(ins)
+        inner = _Search()
+        numbers = [
+            _Value(frozenset([k]), k) for k in range(len(jaxpr.invars))
+        ]  # its own operands
+        inner.visit(jaxpr, numbers, (), ())
+        for k, value in enumerate(ins):
+            if not whole or k in inner.requested:
+                yield from (x for x in value.sources if isinstance(x, int))
+
+
+def _has_marks(equation: core.JaxprEqn) -> bool:
+    return any(
+        inner.primitive is table_mark or _has_marks(inner)
+        for jaxpr in core.jaxprs_in_params(equation.params)
+        for inner in jaxpr.eqns
+    )
+
+
+def _is_array_type(aval: Any) -> bool:
+    return isinstance(aval, jax.core.ShapedArray)
+
+
+def _dtype(variable: Any) -> Any:
+    return getattr(variable.aval, "dtype", jnp.int32)
