@@ -143,11 +143,8 @@ def test_the_names_of_jaxs_primitives_are_still_theirs():
                 yield from names(inner)
 
     found = set(names(jax.make_jaxpr(program)(jnp.ones(3)).jaxpr))
-    assert {
-        _traced_program.SCAN,
-        _traced_program.COND,
-        _traced_program.STOP_GRADIENT,
-    } <= found
+    known = _traced_program
+    assert {known.SCAN, known.COND, known.STOP_GRADIENT} <= found
     assert found & set(known.CALLS)
     assert found & set(known.CHECKPOINTS)
 
