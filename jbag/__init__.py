@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING
 
 from jbag._files import atomic_write as atomic_write
@@ -22,6 +23,8 @@ from jbag.sparse._gradient import value_and_grad as value_and_grad
 from jbag.sparse._row_sparse import RowSparse as RowSparse
 
 if TYPE_CHECKING:
+    __version__: str
+
     from jbag import data as data
     from jbag import fasttext as fasttext
     from jbag import linen as linen
@@ -45,9 +48,11 @@ def __getattr__(name: str) -> object:
         return importlib.import_module(f"jbag.{name}")
     if name in _FROM_LINEN:
         return getattr(importlib.import_module("jbag.linen"), name)
+    if name == "__version__":  # of the installed package, as pyproject.toml has it
+        return importlib.metadata.version("jbag")
     raise AttributeError(f"module 'jbag' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     own = {"TYPE_CHECKING", "annotations", "importlib"}
-    return sorted({*globals(), *_MODULES, *_FROM_LINEN} - own)
+    return sorted({*globals(), *_MODULES, *_FROM_LINEN, "__version__"} - own)

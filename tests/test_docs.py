@@ -1,10 +1,11 @@
-"""Every example in a docstring, and every block of code in the README, runs."""
+"""Every example in a docstring, in README and in the guides runs."""
 
 import doctest
 import importlib
 import pathlib
 import pkgutil
 import re
+import tomllib
 
 import flax
 import jax
@@ -17,7 +18,9 @@ from fasttext_files import EXAMPLE, model
 import jbag
 from jbag.ops.kernels import KERNELS
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
+GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
+PAGES = {path.name: path for path in [ROOT / "README.md", *GUIDES]}
 FLAGS = (
     doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 )
@@ -65,30 +68,61 @@ def test_public_names_have_an_example(name):
     assert ">>>" in getattr(jbag, name).__doc__
 
 
-def test_readme_code_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES)
+def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = README.read_text()
+    text = PAGES[page].read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) >= 4
+    assert blocks or page == "migrating.md"  # tables of names alone
     names: dict = {}
     for number, block in enumerate(blocks):
         if 'implementation="cpu"' in block and KERNELS["cpu"].missing:
             continue  # where it is required, every test of the kernel fails
         parser = doctest.DocTestParser()
         if ">>>" in block:
-            test = parser.get_doctest(block, names, f"README block {number}", None, 0)
+            test = parser.get_doctest(block, names, f"{page} block {number}", None, 0)
             runner = doctest.DocTestRunner(optionflags=FLAGS)
             runner.run(test, clear_globs=False)
             names.update(test.globs)
             assert runner.summarize().failed == 0
         else:
-            exec(compile(block, f"README block {number}", "exec"), names)
+            exec(compile(block, f"{page} block {number}", "exec"), names)
 
 
-def test_readme_names_every_public_name():
-    text = README.read_text()
-    for name in PUBLIC:
-        assert name in text
+def test_pages_name_every_public_name():
+    text = "".join(path.read_text() for path in PAGES.values())
+    assert not [name for name in PUBLIC if not re.search(rf"\b{name}\b", text)]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *PAGES.values(),
+        ROOT / "examples" / "README.md",
+        ROOT / "examples" / "benchmarks" / "README.md",
+        ROOT / "jbag" / "csrc" / "README.md",
+        ROOT / "tests" / "README.md",
+    ],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_links_of_a_page_lead_to_files_and_headings(path):
+    for file, heading in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", path.read_text()):
+        target = path.parent / file if file else path
+        assert target.exists(), file
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
+            assert heading in [title.lower().replace(" ", "-") for title in titles]
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_version_is_the_one_of_pyproject_and_of_the_changelog():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert jbag.__version__ == project["version"]
+    changelog = (ROOT / "jbag" / "CHANGELOG.md").read_text()
+    assert changelog.split("## ")[1].split()[0] == project["version"]
 
 
 def test_the_core_imports_neither_flax_nor_optax():
