@@ -4,8 +4,7 @@ From `sparse=True` to a row that an optimizer moved:
 
 1. `ops._marks`: a sparse bag marks its table and what it pooled; both are identities.
 2. The loss is traced. `_traced_program.find` finds the marks: a `PooledCall` for each
-   bag that pools from a leaf of the arguments, unless the loss uses that leaf otherwise,
-   too.
+   bag that pools from a leaf of the arguments that the loss uses in no other way.
 3. `_interpreter.run` runs the program with zeros added to what each of them pooled, the
    tables held constant; JAX differentiates it with respect to these zeros.
 4. `_pullback.pull_back`, as in `jbag.sparse.pool`, makes a `RowSparse` of each of these
