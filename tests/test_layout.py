@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jbag._mesh.row_layout import GRID, Lanes, place
-from jbag.ragged._slots import UNKNOWN
+from jbag.ragged._slots import OUT_OF_RANGE_ID
 from jbag.sharding import Layout
 
 SIZES = [(1, 1), (10, 1), (10, 4), (12, 4), (3, 7), (30_000, GRID), (7, GRID)]
@@ -153,9 +153,9 @@ def test_ids_of_no_row_have_no_place(layout):
     ids = jnp.array([-1, 0, 5, 9, 10, 2**31 - 1, -(2**31)])
     first, second = place(layout, 0, 0, 10, ids), place(layout, 1, 10, 20, ids)
     known = np.array([False, True, True, True, False, False, False])
-    np.testing.assert_array_equal(np.asarray(first) != UNKNOWN, known)
+    np.testing.assert_array_equal(np.asarray(first) != OUT_OF_RANGE_ID, known)
     known[4] = True  # the second table has 20 rows
-    np.testing.assert_array_equal(np.asarray(second) != UNKNOWN, known)
+    np.testing.assert_array_equal(np.asarray(second) != OUT_OF_RANGE_ID, known)
     both = np.r_[np.asarray(first)[1:4], np.asarray(second)[1:5]]
     assert np.unique(both).size == both.size
 

@@ -248,7 +248,7 @@ def required(function):
 
 
 FUNCTIONS = {k: f for k, f in public_functions().items() if k not in SKIPPED}
-UNKNOWN = {
+OUT_OF_RANGE_ID = {
     name: missing
     for name, function in FUNCTIONS.items()
     if name not in BUILT and (missing := [*{*required(function)} - {*GIVEN}])
@@ -269,7 +269,7 @@ def with_schedules():
     for name, function in FUNCTIONS.items():
         parameter = inspect.signature(function).parameters.get("learning_rate")
         takes = parameter is not None and "Callable" in str(parameter.annotation)
-        if takes and name not in UNKNOWN:
+        if takes and name not in OUT_OF_RANGE_ID:
             yield (
                 f"{name}, scheduled",
                 lambda name=name: build(name, learning_rate=schedule),
@@ -280,7 +280,7 @@ MEASURE = optax.measure_with_ema(optax.tree.norm, 0.9)
 INJECTED = optax.inject_hyperparams
 # By name: what makes a transformation.
 WALK = {
-    **{k: functools.partial(build, k) for k in FUNCTIONS if k not in UNKNOWN},
+    **{k: functools.partial(build, k) for k in FUNCTIONS if k not in OUT_OF_RANGE_ID},
     **dict(with_schedules()),
     "MultiSteps": lambda: optax.MultiSteps(SGD, 2).gradient_transformation(),
     "adaptive_grad_clip, of all axes": lambda: optax.adaptive_grad_clip(0.1, axis=-1),
@@ -354,7 +354,7 @@ def run_case(name, place, wrap=lambda f: f):
 
 
 def test_every_public_transformation_is_known():
-    assert not UNKNOWN, "give these parameters a value, or skip the function"
+    assert not OUT_OF_RANGE_ID, "give these parameters a value, or skip the function"
     public = public_functions()
     assert len(FUNCTIONS) > 100
     assert {*BUILT, *SKIPPED} <= {*public}, "no longer public"

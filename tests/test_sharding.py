@@ -97,11 +97,11 @@ def place(ids, size, grid):
 
 
 def expected_traffic(features, grid, capacity, blocks=4):
-    """Count, of one stack, what `Traffic` tells: rounds, asked, strangers."""
+    """Count, of one stack, what `Traffic` tells: rounds, requested, out_of_range."""
     tables, _ = cases.only(*features)
     sizes = {name: table.num_embeddings for name, table in tables.items()}
     bases = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
-    rows, strangers = [set() for _ in range(blocks)], np.zeros(blocks, int)
+    rows, out_of_range = [set() for _ in range(blocks)], np.zeros(blocks, int)
     for name in features:
         table = cases.CASES[name][0]
         for b, bag in enumerate(cases.lists(name)):
@@ -111,7 +111,7 @@ def expected_traffic(features, grid, capacity, blocks=4):
                     at = place(i + bases[table], sum(sizes.values()), grid)
                     rows[block].add(at)
                 elif i != cases.padding_of(table):
-                    strangers[block] += 1
+                    out_of_range[block] += 1
     shard = grid * -(-sum(sizes.values()) // grid) // blocks
 
     def count(own, parts):
@@ -123,7 +123,7 @@ def expected_traffic(features, grid, capacity, blocks=4):
     rounds = 1
     while max(count(own, rounds).max() for own in rows) > capacity:
         rounds *= 2
-    return rounds, np.stack([count(own, 1) for own in rows]), strangers
+    return rounds, np.stack([count(own, 1) for own in rows]), out_of_range
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,12 @@ def test_more_rounds_change_nothing(capacity, kind):
     cases.check(collection, 4)
     batch = cases.batch_of(FEW[1], 4)
     (traffic,) = collection.traffic(batch).values()
-    rounds, asked, strangers = expected_traffic(FEW[1], 12, capacity)
+    rounds, requested, out_of_range = expected_traffic(FEW[1], 12, capacity)
     assert traffic.rounds == rounds
     assert rounds > 1
-    np.testing.assert_array_equal(traffic.asked, asked)
-    np.testing.assert_array_equal(traffic.distinct, asked.sum(1))
-    np.testing.assert_array_equal(traffic.strangers, strangers)
+    np.testing.assert_array_equal(traffic.requested, requested)
+    np.testing.assert_array_equal(traffic.distinct, requested.sum(1))
+    np.testing.assert_array_equal(traffic.out_of_range, out_of_range)
     roomy = make(*FEW, STRATEGIES["rows"], make_mesh(kind))
     (traffic,) = roomy.traffic(batch).values()
     assert traffic.rounds == 1

@@ -1,8 +1,8 @@
-"""Rows that travel: distinct ids to the rows' owners, rows back, gradients to owners.
+"""All-to-all: distinct ids to the rows' owners, rows back, gradients to the owners.
 
 All of it runs on one device of a mesh, under `shard_map`. A table of V' rows is cut
 into P shards of S, one for each device; a row's owner is row // S. Per pair of devices
-and round, C ids and C rows travel, in buckets of that one size.
+and round, C ids and C rows are sent, in buckets of that one size.
 
 Where a bucket would overflow, there are more rounds. They are cut by ranges of rows,
 not by position in the batch: round r is about the r-th part of every shard. So what all
@@ -30,7 +30,7 @@ from jbag._mesh.partition_specs import Strategy, per_device
 from jbag.ops import _spmm
 from jbag.ops._gather import accumulation_dtype, take
 from jbag.ops._primitive import evaluate_compiled
-from jbag.ragged._slots import UNKNOWN
+from jbag.ragged._slots import OUT_OF_RANGE_ID
 
 
 def default_capacity(slots: int, owners: int) -> int:
@@ -50,7 +50,7 @@ def distinct(
     """Return the rows that ids name, in order, and where each id stands among them.
 
     There is room for U = min(N, V') rows; the rest is V'. Ids outside [0, V') name none
-    and stand for themselves if negative, and at `UNKNOWN` otherwise.
+    and stand for themselves if negative, and at `OUT_OF_RANGE_ID` otherwise.
     """
     size = ids.size
     known = (ids >= 0) & (ids < num_rows)
@@ -63,13 +63,13 @@ def distinct(
     slots = jnp.where(is_first & (named < num_rows), rank, room)
     unique = jnp.full(room, num_rows, ids.dtype).at[slots].set(named, mode="drop")
     places = jnp.zeros_like(ids).at[order].set(rank, unique_indices=True)
-    strangers = jnp.where(ids < 0, ids, UNKNOWN)
+    strangers = jnp.where(ids < 0, ids, OUT_OF_RANGE_ID)
     return unique, jnp.where(known, places, strangers)
 
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """How ids and rows travel: over which axes, from how many devices, in what buckets.
+    """How ids and rows are sent: over which axes, by how many devices, in what buckets.
 
     Attributes:
       axis: of the mesh.
@@ -134,22 +134,22 @@ class Router:
         ids = take(unique, places, 0) - begin[:, None]
         return jnp.where(is_filled, ids, self.shard), places, starts
 
-    def swap(self, x: Shaped[Array, "P ..."]) -> Shaped[Array, "P ..."]:
+    def all_to_all(self, x: Shaped[Array, "P ..."]) -> Shaped[Array, "P ..."]:
         """Send x[p] to device p; return what each of them sent."""
         if self.owners == 1:
             return x
         return jax.lax.all_to_all(x, self.axis, 0, 0)
 
-    def ask(
+    def gather_rows(
         self,
         unique: Int[Array, " U"],
         answer: Callable[..., Shaped[Array, "P C ..."]],
         out: Shaped[Array, "U ..."],
-        *told: Shaped[Array, "U ..."],
+        *arrays: Shaped[Array, "U ..."],
     ) -> Shaped[Array, "U ..."]:
-        """Return what the owners answer about each row, `out` where none is named.
+        """Return the owners' answers for each row, `out` where no row is named.
 
-        `answer` takes a round's ids [P, C] and, of each, what the askers tell.
+        `answer` takes a round's ids [P, C] and the elements of `arrays` for each id.
         """
         rounds = self.rounds(unique)
         owner, row = unique // self.shard, unique % self.shard
@@ -157,19 +157,19 @@ class Router:
 
         def body(number: Any, out: Array) -> Array:
             ids, places, starts = self.bucket(unique, number, rounds)
-            telling = [self.swap(take(x, places, 0)) for x in told]
-            answers = self.swap(answer(self.swap(ids), *telling))
+            sent = [self.all_to_all(take(x, places, 0)) for x in arrays]
+            answers = self.all_to_all(answer(self.all_to_all(ids), *sent))
             answers = answers.reshape(-1, *answers.shape[2:])
-            asked = row // -(-self.shard // rounds) == number
-            asked &= owner < self.owners
+            requested = row // -(-self.shard // rounds) == number
+            requested &= owner < self.owners
             place = slots - take(starts, owner, 0) + self.capacity * owner
-            found = take(answers, jnp.where(asked, place, -1), 0)
-            asked = asked.reshape(-1, *[1] * (out.ndim - 1))
-            return jnp.where(asked, found.astype(out.dtype), out)
+            found = take(answers, jnp.where(requested, place, -1), 0)
+            requested = requested.reshape(-1, *[1] * (out.ndim - 1))
+            return jnp.where(requested, found.astype(out.dtype), out)
 
         return self.each_round(body, out, rounds)
 
-    def deliver(
+    def scatter_rows(
         self,
         unique: Int[Array, " U"],
         rows: Shaped[Array, "U D"],
@@ -185,7 +185,7 @@ class Router:
 
         def body(number: Any, carry: Any) -> Any:
             ids, places, _ = self.bucket(unique, number, rounds)
-            ids, sent = self.swap(ids), self.swap(take(rows, places, 0))
+            ids, sent = self.all_to_all(ids), self.all_to_all(take(rows, places, 0))
             return receive(carry, ids.reshape(-1), sent.reshape(-1, rows.shape[1]))
 
         return self.each_round(body, carry, rounds)
@@ -248,7 +248,9 @@ def _ask(
             )
             return rows.reshape(*ids.shape, width)
 
-        return route.ask(unique, answer, jnp.zeros((unique.size, width), shard.dtype))
+        return route.gather_rows(
+            unique, answer, jnp.zeros((unique.size, width), shard.dtype)
+        )
 
     rows = P(strategy.batch, None)
     specs = (rows, strategy.blocks)
@@ -282,7 +284,7 @@ def _give(
             )
 
         total = jnp.zeros((route.shard, rows.shape[1]), wide)
-        total = route.deliver(unique, rows.astype(wide), receive, total)
+        total = route.scatter_rows(unique, rows.astype(wide), receive, total)
         return total.astype(rows.dtype)
 
     spec = P(strategy.batch, None)
@@ -339,4 +341,4 @@ def totals(
         sums = jnp.zeros(route.shard, counts.dtype).at[ids].add(counts, mode="drop")
         return take(sums, ids, 0)
 
-    return route.ask(unique, answer, jnp.zeros_like(counts), counts)
+    return route.gather_rows(unique, answer, jnp.zeros_like(counts), counts)

@@ -26,13 +26,13 @@ from jbag.ops._spmm import transposed_product
 from jbag.ops.kernels import update_rules as rules
 from jbag.ops.kernels import xla
 from jbag.ragged import _slots
-from jbag.ragged._slots import EMPTY
+from jbag.ragged._slots import PAD_ID
 
 Receive = Callable[[Any, Term], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Here:
+class LocalTerms:
     """Each device has all that its shard needs; also: a base of the other placements.
 
     Attributes:
@@ -47,7 +47,9 @@ class Here:
     cotangent: P
     bags: P
 
-    def bring(self, terms: list[Term], shape: Any, receive: Receive, carry: Any) -> Any:
+    def collect(
+        self, terms: list[Term], shape: Any, receive: Receive, carry: Any
+    ) -> Any:
         """Return what `receive` makes of the carry and what is brought to this device.
 
         It is called with terms whose rows are the shard's; every row is whole in one of
@@ -57,11 +59,11 @@ class Here:
         term = join_terms(terms, shape[1]).plain()
         return receive(carry, _to_local(term, self.strategy, shape[0]))
 
-    def settled(self) -> Here:
+    def coalesced(self) -> LocalTerms:
         """Return the placement of what has been brought."""
         return self
 
-    def room(self, terms: Sequence[Term], rows: int) -> int:
+    def max_rows(self, terms: Sequence[Term], rows: int) -> int:
         """Return how many rows of the shard the terms can name."""
         return min(rows, sum(term.ids.size for term in terms))
 
@@ -95,7 +97,7 @@ class Here:
                     return _update_columns(term, *operands, rule, table.shape[1], axes)
                 return term.apply(update_rows, *operands, rule=rule)
 
-            return self.bring(_local(terms), arrays[0].shape, receive, arrays)
+            return self.collect(_local(terms), arrays[0].shape, receive, arrays)
 
         axes = self.strategy.batch
         run = per_device(
@@ -121,7 +123,7 @@ class Here:
                     transposed_product, num_embeddings=own[0], dtype=dtype
                 )
 
-            return self.bring(_local(terms), own, receive, jnp.zeros(own, dtype))
+            return self.collect(_local(terms), own, receive, jnp.zeros(own, dtype))
 
         specs = (self._term_specs(terms),)
         run = per_device(add, self.strategy, specs, self.strategy.table, check=False)
@@ -137,30 +139,30 @@ class Here:
         """Return the rows that are named, each once where it lies, and their sums."""
         del dtype
         num_embeddings, width = shape
-        settled = self.settled()
+        coalesced = self.coalesced()
 
         def gather(terms: list[Term]) -> tuple[Array, Array]:
             own = self._shard((num_embeddings, width))
             terms = _local(terms)
-            room = self.room(terms, own[0])
+            max_rows = self.max_rows(terms, own[0])
 
             def receive(carry: tuple[Any, ...], term: Term) -> tuple[Any, ...]:
                 # Rounds go up the shard: what they bring stays in order.
                 indices, sums, count = carry
                 fresh, rows = term.apply(coalesce, num_embeddings=own[0])
                 slots = count + jnp.arange(fresh.size, dtype=count.dtype)
-                slots = jnp.where(fresh < own[0], slots, room)
+                slots = jnp.where(fresh < own[0], slots, max_rows)
                 indices = indices.at[slots].set(fresh, mode="drop")
                 sums = sums.at[slots].set(rows.astype(sums.dtype), mode="drop")
                 return indices, sums, count + (fresh < own[0]).sum(dtype=count.dtype)
 
             dtype = terms[0].ids.dtype
             start = (
-                jnp.full(room, own[0], dtype),
-                jnp.zeros((room, own[1]), terms[0].cotangent.dtype),
+                jnp.full(max_rows, own[0], dtype),
+                jnp.zeros((max_rows, own[1]), terms[0].cotangent.dtype),
                 jnp.zeros((), dtype),
             )
-            indices, sums, _ = self.bring(terms, own, receive, start)
+            indices, sums, _ = self.collect(terms, own, receive, start)
             base = _first_row(self.strategy, own[0]).astype(dtype)
             indices = jnp.where(indices < own[0], indices + base, num_embeddings)
             return indices[:, None], sums
@@ -169,14 +171,14 @@ class Here:
             gather,
             self.strategy,
             (self._term_specs(terms),),
-            (settled.bags, settled.cotangent),
+            (coalesced.bags, coalesced.cotangent),
             check=False,
         )(list(terms))
         return Term(
             sums,
             indices,
             implementation=terms[0].implementation,
-            placement=settled,
+            placement=coalesced,
         )
 
     def take(
@@ -238,7 +240,7 @@ class Here:
 
 
 @dataclasses.dataclass(frozen=True)
-class Everywhere(Here):
+class AllGatheredTerms(LocalTerms):
     """The table is replicated: every device brings its sums of rows to all.
 
     Attributes:
@@ -247,8 +249,10 @@ class Everywhere(Here):
 
     rows: int = 0
 
-    def bring(self, terms: list[Term], shape: Any, receive: Receive, carry: Any) -> Any:
-        """See `Here`."""
+    def collect(
+        self, terms: list[Term], shape: Any, receive: Receive, carry: Any
+    ) -> Any:
+        """See `LocalTerms`."""
         rows, indices = _distinct_rows(terms, *shape)
         if not indices.size:  # there are no bags
             return receive(carry, Term(rows, indices[:, None]))
@@ -257,18 +261,18 @@ class Everywhere(Here):
         indices = jax.lax.all_gather(indices[: self.rows], axes, tiled=True)
         return receive(carry, Term(rows, indices[:, None]))
 
-    def settled(self) -> Here:
-        """See `Here`."""
-        return Here(self.strategy, P(), P())
+    def coalesced(self) -> LocalTerms:
+        """See `LocalTerms`."""
+        return LocalTerms(self.strategy, P(), P())
 
-    def room(self, terms: Sequence[Term], rows: int) -> int:
-        """See `Here`."""
+    def max_rows(self, terms: Sequence[Term], rows: int) -> int:
+        """See `LocalTerms`."""
         slots = min(self.rows, sum(term.ids.size for term in terms))
         return min(rows, slots * self.strategy.size)
 
 
 @dataclasses.dataclass(frozen=True)
-class Routed(Here):
+class AllToAllTerms(LocalTerms):
     """The rows are dealt out: one sum for each distinct row goes to the owner.
 
     Attributes:
@@ -277,8 +281,10 @@ class Routed(Here):
 
     capacity: int = 0
 
-    def bring(self, terms: list[Term], shape: Any, receive: Receive, carry: Any) -> Any:
-        """See `Here`."""
+    def collect(
+        self, terms: list[Term], shape: Any, receive: Receive, carry: Any
+    ) -> Any:
+        """See `LocalTerms`."""
         rows, width = shape
         owners = self.strategy.size
         if len(terms) == 1:  # as `fetch` has asked for them
@@ -290,14 +296,14 @@ class Routed(Here):
             return receive(carry, Term(sent, ids[:, None], empty=rows))
 
         route = router(self.strategy, rows * owners, unique.size, self.capacity)
-        return route.deliver(unique, sums, receive_rows, carry)
+        return route.scatter_rows(unique, sums, receive_rows, carry)
 
-    def settled(self) -> Here:
-        """See `Here`."""
-        return Here(self.strategy, self.cotangent, self.bags)
+    def coalesced(self) -> LocalTerms:
+        """See `LocalTerms`."""
+        return LocalTerms(self.strategy, self.cotangent, self.bags)
 
-    def room(self, terms: Sequence[Term], rows: int) -> int:
-        """See `Here`."""
+    def max_rows(self, terms: Sequence[Term], rows: int) -> int:
+        """See `LocalTerms`."""
         return min(rows, sum(term.ids.size for term in terms) * self.strategy.size)
 
 
@@ -316,7 +322,7 @@ def _to_local(term: Term, strategy: Strategy, rows: int) -> Term:
     """Return a term whose rows are numbered as the shard's."""
     own = term.ids - _first_row(strategy, rows).astype(term.ids.dtype)
     kept = (own >= 0) & (own < rows) & _slots.filled(term.ids, term.empty)
-    return dataclasses.replace(term, ids=jnp.where(kept, own, EMPTY), empty=EMPTY)
+    return dataclasses.replace(term, ids=jnp.where(kept, own, PAD_ID), empty=PAD_ID)
 
 
 def _distinct_rows(

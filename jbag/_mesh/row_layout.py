@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from jbag._validation import check_integer
-from jbag.ragged._slots import UNKNOWN
+from jbag.ragged._slots import OUT_OF_RANGE_ID
 
 # Divisible by every number up to 10, by 12, 14, 15, 16, 18, 20, ..., and by 64.
 GRID = 20160
@@ -151,7 +151,7 @@ class Lanes:
 def place(
     layout: Layout | Lanes, table: int, base: int, size: int, ids: Array
 ) -> Array:
-    """Return the rows of the array that hold a table's ids, `UNKNOWN` for strangers.
+    """Return the rows of the array that hold a table's ids, or `OUT_OF_RANGE_ID`.
 
     In a `Layout`, `base` is how many rows the tables before it have.
     """
@@ -162,4 +162,4 @@ def place(
         rows = layout.place(inside + base)
     else:
         rows = inside + layout.start(table)
-    return jnp.where(known, rows, UNKNOWN)
+    return jnp.where(known, rows, OUT_OF_RANGE_ID)

@@ -1,4 +1,4 @@
-"""How bags go to the tables that pool them, and what is pooled comes home."""
+"""Input dist and output dist: bags are sent to the tables that pool them, and back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jbag._mesh.gradients import Everywhere, Here
+from jbag._mesh.gradients import AllGatheredTerms, LocalTerms
 from jbag._mesh.partition_specs import Strategy
 from jbag._mesh.row_layout import Lanes
 from jbag.collection._stacking import Bag, Launch, Stack, size
 from jbag.ragged._joining import join, join_slots, ragged
-from jbag.ragged._slots import EMPTY
+from jbag.ragged._slots import PAD_ID
 
 Bags = Mapping[str, Bag]
 
@@ -37,12 +37,12 @@ class Exchange:
 
     Attributes:
       placement: of the gradient.
-      bags: the spec of the features' bags, as `gather` takes them.
+      bags: the spec of the features' bags, as `input_dist` takes them.
       columns: the axes over which the table's columns are cut, or None.
       replicas: the axes over which the batch is cut, where a device has a part of it.
     """
 
-    placement: Here
+    placement: LocalTerms
     bags: P
     columns: Any = None
     replicas: Any = None
@@ -51,7 +51,7 @@ class Exchange:
         self.stack, self.launch, self.strategy = stack, launch, strategy
         self.bags = strategy.blocks
 
-    def gather(self, bags: Bags) -> tuple[Array, Any, Any]:
+    def input_dist(self, bags: Bags) -> tuple[Array, Any, Any]:
         """Return ids, offsets and weights of the bags that this device pools."""
         return self.launch.join(self.stack, [own_block(bags)])
 
@@ -60,7 +60,7 @@ class Exchange:
         del rows
         return 0
 
-    def bring_home(self, total: Array, bags: Bags) -> Array:
+    def output_dist(self, total: Array, bags: Bags) -> Array:
         """Return the rows of this device's own bags."""
         del bags
         return total
@@ -71,7 +71,9 @@ class _Alone(Exchange):
 
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
         super().__init__(stack, launch, strategy)
-        self.placement = Here(strategy, P(strategy.batch, None), P(strategy.batch))
+        self.placement = LocalTerms(
+            strategy, P(strategy.batch, None), P(strategy.batch)
+        )
 
 
 class _Replicated(Exchange):
@@ -79,7 +81,7 @@ class _Replicated(Exchange):
         super().__init__(stack, launch, strategy)
         rows = sum(table.num_embeddings for table in stack.tables)
         spec = P(strategy.batch, None)
-        self.placement = Everywhere(strategy, spec, strategy.blocks, rows)
+        self.placement = AllGatheredTerms(strategy, spec, strategy.blocks, rows)
         self.replicas = strategy.batch
 
 
@@ -88,11 +90,11 @@ class _Columns(Exchange):
 
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
         super().__init__(stack, launch, strategy)
-        self.placement = Here(strategy, strategy.table, P())
+        self.placement = LocalTerms(strategy, strategy.table, P())
         self.bags = P()
         self.columns = strategy.batch
 
-    def gather(self, bags: Bags) -> tuple[Array, Any, Any]:
+    def input_dist(self, bags: Bags) -> tuple[Array, Any, Any]:
         blocks = []
         for block in range(self.strategy.size):
             own = {}
@@ -106,7 +108,7 @@ class _Columns(Exchange):
             blocks.append(own)
         return self.launch.join(self.stack, blocks)
 
-    def bring_home(self, total: Array, bags: Bags) -> Array:
+    def output_dist(self, total: Array, bags: Bags) -> Array:
         del bags
         if self.strategy.size == 1:
             return total
@@ -118,7 +120,9 @@ class _WholeTables(Exchange):
 
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
         super().__init__(stack, launch, strategy)
-        self.placement = Here(strategy, P(strategy.batch, None), P(strategy.batch))
+        self.placement = LocalTerms(
+            strategy, P(strategy.batch, None), P(strategy.batch)
+        )
         assert isinstance(stack.layout, Lanes)
         lanes = stack.layout.num_lanes // strategy.size
         self.dealt: list[list[int]] = [[] for _ in range(strategy.size)]
@@ -127,7 +131,7 @@ class _WholeTables(Exchange):
             self.dealt[lane // lanes].append(at)
         self.most = max(map(len, self.dealt))
 
-    def gather(self, bags: Bags) -> tuple[Array, Any, Any]:
+    def input_dist(self, bags: Bags) -> tuple[Array, Any, Any]:
         bags = own_block(bags)
         launch, sending = self.launch, []
         for own in self.dealt:
@@ -149,14 +153,14 @@ class _WholeTables(Exchange):
         room = max(bag.ids.size for bag in sending)
         sending = [
             Bag(
-                _pad(bag.ids, room, EMPTY),
+                _pad(bag.ids, room, PAD_ID),
                 bag.offsets,
                 None if bag.weights is None else _pad(bag.weights, room, 0),
             )
             for bag in sending
         ]
         stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *map(tuple, sending))
-        got = Bag(*jax.tree.map(self._swap, stacked))
+        got = Bag(*jax.tree.map(self._all_to_all, stacked))
         sources = range(self.strategy.size)
         assert got.offsets is not None
         parts = [(got.ids[p], got.offsets[p]) for p in sources]
@@ -168,16 +172,16 @@ class _WholeTables(Exchange):
     def first_row(self, rows: int) -> Array | int:
         return jax.lax.axis_index(self.strategy.batch) * rows
 
-    def bring_home(self, total: Array, bags: Bags) -> Array:
+    def output_dist(self, total: Array, bags: Bags) -> Array:
         count = size(bags[self.launch.features[0]])
-        got = self._swap(total.reshape(self.strategy.size, -1, total.shape[1]))
+        got = self._all_to_all(total.reshape(self.strategy.size, -1, total.shape[1]))
         rows = {}
         for owner, own in enumerate(self.dealt):
             for place, at in enumerate(own):
                 rows[at] = got[owner, place * count : (place + 1) * count]
         return jnp.concatenate([rows[at] for at in range(len(rows))])
 
-    def _swap(self, x: Array) -> Array:
+    def _all_to_all(self, x: Array) -> Array:
         if self.strategy.size == 1:
             return x
         return jax.lax.all_to_all(x, self.strategy.batch, 0, 0)

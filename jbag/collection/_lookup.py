@@ -21,14 +21,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jbag._mesh.all_to_all import default_capacity, distinct, fetch, router, totals
-from jbag._mesh.gradients import Routed
+from jbag._mesh.gradients import AllToAllTerms
 from jbag._mesh.partition_specs import Strategy, per_device
 from jbag.collection._dist import Bags, exchange, own_block
 from jbag.collection._stacking import Bag, Launch, Stack, only_in_bags
 from jbag.ops import _pooling
 from jbag.ops._marks import mark_table
-from jbag.ops._pooling import Pieces
-from jbag.ragged._slots import EMPTY, UNKNOWN
+from jbag.ops._pooling import CsrBags
+from jbag.ragged._slots import OUT_OF_RANGE_ID, PAD_ID
 
 Pooled = dict[str, Float[Array, "B D"]]
 
@@ -59,20 +59,20 @@ def pool_stack(
 
 
 class Traffic(NamedTuple):
-    """How the rows of a batch travel, over P devices; see `Layout`.
+    """How the rows of a batch are sent between P devices; see `Layout`.
 
     Attributes:
       rounds: how many rounds the devices need, a power of two; 1 unless the capacity is
         too small for a batch.
-      distinct: [P], how many distinct rows each device asks for.
-      asked: [P, P], how many rows device p asks of owner q.
-      strangers: [P], how many slots of each device hold an id that is no row.
+      distinct: [P], how many distinct rows each device requests.
+      requested: [P, P], how many rows device p requests from owner q.
+      out_of_range: [P], how many slots of each device hold an id that is no row.
     """
 
     rounds: Int[Array, ""]
     distinct: Int[Array, " P"]
-    asked: Int[Array, "P P"]
-    strangers: Int[Array, " P"]
+    requested: Int[Array, "P P"]
+    out_of_range: Int[Array, " P"]
 
 
 jax.export.register_namedtuple_serialization(
@@ -91,7 +91,7 @@ def measure_traffic(
     strategy: Strategy,
     capacity: int | None,
 ) -> Traffic:
-    """Return how rows travel when `pool_stack` is called so."""
+    """Return how rows are sent when `pool_stack` is called so."""
     bags = _with_slots(bags, strategy)
     mapped = _Mapped(stack, launches, strategy, False)
     num_rows, capacity = stack.shape[0], mapped.capacity(bags, capacity)
@@ -104,9 +104,10 @@ def measure_traffic(
         route = router(strategy, num_rows, unique.size, capacity)
         rounds = jnp.asarray(route.rounds(unique), jnp.int32)
         owners = jnp.where(unique < num_rows, unique // route.shard, strategy.size)
-        asked = jnp.zeros(strategy.size, jnp.int32).at[owners].add(1, mode="drop")
-        strangers = (named == UNKNOWN).sum(dtype=jnp.int32)
-        return rounds, asked.sum(dtype=asked.dtype)[None], asked[None], strangers[None]
+        requested = jnp.zeros(strategy.size, jnp.int32).at[owners].add(1, mode="drop")
+        count = requested.sum(dtype=requested.dtype)
+        out_of_range = (named == OUT_OF_RANGE_ID).sum(dtype=jnp.int32)
+        return rounds, count[None], requested[None], out_of_range[None]
 
     specs = (P(), strategy.blocks, strategy.blocks, strategy.blocks)
     return Traffic(*mapped.run(measure, (strategy.blocks,), specs, check=False)(bags))
@@ -129,7 +130,7 @@ def _pool_here(
             weights,
             launch.norm(),
             how=launch.how,
-            padding_idx=EMPTY,
+            padding_idx=PAD_ID,
             sparse=sparse,
         )
         out |= launch.split(pooled, bags)
@@ -226,12 +227,12 @@ def _pool_fetched(
         implementation=implementation,
     )
     if sparse:
-        placement = Routed(strategy, mapped.rows, blocks, capacity)
-        asked = mapped.run(lambda x: x[:, None], (blocks,), mapped.rows, check=False)
+        placement = AllToAllTerms(strategy, mapped.rows, blocks, capacity)
+        to_bags = mapped.run(lambda x: x[:, None], (blocks,), mapped.rows, check=False)
         rows = _pooling.mark_pooled(
             rows,
             table,
-            asked(unique),
+            to_bags(unique),
             None,
             None,
             average=None,
@@ -253,7 +254,7 @@ def _pool_fetched(
                 launch.norm(),
                 count,
                 how=launch.how,
-                padding_idx=EMPTY,
+                padding_idx=PAD_ID,
                 sparse=False,
             )
             out |= launch.split(pooled, bags)
@@ -277,25 +278,25 @@ def _launch_there(
     there = exchange(stack, launch, strategy)
     spec, slots = there.placement.cotangent, there.placement.bags
 
-    def combine(table: Array, bags: Bags) -> tuple[Array, Array | None, Pieces]:
-        ids, offsets, weights = there.gather(bags)
+    def combine(table: Array, bags: Bags) -> tuple[Array, Array | None, CsrBags]:
+        ids, offsets, weights = there.input_dist(bags)
         first = there.first_row(table.shape[0])
-        pieces, _ = _pooling.prepare(
+        csr, _ = _pooling.prepare(
             table,
             jnp.where(ids < 0, ids, ids - first),
             offsets,
             weights,
             launch.norm(),
             how=launch.how,
-            padding_idx=EMPTY,
+            padding_idx=PAD_ID,
             columns=there.columns,
             replicas=there.replicas,
         )
-        total, winners = _pooling.combine(table, pieces, how=launch.how, empty=EMPTY)
-        ids = jnp.where(pieces.ids < 0, pieces.ids, pieces.ids + first)
-        return total, winners, pieces._replace(ids=ids, value_scale=None)
+        total, winners = _pooling.combine(table, csr, how=launch.how, empty=PAD_ID)
+        ids = jnp.where(csr.ids < 0, csr.ids, csr.ids + first)
+        return total, winners, csr._replace(ids=ids, value_scale=None)
 
-    total, winners, pieces = mapped.run(
+    total, winners, csr = mapped.run(
         combine, (strategy.table, there.bags), (spec, spec, slots)
     )(table, bags)
     if mapped.sparse:
@@ -303,9 +304,9 @@ def _launch_there(
             total,
             winners,
             table,
-            pieces,
+            csr,
             how=launch.how,
-            empty=EMPTY,
+            empty=PAD_ID,
             placement=there.placement,
         )
 
@@ -314,9 +315,9 @@ def _launch_there(
         like: Any = jax.ShapeDtypeStruct(stack.shape, table.dtype)
         how = launch.how._replace(scale_grad_by_freq=False)
         joined = launch.join(stack, [bags])
-        pieces, empty = _pooling.prepare(like, *joined, how=how, padding_idx=EMPTY)
-        total = there.bring_home(total, bags)
-        pooled = _pooling.finish(total, pieces, like, how=how, empty=empty)
+        csr, empty = _pooling.prepare(like, *joined, how=how, padding_idx=PAD_ID)
+        total = there.output_dist(total, bags)
+        pooled = _pooling.finish(total, csr, like, how=how, empty=empty)
         return launch.split(pooled, bags)
 
     return mapped.run(finish, (spec, strategy.blocks), mapped.rows)(total, bags)

@@ -20,10 +20,10 @@ from jbag.ops._embedding_bag import check_mode, check_padding_idx
 from jbag.ops._gather import accumulation_dtype
 from jbag.ops._max_norm import check_norm
 from jbag.ops._modules import Initializer, default_embedding_init
-from jbag.ops._pooling import How
+from jbag.ops._pooling import PoolingOptions
 from jbag.ragged import _slots
 from jbag.ragged._joining import join, join_slots, num_bags
-from jbag.ragged._slots import EMPTY, Ids, Offsets, Slots
+from jbag.ragged._slots import PAD_ID, Ids, Offsets, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +129,14 @@ class Stack(NamedTuple):
         return sum(table.num_embeddings for table in self.tables[:at])
 
     def place(self, name: str, ids: Ids) -> Ids:
-        """Return the array's row of each id; `UNKNOWN` for strangers, or `EMPTY`."""
+        """Return the array's row of each id, or `OUT_OF_RANGE_ID`, or `PAD_ID`."""
         at = self.names.index(name)
         table = self.tables[at]
         rows = place(self.layout, at, self.base(name), table.num_embeddings, ids)
         if table.padding_idx is None:
             return rows
         padding = check_padding_idx(table.padding_idx, table.num_embeddings)
-        return jnp.where(ids == padding, EMPTY, rows)
+        return jnp.where(ids == padding, PAD_ID, rows)
 
     def table_rows(self, name: str) -> np.ndarray:
         """Return the array's row of each of a table's rows, in order."""
@@ -193,7 +193,7 @@ class Launch(NamedTuple):
     features: tuple[str, ...]
     tables: tuple[str, ...]
     keys: tuple[str, ...]
-    how: How
+    how: PoolingOptions
     max_norm: float | None
 
     def own(self, bags: Mapping[str, Bag]) -> Mapping[str, Bag]:
@@ -228,7 +228,7 @@ class Launch(NamedTuple):
         count = self.sizes({KEYED: bag})[self.features[0]]
         bounds, _ = _slots.bag_bounds(bag.offsets, bag.ids.size)
         key = _slots.segment_ids(bounds, bag.ids.size) // max(count, 1)
-        rows = jnp.full_like(bag.ids, EMPTY)
+        rows = jnp.full_like(bag.ids, PAD_ID)
         for feature, table in zip(self.features, self.tables, strict=True):
             own = stack.place(table, bag.ids)
             rows = jnp.where(key == self.keys.index(feature), own, rows)
@@ -266,12 +266,12 @@ def size(bag: Bag) -> int:
 
 
 def only_in_bags(ids: Ids, offsets: Offsets) -> Ids:
-    """Return ids of which those in no well-formed bag are `EMPTY`."""
+    """Return ids of which those in no well-formed bag are `PAD_ID`."""
     if offsets is None:
         return ids
     bounds, malformed = _slots.bag_bounds(offsets, ids.size)
     bags = _slots.segment_ids(bounds, ids.size)
-    return jnp.where(_gather.take(malformed, bags, True), EMPTY, ids)
+    return jnp.where(_gather.take(malformed, bags, True), PAD_ID, ids)
 
 
 def make_stacks(
@@ -328,7 +328,7 @@ def make_launches(
         table = stack.tables[stack.names.index(feature.table)]
         # A row's count is that of one feature's batch.
         alone = name if table.scale_grad_by_freq else None
-        how = How(
+        how = PoolingOptions(
             feature.mode, table.norm_type, table.scale_grad_by_freq, implementation
         )
         key = (how, table.max_norm, weighted[name], alone)

@@ -23,7 +23,7 @@ from jbag._validation import (
     to_index_dtype,
 )
 from jbag.ops._max_norm import check_norm
-from jbag.ops._pooling import How, pool
+from jbag.ops._pooling import PoolingOptions, pool
 from jbag.ops.kernels import check_implementation
 from jbag.ragged._bags import Bags
 
@@ -161,7 +161,7 @@ def check_call(
         padding_idx = check_padding_idx(padding_idx, num_embeddings)
     max_norm, norm_type = check_norm(max_norm, norm_type)
     bags = check_bags(indices, offsets, weights, include_last_offset, num_embeddings)
-    how = How(mode, norm_type, bool(scale_grad_by_freq), implementation)
+    how = PoolingOptions(mode, norm_type, bool(scale_grad_by_freq), implementation)
     return table, bags, max_norm, {"how": how, "padding_idx": padding_idx}
 
 

@@ -16,7 +16,7 @@ from jbag.ops._row_updates import coalesce, update_rows
 from jbag.ops._spmm import divided, transposed_product
 from jbag.ragged import _slots
 from jbag.ragged._joining import fold_bags, join, join_slots, ones
-from jbag.ragged._slots import EMPTY, UNKNOWN, Ids, Offsets, Slots, merge
+from jbag.ragged._slots import OUT_OF_RANGE_ID, PAD_ID, Ids, Offsets, Slots, merge
 
 Shape = tuple[int, ...]
 
@@ -198,11 +198,11 @@ class Term:
         rows = jnp.where(own == slots.reshape((*self.ids.shape, 1)), rows, 0)
         if self.coefficients is not None:
             rows = rows * self.coefficients[..., None]
-        ids = jnp.where(kept & _slots.filled(self.ids, self.empty), self.ids, EMPTY)
+        ids = jnp.where(kept & _slots.filled(self.ids, self.empty), self.ids, PAD_ID)
         return Term(
             rows.reshape(ids.size, -1),
             ids.reshape(-1, 1),
-            empty=EMPTY,
+            empty=PAD_ID,
             implementation=self.implementation,
         )
 
@@ -224,7 +224,7 @@ def fold(batch: Term, num_embeddings: int) -> Term:
         offsets=offsets,
         coefficients=coefficients,
         winners=winners,
-        empty=EMPTY,
+        empty=PAD_ID,
     )
 
 
@@ -244,9 +244,9 @@ def join_terms(terms: Sequence[Term], width: int, dtype: Any = jnp.float32) -> T
     for term in terms:
         ids = term.ids
         if term.empty is not None:
-            ids = jnp.where(ids == term.empty, EMPTY, ids)
+            ids = jnp.where(ids == term.empty, PAD_ID, ids)
         elif jnp.issubdtype(ids.dtype, jnp.signedinteger):
-            ids = jnp.maximum(ids, UNKNOWN)  # -1 is an empty slot from here on
+            ids = jnp.maximum(ids, OUT_OF_RANGE_ID)  # -1 is an empty slot from here on
         parts.append((ids.astype(dtype), term.offsets))
     wide = jnp.result_type(*(term.cotangent.dtype for term in terms))
     coefficients = None
@@ -266,6 +266,6 @@ def join_terms(terms: Sequence[Term], width: int, dtype: Any = jnp.float32) -> T
         ids,
         offsets,
         coefficients,
-        empty=EMPTY,
+        empty=PAD_ID,
         implementation=terms[0].implementation,
     )

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from jbag.ops._gradient_terms import ONE_DEVICE, Placement
 from jbag.ops._primitive import equally_varying, layout
 from jbag.ragged._joining import fold_bags
-from jbag.ragged._slots import EMPTY, Ids, Offsets, Slots, merge
+from jbag.ragged._slots import PAD_ID, Ids, Offsets, Slots, merge
 
 
 def mark_table(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
@@ -129,7 +129,7 @@ def _batch_pooled(
         offsets,
         coefficients,
         winners,
-        empty=EMPTY,
+        empty=PAD_ID,
         **params,
     )
     return out.reshape(pooled.shape), 0

@@ -23,10 +23,10 @@ from jbag.ops._max_norm import row_scale
 from jbag.ops._segment_max import extremum
 from jbag.ragged import _slots
 from jbag.ragged._joining import num_bags
-from jbag.ragged._slots import EMPTY, UNKNOWN, Ids, Offsets, Size, Slots
+from jbag.ragged._slots import OUT_OF_RANGE_ID, PAD_ID, Ids, Offsets, Size, Slots
 
 
-class How(NamedTuple):
+class PoolingOptions(NamedTuple):
     """How bags are pooled: the options that are known when a program is traced."""
 
     mode: str = "mean"
@@ -35,7 +35,7 @@ class How(NamedTuple):
     implementation: str | None = None
 
 
-class Pieces(NamedTuple):
+class CsrBags(NamedTuple):
     """Bags as the kernels take them; each slot's row is scaled by the last three."""
 
     ids: Ids
@@ -54,7 +54,7 @@ def pool(
     max_norm: Shaped[Array, ""] | None,
     frequencies: Slots | None = None,
     *,
-    how: How,
+    how: PoolingOptions,
     padding_idx: int | None,
     sparse: bool,
 ) -> Float[Array, "B D"]:
@@ -66,7 +66,7 @@ def pool(
     indices, offsets, weights, frequencies = map(
         whole, (indices, offsets, weights, frequencies)
     )
-    pieces, empty = prepare(
+    csr, empty = prepare(
         table,
         indices,
         offsets,
@@ -79,10 +79,10 @@ def pool(
     if sparse:
         table = mark_table(table)
     combined = functools.partial(combine, how=how, empty=empty)
-    total, winners = partitioned(combined, sharding)(table, pieces)
+    total, winners = partitioned(combined, sharding)(table, csr)
     if sparse:
-        total = mark(total, whole(winners), table, pieces, how=how, empty=empty)
-    return finish(total, pieces, table, how=how, empty=empty)
+        total = mark(total, whole(winners), table, csr, how=how, empty=empty)
+    return finish(total, csr, table, how=how, empty=empty)
 
 
 def prepare(
@@ -92,12 +92,12 @@ def prepare(
     weights: Slots | None,
     max_norm: Shaped[Array, ""] | None = None,
     *,
-    how: How,
+    how: PoolingOptions,
     padding_idx: int | None,
     frequencies: Slots | None = None,
     columns: Any = None,
     replicas: Any = None,
-) -> tuple[Pieces, int | None]:
+) -> tuple[CsrBags, int | None]:
     """Return the bags with all that scales their slots, and the id of an empty slot.
 
     Args:
@@ -124,8 +124,8 @@ def prepare(
         outside = jnp.arange(ids.size, dtype=offsets.dtype) >= offsets.max()
         if padding_idx is not None:
             outside |= ids == padding_idx
-        ids = jnp.where(ids < 0, UNKNOWN, ids)
-        ids, empty = jnp.where(outside, EMPTY, ids), EMPTY
+        ids = jnp.where(ids < 0, OUT_OF_RANGE_ID, ids)
+        ids, empty = jnp.where(outside, PAD_ID, ids), PAD_ID
     if weights is not None:
         weights = weights.astype(dtype)
         if empty is not None:
@@ -140,11 +140,11 @@ def prepare(
         )
     if frequencies is not None:
         gradient_scale = 1 / frequencies
-    return Pieces(ids, offsets, weights, value_scale, gradient_scale), empty
+    return CsrBags(ids, offsets, weights, value_scale, gradient_scale), empty
 
 
 def combine(
-    table: Float[Array, "V D"], pieces: Pieces, *, how: How, empty: int | None
+    table: Float[Array, "V D"], csr: CsrBags, *, how: PoolingOptions, empty: int | None
 ) -> tuple[Float[Array, "B D"], Int[Array, "B D"] | None]:
     """Return what the bags' rows make together, and the winning slots of an extremum.
 
@@ -152,24 +152,24 @@ def combine(
     """
     options: dict[str, Any] = {"empty": empty, "implementation": how.implementation}
     if how.mode in ("max", "min"):
-        return extremum(table, *pieces, largest=how.mode == "max", **options)
-    if not _is_divided(pieces, how):
-        options |= {"average": _average(pieces, how), "dtype": table.dtype}
-    return _spmm.product_scaled(table, *pieces, **options), None
+        return extremum(table, *csr, largest=how.mode == "max", **options)
+    if not _is_divided(csr, how):
+        options |= {"average": _average(csr, how), "dtype": table.dtype}
+    return _spmm.product_scaled(table, *csr, **options), None
 
 
 def mark(
     total: Float[Array, "B D"],
     winners: Int[Array, "B D"] | None,
     table: Float[Array, "V D"],
-    pieces: Pieces,
+    csr: CsrBags,
     *,
-    how: How,
+    how: PoolingOptions,
     empty: int | None,
     placement: Placement = ONE_DEVICE,
 ) -> Float[Array, "B D"]:
     """Return what was combined of a marked table, marked."""
-    ids, offsets, coefficients, options = transposed(pieces, how, empty)
+    ids, offsets, coefficients, options = transposed(csr, how, empty)
     return mark_pooled(
         total,
         table,
@@ -183,50 +183,50 @@ def mark(
 
 
 def transposed(
-    pieces: Pieces, how: How, empty: int | None
+    csr: CsrBags, how: PoolingOptions, empty: int | None
 ) -> tuple[Ids, Offsets, Slots | None, dict[str, Any]]:
     """Return the bags by which the gradient flows to the table, and their options."""
-    coefficients = _spmm.times(pieces.weights, pieces.gradient_scale)
+    coefficients = _spmm.times(csr.weights, csr.gradient_scale)
     options = {
-        "average": _average(pieces, how),
+        "average": _average(csr, how),
         "empty": empty,
         "implementation": how.implementation,
     }
-    return pieces.ids, pieces.offsets, coefficients, options
+    return csr.ids, csr.offsets, coefficients, options
 
 
 def finish(
     total: Float[Array, "B D"],
-    pieces: Pieces,
+    csr: CsrBags,
     table: Float[Array, "V D"],
     *,
-    how: How,
+    how: PoolingOptions,
     empty: int | None,
 ) -> Float[Array, "B D"]:
     """Return the pooled bags, in the dtype of the table, of which the type is read."""
-    if _is_divided(pieces, how):
-        total = _divide(total, pieces, table.shape[0], how, empty)
+    if _is_divided(csr, how):
+        total = _divide(total, csr, table.shape[0], how, empty)
     return total.astype(table.dtype)
 
 
-def _is_divided(pieces: Pieces, how: How) -> bool:
-    return pieces.weights is not None and how.mode in ("mean", "sqrtn")
+def _is_divided(csr: CsrBags, how: PoolingOptions) -> bool:
+    return csr.weights is not None and how.mode in ("mean", "sqrtn")
 
 
-def _average(pieces: Pieces, how: How) -> str | None:
-    unweighted = pieces.weights is None and how.mode in ("mean", "sqrtn")
+def _average(csr: CsrBags, how: PoolingOptions) -> str | None:
+    unweighted = csr.weights is None and how.mode in ("mean", "sqrtn")
     return how.mode if unweighted else None
 
 
 def _divide(
     total: Float[Array, "B D"],
-    pieces: Pieces,
+    csr: CsrBags,
     num_embeddings: Size,
-    how: How,
+    how: PoolingOptions,
     empty: int | None,
 ) -> Float[Array, "B D"]:
     """Divide the sums by their weights' sum ("mean") or root of squares ("sqrtn")."""
-    ids, offsets, weights = pieces[:3]
+    ids, offsets, weights = csr[:3]
     assert weights is not None
 
     def tally(
@@ -234,13 +234,13 @@ def _divide(
     ) -> Float[Array, "B 1"]:
         """Sum the coefficients of the chosen slots: a table whose one row is one."""
         one = jnp.ones((1, 1), total.dtype)
-        rows = jnp.where(chosen, 0, EMPTY)
+        rows = jnp.where(chosen, 0, PAD_ID)
         return _spmm.product(
             one,
             rows,
             offsets,
             coefficients,
-            empty=EMPTY,
+            empty=PAD_ID,
             implementation=how.implementation,
         )
 

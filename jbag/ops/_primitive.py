@@ -19,7 +19,7 @@ from jaxtyping import Array, Int
 
 from jbag.ops.kernels import KERNELS, Kernel, choose, special_platforms
 from jbag.ragged import _slots
-from jbag.ragged._slots import EMPTY, lay_end_to_end, merge, name_slots
+from jbag.ragged._slots import PAD_ID, lay_end_to_end, merge, name_slots
 
 
 def define(
@@ -226,7 +226,7 @@ def _batch(
     slots = ids[0].size
     rows = params.get("num_embeddings", dense[0].shape[0 if shared else 1])
     ids = name_slots(ids, params["empty"], rows)
-    params["empty"] = EMPTY
+    params["empty"] = PAD_ID
     malformed = None
     if offsets is not None:
         ids, offsets, malformed = lay_end_to_end(ids, offsets)

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jbag.ragged import _slots
 from jbag.ragged._slots import (
-    EMPTY,
-    UNKNOWN,
+    OUT_OF_RANGE_ID,
+    PAD_ID,
     Ids,
     Offsets,
     Slots,
@@ -25,7 +25,7 @@ def join(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets]:
     """Return the ids and offsets of all bags, in order.
 
     Slots in no bag, of which all but the last part's now lie between bags, become
-    `EMPTY`. A malformed bag stays malformed, or holds an id of no row: it is NaN and
+    `PAD_ID`. A malformed bag stays malformed, or holds an id of no row: it is NaN and
     receives nothing, as before. Rectangles of one length stay a rectangle.
     """
     if len(parts) == 1:
@@ -44,11 +44,11 @@ def join(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets]:
         # One more slot on either side tells of the outer bounds, which parts share: of
         # a bag that is malformed by them, the id there alone is left.
         is_moved = bounds != ends
-        before, after = jnp.where(is_moved[jnp.array([0, -1])], UNKNOWN, EMPTY)
+        before, after = jnp.where(is_moved[jnp.array([0, -1])], OUT_OF_RANGE_ID, PAD_ID)
         low = jnp.where(is_moved[0], bounds[1], 0)
         high = jnp.where(is_moved[-1], bounds[-2], bounds[-1])
         slots = jnp.arange(own.size, dtype=bounds.dtype)
-        own = jnp.where((slots >= low) & (slots < high), own, EMPTY).astype(dtype)
+        own = jnp.where((slots >= low) & (slots < high), own, PAD_ID).astype(dtype)
         ids += [before.astype(dtype)[None], own, after.astype(dtype)[None]]
         inner = jnp.where(is_moved, -1, ends.astype(dtype) + (first + 1))[1:-1]
         offsets += [jnp.full(1, first, dtype), inner]
@@ -83,7 +83,7 @@ def fold_bags(
     empty: int | None,
     num_embeddings: Any,
 ) -> tuple[Ids, Offsets, Slots | None, Int[Array, "K*B D"] | None]:
-    """Return K batches of bags of one table as one; its empty slots are `EMPTY`.
+    """Return K batches of bags of one table as one; its empty slots are `PAD_ID`.
 
     Winners, flat slots, are numbered anew; N, of a bag without one, stays the end.
     """

@@ -16,8 +16,8 @@ Offsets = Int[Array, " ends"] | None
 Slots = Float[Array, "*slots"]
 
 # What `name_slots` calls an empty slot, and an id that names no row.
-EMPTY = -1
-UNKNOWN = -2
+PAD_ID = -1
+OUT_OF_RANGE_ID = -2
 
 
 def filled(ids: Ids, empty: int | None) -> Bool[Array, "*slots"]:
@@ -55,8 +55,8 @@ def name_slots(
 
     Rows may then be numbered anew, and slots emptied.
     """
-    named = jnp.where((ids < 0) | (ids >= rows), UNKNOWN, ids)
-    return named if empty is None else jnp.where(ids == empty, EMPTY, named)
+    named = jnp.where((ids < 0) | (ids >= rows), OUT_OF_RANGE_ID, ids)
+    return named if empty is None else jnp.where(ids == empty, PAD_ID, named)
 
 
 def lay_end_to_end(
@@ -71,7 +71,7 @@ def lay_end_to_end(
     bounds, malformed = jax.vmap(lambda o: bag_bounds(o, capacity))(offsets)
     bags = jax.vmap(lambda o: segment_ids(o, capacity))(bounds)
     outside = jnp.pad(malformed, ((0, 0), (0, 1)), constant_values=True)
-    ids = jnp.where(jnp.take_along_axis(outside, bags, axis=1), EMPTY, ids)
+    ids = jnp.where(jnp.take_along_axis(outside, bags, axis=1), PAD_ID, ids)
     shift = capacity * jnp.arange(size, dtype=offsets.dtype)[:, None]
     starts = (bounds[:, :-1] + shift).reshape(-1)
     end = jnp.full(1, size * capacity if num_bags else 0, offsets.dtype)

@@ -90,40 +90,40 @@ def pool(
     )
     how = options["how"]
     ids, ends, own_weights = jax.tree.map(jnp.asarray, bags)
-    pieces, empty = _pooling.prepare(table, ids, ends, own_weights, max_norm, **options)
+    csr, empty = _pooling.prepare(table, ids, ends, own_weights, max_norm, **options)
     total, winners = _pooling.combine(
-        jax.lax.stop_gradient(table), pieces, how=how, empty=empty
+        jax.lax.stop_gradient(table), csr, how=how, empty=empty
     )
     pullback = _Pullback(how, empty, table.shape, table.dtype)
-    out = pullback.finish(total, pieces)
-    return out, jax.tree_util.Partial(pullback, total, winners, pieces)
+    out = pullback.finish(total, csr)
+    return out, jax.tree_util.Partial(pullback, total, winners, csr)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pullback:
     """What is known of a pullback when a program is traced."""
 
-    how: _pooling.How
+    how: _pooling.PoolingOptions
     empty: int | None
     shape: tuple[int, ...]
     dtype: Any
 
-    def finish(self, total: Array, pieces: _pooling.Pieces) -> Float[Array, "B D"]:
+    def finish(self, total: Array, csr: _pooling.CsrBags) -> Float[Array, "B D"]:
         table: Any = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        return _pooling.finish(total, pieces, table, how=self.how, empty=self.empty)
+        return _pooling.finish(total, csr, table, how=self.how, empty=self.empty)
 
     def __call__(
         self,
         total: Array,
         winners: Array | None,
-        pieces: _pooling.Pieces,
+        csr: _pooling.CsrBags,
         cotangent: Float[Array, "B D"],
     ) -> RowSparse:
         """Return the gradient of the table."""
-        _, to_total = jax.vjp(lambda total: self.finish(total, pieces), total)
+        _, to_total = jax.vjp(lambda total: self.finish(total, csr), total)
         (own,) = to_total(jnp.asarray(cotangent, self.dtype))
         ids, offsets, coefficients, options = _pooling.transposed(
-            pieces, self.how, self.empty
+            csr, self.how, self.empty
         )
         bags = (ids, offsets, coefficients, winners)
         return pull_back(own, *bags, shape=self.shape, dtype=self.dtype, **options)
