@@ -4,6 +4,8 @@ The modes stand side by side in one function, which compiles once for all of the
 """
 
 import functools
+import subprocess
+import sys
 
 import chex
 import jax
@@ -481,6 +483,33 @@ def test_bucketed_capacities_meet_few_shapes(implementation):
         capacity = jbag.bucket(sum(map(len, lists)))
         pool(table, jbag.Bags.from_lists(lists, capacity=capacity))
     assert pool._cache_size() <= 8
+
+
+def test_no_program_is_kept_after_clear_caches():
+    # In a process of its own: clearing would have the other tests compile again.
+    check = """
+import gc, jax, jax.numpy as jnp, jbag
+
+def programs():
+    gc.collect()
+    return len(jax.devices()[0].client.live_executables())
+
+def loss(table, ids, sparse):
+    return jbag.embedding_bag(table, ids, sparse=sparse).sum()
+
+for size in range(2, 5):
+    table, ids = jnp.ones((size, 3)), jnp.zeros((size, 2), jnp.int32)
+    before = programs()
+    jbag.embedding_bag(table, ids)
+    assert programs() == before + 1, (before, programs())
+    jbag.value_and_grad(loss)(table, ids, True)
+    jax.grad(loss)(table, ids, False)
+    with jax.disable_jit():
+        jax.grad(loss)(table, ids, False)
+jax.clear_caches()
+assert programs() == 0, programs()
+"""
+    subprocess.run([sys.executable, "-c", check], check=True)
 
 
 class TestVariants(chex.TestCase):
