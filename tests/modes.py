@@ -11,8 +11,9 @@ import jbag
 _AT_ITS_BEST = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_use_fusion_emitters": True,
 }
+if jax.__version_info__ < (0, 11):
+    _AT_ITS_BEST["xla_cpu_use_fusion_emitters"] = True
 _OPTIONS = _AT_ITS_BEST if jax.default_backend() == "cpu" else {}
 
 
