@@ -1,8 +1,8 @@
 // The operations of the embedding bag on a CPU, by plain pointers: no XLA, no Python.
 //
-// The meaning is that of jbag/ops/kernels/xla.py. Nothing is read or written outside the
-// arrays that are given, whatever the ids and offsets hold. Results don't depend on the
-// number of threads: sums run in an order that the bags alone decide.
+// The meaning is that of jbag/ops/kernels/xla.py. Nothing is read or written outside
+// the arrays that are given, whatever the ids and offsets hold. Results don't depend on
+// the number of threads: sums run in an order that the bags alone decide.
 
 #ifndef JBAG_KERNELS_H_
 #define JBAG_KERNELS_H_

@@ -1,5 +1,5 @@
-// The rules of jbag/ops/kernels/update_rules.py, by the vector. Each is a struct of its numbers,
-// in order; the rule's name there is the struct's here.
+// The rules of jbag/ops/kernels/update_rules.py, by the vector. Each is a struct of its
+// numbers, in order; the rule's name there is the struct's here.
 //
 // Moved(w, g, states, divisor) returns the row's new numbers and leaves the new ones of
 // the wide states. A rule with a narrow state first makes of it, and of the mean square
