@@ -25,6 +25,7 @@ from jbag.collection._collection import (
 )
 from jbag.collection._lookup import Traffic
 from jbag.collection._stacking import Feature, Table
+from jbag.interop import _flax_state as _flax_state  # registers pytrees with Flax
 from jbag.interop import _torch
 from jbag.ops._modules import (
     Initializer,
