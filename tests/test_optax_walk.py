@@ -744,13 +744,6 @@ POISONS = {
     "flip": each(jnp.flip),
     "roll": each(lambda g: jnp.roll(g, 1)),
     **{f"{name}, filtered": floating_only(f) for name, f in FILTERED.items()},
-    **{
-        name: pytest.param(
-            each(KEEP_SHAPES[name]),
-            marks=pytest.mark.xfail(reason="ids filled with a number name no row"),
-        )
-        for name in ("ones_like", "full_like")
-    },
 }
 
 
@@ -759,6 +752,91 @@ def test_what_raises_gives_nan_where_it_is_compiled(function):
     rows = pairs()["pooled"][0]
     changed = jax.jit(lambda rows: function(rows).todense())(rows)
     assert np.isnan(changed).any(1).sum() == np.asarray(rows.todense()).any(1).sum()
+
+
+def rows_of_every_layout():
+    """Return rows whose terms hold each kind of array, by a name of it."""
+    table, weights = start()["table"], jnp.array([0.5, 2.0, 0.0, 1.0, 3.0, 1.0])
+    ids, ends = jnp.array([3, 0, 3, 12, 5, 7]), jnp.array([0, 2, 2, 5])
+    ragged = functools.partial(
+        jbag.embedding_bag, offsets=ends, include_last_offset=True, sparse=True
+    )
+    pools = {
+        "ragged": functools.partial(ragged, mode="mean"),
+        "weighted": functools.partial(ragged, mode="sum", weights=weights),
+        "maximum": functools.partial(ragged, mode="max"),
+        "padded": functools.partial(ragged, mode="sum", padding_idx=0),
+        "without bags": functools.partial(
+            ragged, mode="sum", offsets=jnp.zeros(1, int)
+        ),
+    }
+    rows = {
+        name: jbag.grad(lambda t, pool=pool: pool(t, ids).sum())(table)
+        for name, pool in pools.items()
+    }
+    batch = jnp.stack([jnp.array([[1, 2]]), jnp.array([[2, 12]])])
+    stacked = jax.vmap(
+        jbag.grad(lambda t, ids: jbag.embedding_bag(t, ids, sparse=True).sum()),
+        in_axes=(None, 0),
+    )
+    return rows | {
+        "rectangular": pairs()["pooled"][0],
+        "coalesced": rows["ragged"].coalesce(),
+        "a batch": stacked(table, batch),
+        "rows": jbag.RowSparse.from_rows([12, 12], jnp.ones((2, D)), V),
+    }
+
+
+FILLED = {name: each(KEEP_SHAPES[name]) for name in ("ones_like", "full_like")} | {
+    "full_like, below zero": each(lambda g: jnp.full_like(g, -3)),
+}
+
+
+@pytest.mark.parametrize("layout", rows_of_every_layout())
+@pytest.mark.parametrize("fill", FILLED.values(), ids=FILLED.keys())
+def test_rows_that_a_compiled_function_fills_move_a_row_to_nan(fill, layout):
+    rows = rows_of_every_layout()[layout]
+    changed = jax.jit(lambda rows: fill(rows).sum().todense())(rows)
+    assert np.isnan(changed).any() == (layout != "without bags")
+
+
+MESH_SPECS = {
+    "rows": P("x", None),
+    "columns": P(None, "x"),
+    "replicated": P(),
+    "whole": jbag.sharding.Whole("x", 4),
+}
+
+
+@pytest.mark.parametrize("spec", MESH_SPECS.values(), ids=MESH_SPECS.keys())
+def test_rows_over_a_mesh_that_a_compiled_function_fills_move_a_row_to_nan(spec):
+    collection = jbag.EmbeddingBagCollection(
+        {"table": jbag.Table(V, 4)},
+        {"ids": jbag.Feature("table")},
+        specs={"embedding": spec},
+        mesh=make_mesh(),
+        sparse=True,
+    )
+    blocks = [[[1, 2], [3]], [[], [4, 4]], [[5], [6, 0]], [[0], []]]
+    bags = [jbag.Bags.from_lists(lists, capacity=4) for lists in blocks]
+    batch = {"ids": jax.tree.map(lambda *x: jnp.stack(x), *bags)}
+
+    @jax.jit
+    def gradient(key):
+        variables = collection.init(key, batch)
+        loss = lambda variables: collection.apply(variables, batch)["ids"].sum()
+        return jbag.grad(loss)(variables)
+
+    @jax.jit
+    def fill(tree):
+        return jax.tree.map(
+            lambda rows: each(jnp.ones_like)(rows).todense(),
+            tree,
+            is_leaf=lambda x: isinstance(x, jbag.RowSparse),
+        )
+
+    (dense,) = jax.tree.leaves(fill(gradient(jax.random.key(0))))
+    assert np.isnan(dense).any()
 
 
 def test_steps_of_rows_that_a_compiled_function_changed_are_nan():

@@ -47,6 +47,11 @@ class LocalTerms:
     cotangent: P
     bags: P
 
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks ids, offsets and coefficients are cut into."""
+        return self.strategy.size if self.bags else 1
+
     def collect(
         self, terms: list[Term], shape: Any, receive: Receive, carry: Any
     ) -> Any:

@@ -26,9 +26,13 @@ class Placement(Protocol):
 
     Attributes:
       over_mesh: whether every array of a term has a block for each device of a mesh.
+      num_blocks: of the ids, offsets and coefficients.
     """
 
     over_mesh: ClassVar[bool]
+
+    @property
+    def num_blocks(self) -> int: ...
 
     def coalesce(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term: ...
 
@@ -68,6 +72,7 @@ class OneDevice:
     """The placement of a table that each device, or the only one, has for itself."""
 
     over_mesh: ClassVar[bool] = False
+    num_blocks: ClassVar[int] = 1
 
     def coalesce(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term:
         """Return the rows that are named, each once, in order, and their sums."""

@@ -106,7 +106,7 @@ class RowSparse(metaclass=_RowSparseType):
                 "and `scan` return it: add it up with `rows.sum()`, or call this under "
                 "`jax.vmap`."
             )
-        return self._sealed.open()
+        return self._sealed.open(self.shape[0])
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -230,7 +230,7 @@ class RowSparse(metaclass=_RowSparseType):
             inner = functools.partial(RowSparse.sum, axis=max(axis % axes - 1, 0))
             return jax.vmap(inner, in_axes=rest)(self)
         assert self._sealed is not None
-        terms = self._sealed.open()
+        terms = self._sealed.open(self.shape[0])
         if any(term.placement.over_mesh for term in terms):
             size = self.batch_shape[0]
             parts = [jax.tree.map(operator.itemgetter(k), self) for k in range(size)]

@@ -12,6 +12,7 @@ leaves. Two hold known numbers, which linear functions keep in proportion, and `
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -21,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import random
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from jbag.ops._gradient_terms import Term
+from jbag.ragged._slots import filled
 
 # Powers of two, and so exact under any scale. They aren't sorted, nor of one sign, nor
 # whole; the two leaves differ in norm.
@@ -138,10 +140,10 @@ class SealedTerms(NamedTuple):
         """The axes that the cotangents have in front, () of one gradient."""
         return self.leaves[0][0].shape[:-2] if self.leaves else ()
 
-    def open(self) -> tuple[Term, ...]:
+    def open(self, num_embeddings: int) -> tuple[Term, ...]:
         """Return the terms; of a batch, every array has its axes in front.
 
-        Where the guard is traced and changed, the cotangents are NaN.
+        Where the guard is traced and changed, every slot names a row, and that is NaN.
 
         Raises:
           TypeError, ValueError: a function changed the dtype, the shape or the numbers
@@ -168,8 +170,6 @@ class SealedTerms(NamedTuple):
                 x if known is None else unseal(x, known[0])
                 for x, known in zip(sealed, types[1:], strict=True)
             )
-            if traced:
-                cotangent = jnp.where(intact[..., None, None], cotangent, jnp.nan)
             empty, implementation, average, placement = options
             term = Term(
                 cotangent,
@@ -182,5 +182,35 @@ class SealedTerms(NamedTuple):
                 average,
                 placement,
             )
-            terms.append(term)
+            terms.append(_nan_unless(intact, term, num_embeddings) if traced else term)
         return tuple(terms)
+
+
+def _nan_unless(intact: Bool[Array, "..."], term: Term, num_embeddings: int) -> Term:
+    """Return the term, or one of the same shapes in which each slot's row is NaN."""
+
+    def select(x: Any, otherwise: Any) -> Any:
+        if x is None:
+            return None
+        axes = range(intact.ndim, x.ndim)
+        return jnp.where(jnp.expand_dims(intact, axes), x, otherwise)
+
+    ids = term.ids
+    is_row = (ids >= 0) & (ids < num_embeddings) & filled(ids, term.empty)
+    return dataclasses.replace(
+        term,
+        cotangent=select(term.cotangent, jnp.nan),
+        ids=select(ids, jnp.where(is_row, ids, int(term.empty == 0))),
+        offsets=select(term.offsets, _offsets_of_first_bag(term)),
+        winners=select(term.winners, 0),
+    )
+
+
+def _offsets_of_first_bag(term: Term) -> Int[Array, " ends"] | None:
+    """Return offsets by which the first bag of each device's block has every slot."""
+    if term.offsets is None:
+        return None
+    num_blocks = term.placement.num_blocks
+    ends, slots = (x.shape[-1] // num_blocks for x in (term.offsets, term.ids))
+    is_first = jnp.arange(ends * num_blocks) % ends == 0
+    return jnp.where(is_first, 0, slots).astype(term.offsets.dtype)
