@@ -21,8 +21,7 @@ import pytest
 
 import jbag
 
-HERE = Path(__file__).parent
-EXAMPLE = HERE.parent / "examples" / "train_recommender.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_recommender.py"
 TRAINING = "--rows 300 --features 8 --batch-size 168 --steps 120 --test-examples 500"
 
 
@@ -89,7 +88,7 @@ def work(task, folder, processes, devices):
     return succeed(
         [
             [
-                HERE / "process_worker.py",
+                worker.__file__,
                 task,
                 folder,
                 processes,

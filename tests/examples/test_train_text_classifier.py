@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-PATH = Path(__file__).parent.parent / "examples" / "train_text_classifier.py"
+PATH = Path(__file__).parents[2] / "examples" / "train_text_classifier.py"
 WORDS = {"fruit": "apple pear plum grape", "metal": "iron zinc tin lead"}
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "examples" / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 QUICK = ["--quick", "--workload", "text classifier"]
 QUICK_STEP = ["--quick", "--workload", "step"]
 

@@ -1,4 +1,6 @@
-"""A fuzzer of everything that reads a file: python tests/fuzz_files.py --seconds 30.
+"""A fuzzer of everything that reads a file.
+
+    python tests/support/fuzz_files.py --seconds 30
 
 Whatever the bytes are, a reader gives what they say or raises ValueError or OSError,
 with the file's name in it, in 10 s and 1.5 GB; what it gives is whole and sound. Files

@@ -3,7 +3,8 @@
 The walk takes every public transformation and optimizer of Optax. Nothing of jbag is
 used but its public functions. To print how many cases are equal, raise or are wrong::
 
-    JAX_NUM_CPU_DEVICES=4 python tests/test_optax_walk.py
+    export JAX_NUM_CPU_DEVICES=4 PYTHONPATH=tests/support
+    python tests/optim/test_optax_walk.py
 """
 
 import collections

@@ -13,7 +13,7 @@ from meshes import some_devices
 
 import jbag
 
-PATH = Path(__file__).parent.parent / "examples" / "train_recommender.py"
+PATH = Path(__file__).parents[2] / "examples" / "train_recommender.py"
 TINY = "--rows 300 --steps 200 --batch-size 1024 --features 8 --test-examples 20000"
 
 
