@@ -1,6 +1,7 @@
 import importlib.metadata
 import itertools
 import os
+import pathlib
 
 import jax
 import pytest
@@ -55,20 +56,24 @@ _tests_run = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Let go of compiled programs now and then.
+    """Release compiled programs by the memory maps they keep, of 65530 on Linux.
 
-    Each keeps some fifty memory maps on CPU, and Linux grants a process 65530: past
-    that, XLA's compiler dies of a segmentation fault.
+    A program keeps some fifty maps on CPU. Past the limit XLA's compiler dies of a
+    segmentation fault.
     """
     yield
-    if next(_tests_run) % 100 == 0:
-        jax.clear_caches()
+    maps = pathlib.Path("/proc/self/maps")
+    if next(_tests_run) % 10 == 0 and maps.exists():
+        with maps.open("rb") as lines:
+            if sum(1 for _ in lines) > 30_000:
+                jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
-def strict_promotion():
-    """No dtype changes unasked."""
-    with jax.numpy_dtype_promotion("strict"):
+def promotion(request):
+    """No dtype changes by itself, but where a test is marked `standard_promotion`."""
+    standard = request.node.get_closest_marker("standard_promotion")
+    with jax.numpy_dtype_promotion("standard" if standard else "strict"):
         yield
 
 

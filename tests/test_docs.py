@@ -18,6 +18,7 @@ from fasttext_files import EXAMPLE, model
 import jbag
 from jbag.ops.kernels import KERNELS
 
+pytestmark = pytest.mark.standard_promotion
 ROOT = pathlib.Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
 PAGES = {path.name: path for path in [ROOT / "README.md", *GUIDES]}
@@ -30,11 +31,6 @@ MODULES = ["jbag"] + [
     for module in pkgutil.walk_packages(jbag.__path__, "jbag.")
     if ".lib" not in module.name  # C++, which is no module of Python's
 ]
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    """Examples run under JAX's defaults."""
 
 
 @pytest.fixture(autouse=True)

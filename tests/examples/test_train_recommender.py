@@ -13,6 +13,7 @@ from meshes import some_devices
 
 import jbag
 
+pytestmark = pytest.mark.standard_promotion
 PATH = Path(__file__).parents[2] / "examples" / "train_recommender.py"
 TINY = "--rows 300 --steps 200 --batch-size 1024 --features 8 --test-examples 20000"
 
@@ -26,11 +27,6 @@ def example():
     spec.loader.exec_module(module)
     yield module
     del sys.modules[PATH.stem]
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    """Optax's Adam relies on JAX's defaults."""
 
 
 @pytest.fixture(scope="module")

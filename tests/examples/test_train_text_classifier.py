@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.standard_promotion
 PATH = Path(__file__).parents[2] / "examples" / "train_text_classifier.py"
 WORDS = {"fruit": "apple pear plum grape", "metal": "iron zinc tin lead"}
 
@@ -30,11 +31,6 @@ def example():
 @pytest.fixture
 def train_file(tmp_path):
     return write_texts(tmp_path / "made.train", count=200, seed=0)
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    """The program runs under JAX's defaults."""
 
 
 def write_texts(path, count, seed):

@@ -10,12 +10,8 @@ from flax.training.train_state import TrainState
 
 import jbag
 
+pytestmark = pytest.mark.standard_promotion
 BAGS = jbag.Bags.from_lists([[0, 1, 2, 3], [4, 5], [6, 0, 7, 8]])
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    """Optax relies on JAX's default promotion."""
 
 
 def init(bag, *args):

@@ -13,13 +13,9 @@ from flax import nnx
 import jbag
 from jbag import optim
 
+pytestmark = pytest.mark.standard_promotion
 IDS = jnp.array([[1, 2], [3, 4], [1, 5]])
 BATCHES = jnp.stack([IDS, IDS + 1, IDS + 2])
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    """Optax relies on JAX's default promotion."""
 
 
 def same(run, lib=jbag):

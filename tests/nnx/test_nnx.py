@@ -9,12 +9,8 @@ from flax import nnx
 
 import jbag
 
+pytestmark = pytest.mark.standard_promotion
 BAGS = jbag.Bags.from_lists([[0, 1, 2, 3], [4, 5], [6, 0, 7, 8]])
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    """Optax relies on JAX's default promotion."""
 
 
 def make(*args, **options):

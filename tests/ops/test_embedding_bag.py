@@ -10,11 +10,9 @@ import oracle
 import pytest
 from modes import every_mode
 from oracle import MODES, assert_close
+from pooling import WORKED_IDS, WORKED_OFFSETS, check, make_table, make_weights
 
 import jbag
-
-WORKED_IDS = [0, 1, 2, 3, 4, 5, 6, 0, 7, 8]
-WORKED_OFFSETS = [0, 4, 6, 10]
 
 # Flat ids with offsets [B + 1]: what every mode must get right.
 CASES = {
@@ -28,54 +26,6 @@ CASES = {
     "nothing but tail": ([1, 2, 3], [0, 0]),
     "no bags and tail": ([1, 2, 3], [0]),
 }
-
-
-def make_table(dtype="float32", rows=10, features=3, seed=0):
-    table = np.random.default_rng(seed).normal(size=(rows, features))
-    return jnp.asarray(table, dtype)
-
-
-def make_weights(size, dtype="float32", seed=1):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=size) + 0.3, dtype)
-
-
-def check(table, ids, offsets, weights=None, **options):
-    """Compare every mode's value and gradients with the oracle."""
-    padding_idx = options.get("padding_idx")
-    if padding_idx is not None:
-        padding_idx %= len(table)
-    meant = {
-        k: options[k] for k in ("max_norm", "norm_type") if options.get(k) is not None
-    }
-    shape = np.shape(ids)
-    flat = np.asarray(ids, np.int32).reshape(-1)
-    ends = np.arange(shape[0] + 1) * shape[-1] if offsets is None else offsets
-    flat_weights = None if weights is None else np.asarray(weights).reshape(-1)
-    bags = oracle.slices(flat.tolist(), ends, flat_weights)
-    cotangent = np.random.default_rng(2).normal(size=(len(bags), table.shape[1]))
-    cotangent = jnp.asarray(cotangent, table.dtype)
-    results = every_mode(
-        table,
-        weights,
-        jnp.asarray(flat.reshape(shape)),
-        None if offsets is None else jnp.asarray(offsets),
-        cotangent,
-        include_last_offset=offsets is not None,
-        **options,
-    )
-    freq = {"scale_grad_by_freq": options.get("scale_grad_by_freq", False)}
-    for mode, (actual, to_table, to_weights) in results.items():
-        assert actual.dtype == to_table.dtype == table.dtype
-        assert_close(actual, oracle.forward(table, bags, mode, padding_idx, **meant))
-        meant_table, meant_weights = oracle.gradients(
-            table, bags, cotangent, mode, padding_idx, **meant, **freq
-        )
-        assert_close(to_table, meant_table)
-        if weights is not None:
-            assert to_weights.dtype == weights.dtype
-            expected = np.zeros(flat.size)
-            expected[: ends[-1]] = np.concatenate([np.zeros(0), *meant_weights])
-            assert_close(to_weights, expected.reshape(shape))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -342,130 +292,6 @@ def test_infinities_pool_as_numbers(worst, mode, implementation):
     np.testing.assert_array_equal(gradient, [[0, 0], [1, 1], [1, 1]])
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("rectangular", [False, True])
-def test_an_unknown_id_on_a_device_makes_its_bag_nan(
-    rectangular, weighted, implementation
-):
-    table = make_table()
-    weights = make_weights(6) if weighted else None
-    offsets = jnp.array([0, 2, 4])
-    if rectangular:
-        offsets = None
-        weights = None if weights is None else weights.reshape(3, 2)
-    for stranger in (-1, -10, 10, 11, 2**31 - 1, -(2**31)):
-        ids = np.array([0, 1, stranger, 3, 4, 5], np.int32)
-        results = every_mode(
-            table,
-            weights,
-            jnp.asarray(ids.reshape(3, 2) if rectangular else ids),
-            offsets,
-            jnp.ones((3, 3)),
-            scale_grad_by_freq=True,
-            max_norm=100.0,
-            implementation=implementation,
-        )
-        for value, gradient, to_weights in results.values():
-            np.testing.assert_array_equal(np.isnan(value).all(1), [False, True, False])
-            np.testing.assert_array_equal(np.isnan(value).any(1), [False, True, False])
-            assert np.isfinite(gradient).all()
-            if weighted:
-                to_weights = np.asarray(to_weights).reshape(3, 2)
-                assert np.isnan(to_weights[1, 0])
-                assert np.isfinite(to_weights[[0, 2]]).all()
-            np.testing.assert_array_equal(np.asarray(gradient)[[2, 6, 7, 8, 9]], 0)
-
-
-@pytest.mark.parametrize("mode", ["mean", "sqrtn"])
-def test_an_unknown_id_is_nan_even_at_zero_weight(mode, implementation):
-    out = jbag.embedding_bag(
-        make_table(),
-        jnp.array([[99, 1], [1, 2]]),
-        mode=mode,
-        weights=jnp.zeros((2, 2)),
-        implementation=implementation,
-    )
-    assert np.isnan(out[0]).all()
-    np.testing.assert_array_equal(out[1], 0)
-
-
-# Offsets, and which of their bags are malformed.
-MALFORMED = [
-    ([0, 4, 2, 6], [False, True, True]),
-    ([0, 3, 5, 2], [False, False, True]),
-    ([0, 3, 5, -1], [False, False, True]),
-    ([1, 4, 5, 6], [True, False, False]),
-    ([0, 4, 5, 7], [False, False, True]),
-    ([0, 4, -3, 6], [False, True, True]),
-    ([0, 5, 3, 3], [False, True, True]),
-    ([-1, -1, -1, -1], [True, True, True]),
-    ([0, 2**31 - 1, -(2**31), 6], [True, True, True]),
-]
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_malformed_offsets_on_a_device_make_their_bags_nan(weighted, implementation):
-    table = make_table()
-    weights = make_weights(6) if weighted else None
-    flat = [None] * 6 if weights is None else np.asarray(weights, np.float64)
-    for offsets, malformed in MALFORMED:
-        results = every_mode(
-            table,
-            weights,
-            jnp.arange(6),
-            jnp.array(offsets),
-            jnp.ones((3, 3)),
-            include_last_offset=True,
-            implementation=implementation,
-        )
-        # Those that are well formed are what they are alone.
-        bags = [
-            [] if bad else [(i, flat[i]) for i in range(*bounds)]
-            for bounds, bad in zip(itertools.pairwise(offsets), malformed, strict=True)
-        ]
-        for mode, (value, gradient, _) in results.items():
-            expected = oracle.forward(table, bags, mode)
-            assert_close(np.nan_to_num(value), np.nan_to_num(expected))
-            np.testing.assert_array_equal(np.isnan(value).all(1), malformed)
-            np.testing.assert_array_equal(np.isnan(value).any(1), malformed)
-            assert np.isfinite(gradient).all()
-
-
-@pytest.mark.parametrize("rectangular", [False, True])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_sums_of_16_bits_run_in_float32_both_ways(dtype, rectangular, implementation):
-    table = jnp.ones((2, 3), dtype)
-    ids, offsets = jnp.zeros(1000, int), jnp.array([0])
-    if rectangular:
-        ids, offsets = ids[None], None
-    pool = lambda t: jbag.embedding_bag(
-        t, ids, offsets, mode="sum", implementation=implementation
-    )
-    value, pullback = jax.vjp(pool, table)
-    np.testing.assert_array_equal(np.asarray(value, float), 1000)
-    (gradient,) = pullback(jnp.ones_like(value))
-    np.testing.assert_array_equal(np.asarray(gradient, float), [[1000] * 3, [0] * 3])
-
-
-@pytest.mark.parametrize("mode", ["max", "min"])
-def test_gradients_of_16_bit_extrema_run_in_float32(mode, implementation):
-    # A thousand bags, each won by row 0.
-    pool = lambda t: jbag.embedding_bag(
-        t, jnp.zeros((1000, 1), int), mode=mode, implementation=implementation
-    ).sum(dtype=jnp.float32)
-    gradient = jax.grad(pool)(jnp.ones((2, 3), "bfloat16"))
-    np.testing.assert_array_equal(np.asarray(gradient[0], float), 1000)
-
-
-def test_weight_gradients_of_16_bits_run_in_float32(implementation):
-    table = jnp.ones((1, 1000), "bfloat16")
-    pool = lambda w: jbag.embedding_bag(
-        table, [[0]], mode="sum", weights=w, implementation=implementation
-    ).sum(dtype=jnp.float32)
-    gradient = jax.grad(pool)(jnp.ones((1, 1), "bfloat16"))
-    assert float(gradient[0, 0]) == 1000
-
-
 def test_max_norm_leaves_the_table_and_passes_the_gradient_by(implementation):
     table = make_table() * 10
     before = np.array(table)
@@ -488,61 +314,6 @@ def test_max_norm_may_be_traced(implementation):
         table, WORKED_IDS, [0], max_norm=n, implementation=implementation
     )
     assert_close(jax.jit(pool)(1.0), pool(1.0))
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_weights_of_another_dtype_keep_the_dtype_of_the_table(dtype, implementation):
-    table = make_table("bfloat16")
-    weights = make_weights(10, dtype)
-    check(table, WORKED_IDS, WORKED_OFFSETS, weights, implementation=implementation)
-
-
-@pytest.mark.parametrize(
-    "dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
-)
-def test_every_integer_dtype_names_rows(dtype, implementation):
-    table = make_table()
-    ids = np.asarray(WORKED_IDS, dtype)
-    offsets = np.asarray([0, 4, 6], dtype)
-    options = {"implementation": implementation}
-    expected = jbag.embedding_bag(table, WORKED_IDS, [0, 4, 6], **options)
-    np.testing.assert_array_equal(
-        jbag.embedding_bag(table, ids, offsets, **options), expected
-    )
-    if np.dtype(dtype).itemsize < 8:
-        on_device = jbag.embedding_bag(
-            table, jnp.asarray(ids), jnp.asarray(offsets), **options
-        )
-        np.testing.assert_array_equal(on_device, expected)
-
-
-@pytest.mark.usefixtures("x64")
-def test_64_bit_ids_never_wrap(implementation):
-    table = make_table()
-    ids = jnp.array([2**32 + 1, 1, 2])
-    pool = lambda t: jbag.embedding_bag(
-        t, ids, jnp.array([0, 1]), max_norm=100.0, implementation=implementation
-    )
-    out, pullback = jax.vjp(pool, table)
-    np.testing.assert_array_equal(np.isnan(out).all(1), [True, False])
-    (gradient,) = pullback(jnp.ones_like(out))
-    np.testing.assert_array_equal(gradient[:3], [[0] * 3, [0.5] * 3, [0.5] * 3])
-    np.testing.assert_array_equal(jbag.renorm(table, ids[:1], 0.0), table)
-    unsigned = jbag.embedding_bag(
-        table,
-        ids[1:].astype(jnp.uint64),
-        jnp.array([0]),
-        implementation=implementation,
-    )
-    assert np.isfinite(unsigned).all()
-
-
-def test_unsigned_ids_never_wrap(implementation):
-    ids = jnp.array([2**32 - 1, 1], jnp.uint32)
-    out = jbag.embedding_bag(
-        make_table(), ids, jnp.array([0, 1]), implementation=implementation
-    )
-    np.testing.assert_array_equal(np.isnan(out).all(1), [True, False])
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 0), (4, 0)])

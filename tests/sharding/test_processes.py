@@ -21,13 +21,9 @@ import pytest
 
 import jbag
 
+pytestmark = pytest.mark.standard_promotion
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_recommender.py"
 TRAINING = "--rows 300 --features 8 --batch-size 168 --steps 120 --test-examples 500"
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    """Optax relies on JAX's default promotion."""
 
 
 def free_port():

@@ -20,6 +20,9 @@ import jbag
 from jbag import optim
 from jbag.sharding import Whole
 
+pytestmark = pytest.mark.standard_promotion
+
+
 # By name: the spec, and the capacity.
 STRATEGIES = {
     "rows": (P("x", None), None),
@@ -29,11 +32,6 @@ STRATEGIES = {
     "whole": (Whole("x", lanes=4), None),
 }
 TABLES, FEATURES = cases.only("plain_mean", "padded_sum", "counted_max")
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion():
-    """Optax relies on JAX's default promotion."""
 
 
 def make(strategy=None, mesh=None, **options):

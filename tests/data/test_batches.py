@@ -1,71 +1,31 @@
-"""Batches of a data set: what is in them, their shapes, and the way through Grain."""
+"""Batches of a data set: what is in them, their order and their shapes."""
 
 import copy
-import gc
-import itertools
-import math
-import pickle
 import subprocess
 import sys
-import threading
 import time
 from functools import partial
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from meshes import make_mesh, some_devices
+from data_cases import (
+    BAGS,
+    LABELS,
+    LISTS,
+    RECTANGLE,
+    WEIGHTS,
+    expected,
+    flat,
+    make_lists,
+    same,
+    shapes,
+)
 
 import jbag
 from jbag import Bags
-from jbag.data import Batch, Collate, Example, Source, batches
-
-
-def make_lists(size, mean_length, seed=0):
-    rng = np.random.default_rng(seed)
-    lengths = rng.geometric(1 / (mean_length + 1), size) - 1
-    lists = [rng.integers(0, 1000, length).tolist() for length in lengths]
-    weights = [np.round(rng.random(len(row)), 3).tolist() for row in lists]
-    return lists, weights
-
-
-LISTS, WEIGHTS = make_lists(23, 4)
-LABELS = np.arange(23) * 10
-BAGS = Bags.from_lists(LISTS, WEIGHTS)
-
-
-def flat(batch):
-    """Return (ids, weights, label, position) of each example in a batch."""
-    offsets = batch.bags.offsets.tolist()
-    rows = []
-    for b, (start, end) in enumerate(itertools.pairwise(offsets)):
-        if batch.mask[b]:
-            rows.append(
-                (
-                    batch.bags.indices[start:end].tolist(),
-                    batch.bags.weights[start:end].tolist(),
-                    int(batch.arrays[b]),
-                    int(batch.positions[b]),
-                )
-            )
-    return rows
-
-
-def expected(position, lists=LISTS, weights=WEIGHTS, labels=LABELS):
-    rounded = np.asarray(weights[position], np.float32).tolist()
-    return lists[position], rounded, int(labels[position]), position
-
-
-def same(actual, other):
-    assert jax.tree.structure(actual) == jax.tree.structure(other)
-    jax.tree.map(np.testing.assert_array_equal, actual, other)
-
-
-def shapes(tree):
-    return jax.tree.leaves(jax.tree.map(lambda x: f"{x.dtype}{x.shape}", tree))
+from jbag.data import Batch, batches
 
 
 def test_without_a_seed_the_order_is_that_of_the_data_set():
@@ -265,9 +225,6 @@ def test_only_the_ids_of_a_batch_are_checked():
     assert batch.bags.to_lists() == [[1], [2, 3], [], []]
 
 
-RECTANGLE = np.arange(23 * 3, dtype=np.int32).reshape(23, 3) % 50
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -380,134 +337,6 @@ def test_a_stack_runs_under_scan_as_its_batches_do():
     )
     np.testing.assert_allclose(total, wanted, rtol=1e-5)
     assert counts.tolist() == [4, 4, 4, 4, 4, 3]
-
-
-def threads():
-    return [t for t in threading.enumerate() if t.name.startswith("jbag.data")]
-
-
-def all_threads_end():
-    for thread in threads():
-        thread.join(10)
-    return not threads()
-
-
-@pytest.mark.parametrize("prefetch", [1, 3, 100])
-def test_prefetching_changes_nothing(prefetch):
-    options = {"batch_size": 4, "seed": 0, "steps": 2}
-    stream = batches(BAGS, LABELS, prefetch=prefetch, **options)
-    same(list(stream), list(batches(BAGS, LABELS, **options)))
-    assert all_threads_end()
-
-
-def test_batches_are_made_while_the_loop_is_busy():
-    made = []
-
-    def capacity(n):
-        made.append(n)
-        return n
-
-    stream = batches(BAGS, batch_size=2, prefetch=3, capacity=capacity)
-    assert not threads()
-    iterator = iter(stream)
-    next(iterator)
-    deadline = time.monotonic() + 10
-    while len(made) < 4 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    time.sleep(0.01)
-    assert len(made) == 4  # the one taken, and three ahead
-    del iterator
-    assert all_threads_end()
-
-
-def test_the_thread_ends_when_the_loop_stops_early():
-    stream = batches(BAGS, batch_size=2, prefetch=2)
-    for _ in stream:
-        assert threads()
-        break
-    gc.collect()
-    assert all_threads_end()
-    ring = {"iterator": iter(stream)}
-    ring["self"] = ring
-    next(ring["iterator"])
-    assert threads()
-    del ring
-    gc.collect()
-    assert all_threads_end()
-
-
-def test_an_error_in_the_thread_reaches_the_loop():
-    def capacity(n):
-        made.append(n)
-        if len(made) == 3:
-            raise RuntimeError("no room")
-        return n
-
-    made, seen = [], []
-    stream = batches(BAGS, batch_size=2, prefetch=1, capacity=capacity)
-    iterator = iter(stream)
-    with pytest.raises(RuntimeError, match="no room"):
-        seen.extend(iterator)
-    assert len(seen) == 2
-    assert next(iterator, None) is None
-    gc.collect()
-    assert all_threads_end()
-
-
-def test_a_program_that_ends_within_an_epoch_ends():
-    program = (
-        "import jbag; b = jbag.Bags.from_lists([[1]] * 100)\n"
-        "it = iter(jbag.data.batches(b, batch_size=1, prefetch=4)); next(it)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
-    assert done.stderr == b""
-
-
-@pytest.mark.parametrize("prefetch", [0, 2])
-def test_items_are_put_on_a_device(prefetch):
-    *_, device = some_devices(3)  # not where arrays go by themselves
-    options = {"batch_size": 4, "seed": 0, "prefetch": prefetch}
-    labels = LABELS.astype(np.int32)
-    stream = batches(BAGS, labels, device=device, **options)
-    for batch, other in zip(stream, batches(BAGS, labels, **options), strict=True):
-        assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(batch))
-        same(batch, other)
-
-
-@pytest.mark.parametrize("prefetch", [0, 2])
-@pytest.mark.usefixtures("x64")
-def test_items_on_a_device_have_the_dtypes_of_the_loop(prefetch):
-    bags = Bags.from_lists([[1, 2], [3]])
-    wide = Bags(bags.indices.astype(np.int64), bags.offsets.astype(np.int32))
-    for batch in batches(
-        wide, np.arange(2), batch_size=1, prefetch=prefetch, device=jax.devices()[0]
-    ):
-        assert batch.arrays.dtype == batch.bags.indices.dtype == jnp.int64
-        assert batch.positions.dtype == batch.bags.offsets.dtype == jnp.int32
-
-
-def test_a_stack_gives_each_device_a_batch():
-    mesh = make_mesh(names=("data",))
-    sharding = jax.NamedSharding(mesh, jax.P("data"))
-    table = jnp.arange(2000.0).reshape(1000, 2)
-
-    @jax.jit
-    @partial(jax.shard_map, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
-    def pool(stack):
-        return jax.vmap(lambda b: jbag.embedding_bag(table, b.bags, mode="sum"))(stack)
-
-    for stack in batches(BAGS, batch_size=2, steps=4, seed=0, device=sharding):
-        assert stack.bags.indices.sharding == sharding
-        out = np.asarray(pool(stack))
-        for k, b in np.ndindex(4, 2):
-            row = expected(int(stack.positions[k, b])) if stack.mask[k, b] else ([], [])
-            wanted = sum(w * 2 * i for i, w in zip(row[0], row[1], strict=True))
-            np.testing.assert_allclose(out[k, b, 0], wanted, rtol=1e-5)
 
 
 def test_data_on_a_device_is_taken_back():
@@ -639,173 +468,6 @@ def test_bad_arguments_are_named(arguments, error, message):
 def test_traced_bags_are_an_error():
     with pytest.raises(TypeError):
         jax.jit(lambda bags: list(batches(bags, batch_size=4)))(BAGS)
-
-
-def test_a_source_gives_each_example():
-    source = Source(BAGS, {"y": LABELS})
-    assert len(source) == 23
-    for at, example in enumerate(source):
-        ids, weights, label, _ = expected(at)
-        assert example.ids.tolist() == ids
-        assert example.weights.tolist() == weights
-        assert (example.arrays["y"], example.position) == (label, at)
-    same(source[-1], source[22])
-    assert np.shares_memory(source[0].ids, BAGS.indices)
-    same(list(pickle.loads(pickle.dumps(source))), list(source))
-    assert Source(Bags.from_lists(LISTS))[0][1:] == (None, None, 0)
-    assert repr(source) == "jbag.data.Source(23 examples)"
-    with pytest.raises(IndexError):
-        source[23]
-    with pytest.raises(TypeError, match="`position` must be an integer"):
-        source[1:2]
-
-
-def test_collating_a_source_gives_what_batches_gives():
-    tree = {"a": BAGS, "b": (Bags.from_lists(LISTS[::-1]),), "c": RECTANGLE}
-    arrays = (LABELS, {"x": np.ones((23, 2), np.float16)})
-    source, collate = (
-        Source(tree, arrays),
-        Collate(5, capacity={"a": 60, "b": (70,), "c": 15}),
-    )
-    collate = pickle.loads(pickle.dumps(collate))
-    stream = batches(tree, arrays, batch_size=5, capacity=collate.capacity)
-    for at, batch in enumerate(stream):
-        chosen = range(at * 5, min(at * 5 + 5, 23))
-        same(collate([source[i] for i in chosen]), batch)
-
-
-def test_collating_takes_ids_alone_and_tuples():
-    lists = [[1, 2], [], [3]]
-    bags = Bags.from_lists(lists, capacity=64, num_bags=4)
-    mask = np.array([True, True, True, False])
-    same(Collate(4)(lists), Batch(bags, None, mask))
-    same(
-        Collate(4)([np.array(row, np.int32) for row in lists]), Batch(bags, None, mask)
-    )
-    labels = np.array([5, 6, 7, 0], np.int32)
-    pairs = list(zip(lists, [5, 6, 7], strict=True))
-    same(Collate(4)(pairs), Batch(bags, labels, mask))
-    weighted = [(row, {"y": 0.5}, [2.0] * len(row)) for row in lists]
-    batch = Collate(4)(weighted)
-    np.testing.assert_array_equal(batch.bags.weights[:3], 2)
-    np.testing.assert_array_equal(batch.arrays["y"], np.float32([0.5] * 3 + [0]))
-    assert batch.bags.weights.dtype == batch.arrays["y"].dtype == np.float32
-
-
-@pytest.mark.parametrize(
-    ("examples", "error", "message"),
-    [
-        ([], ValueError, "`examples` must be 1 to 3, the `batch_size`; got 0"),
-        ([[1]] * 4, ValueError, "`examples` must be 1 to 3, the `batch_size`; got 4"),
-        ([(1, 2)], TypeError, r"`ids\[0\]` must be a list; got 1"),
-        ([[1], None], TypeError, r"`ids\[1\]` must be a list; got None"),
-        (
-            [[1], (2,) * 5],
-            TypeError,
-            r"`examples\[1\]` must be ids, or a tuple .* of 5",
-        ),
-        ([[1], {"a": [1]}], ValueError, "`ids` must be the same tree in all"),
-        ([[1.5]], TypeError, "must hold integers"),
-        ([[[1, 2]]], ValueError, "got deeper lists"),
-        ([[0] * 9], ValueError, "`capacity` must be .* batch, 9; got 8"),
-        ([([1], 0), [1]], ValueError, "`arrays` must be the same tree in all"),
-        (
-            [([1], np.zeros(2)), ([1], np.zeros(3))],
-            ValueError,
-            r"`arrays` must have one shape in all examples; got \[\(2,\), \(3,\)\]",
-        ),
-        (
-            [([1], None, [1.0]), [1]],
-            TypeError,
-            r"`weights\[1\]` must be a list; got None",
-        ),
-        (
-            [([1], None, [1.0, 2.0])],
-            ValueError,
-            r"`weights\[0\]` must have the length",
-        ),
-        (
-            [Example({"a": [1]}, weights=[1.0])],
-            ValueError,
-            "`weights` must be a tree as `ids`",
-        ),
-    ],
-)
-def test_bad_examples_are_named(examples, error, message):
-    with pytest.raises(error, match=message):
-        Collate(3, capacity=8)(examples)
-
-
-def test_bad_collations_are_named():
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1; got 0"):
-        Collate(0)
-    with pytest.raises(TypeError, match=r"`capacity` must be an integer; got 1\.5"):
-        Collate(3, 1.5)
-    with pytest.raises(ValueError, match="`capacity` must be one for all, or a tree"):
-        Collate(3, {"a": 8})([[1]])
-
-
-def test_grain_takes_the_source_and_the_collation():
-    source = Source(BAGS, LABELS)
-    assert isinstance(source, grain.sources.RandomAccessDataSource)
-    shuffled = grain.MapDataset.source(source).seed(0).shuffle()
-    collate = Collate(4, capacity=64)
-    for pipeline in (
-        shuffled.batch(4, batch_fn=collate),
-        shuffled.batch(4, batch_fn=collate).to_iter_dataset(),
-        shuffled.to_iter_dataset().batch(4, batch_fn=collate),
-    ):
-        found = list(pipeline)
-        assert [int(batch.mask.sum()) for batch in found] == [4, 4, 4, 4, 4, 3]
-        rows = [row for batch in found for row in flat(batch)]
-        assert sorted(row[3] for row in rows) == list(range(23))
-        assert rows == [expected(row[3]) for row in rows]
-        assert len({str(shapes(batch)) for batch in found}) == 1
-    twice = shuffled.repeat(2).batch(4, drop_remainder=True, batch_fn=collate)
-    assert len(list(twice)) == len(twice) == 11
-    stacks = list(shuffled.batch(4, batch_fn=collate).to_iter_dataset().batch(2))
-    assert [stack.bags.indices.shape for stack in stacks] == [(2, 64)] * 3
-
-
-def test_grain_resumes_and_filters():
-    kept = grain.MapDataset.source(Source(BAGS, LABELS)).seed(1).shuffle()
-    pipeline = (
-        kept.to_iter_dataset()
-        .filter(lambda example: len(example.ids) > 2)
-        .map(lambda example: example._replace(ids=example.ids[:2], weights=None))
-        .batch(3, batch_fn=Collate(3))
-    )
-    iterator = iter(pipeline)
-    next(iterator)
-    state = iterator.get_state()
-    wanted = next(iterator)
-    iterator.set_state(state)
-    same(next(iterator), wanted)
-    assert wanted.bags.lengths.tolist() == [2, 2, 2]
-    for row, position in zip(wanted.bags.to_lists(), wanted.positions, strict=True):
-        assert row == LISTS[position][:2]
-
-
-def test_grain_packs_in_workers_of_its_own():
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # which Grain's workers ask for
-    pipeline = (
-        grain.MapDataset.source(Source(BAGS, LABELS))
-        .batch(4, batch_fn=Collate(4, capacity=64))
-        .to_iter_dataset()
-        .mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=1))
-    )
-    step = jax.jit(
-        lambda batch: jbag.embedding_bag(jnp.ones((1000, 1)), batch.bags, mode="sum")
-    )
-    positions = []
-    for batch in pipeline:
-        wanted = [math.fsum(row[1]) for row in flat(batch)]
-        pooled = step(batch)[batch.mask, 0]
-        np.testing.assert_allclose(pooled, wanted, rtol=1e-5)
-        positions += batch.positions[batch.mask].tolist()
-    assert positions == list(range(23))
-    assert step._cache_size() == 1
 
 
 def test_batches_import_neither_grain_nor_flax():

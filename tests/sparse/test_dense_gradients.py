@@ -1,0 +1,92 @@
+"""Whether the gradient of a sparse table may be dense."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from dense_counterpart import (
+    BATCHES,
+    IDS,
+    D,
+    assert_equal,
+    is_rows,
+    pool,
+    random_table,
+)
+from jax import lax
+
+import jbag
+
+pytestmark = pytest.mark.standard_promotion
+SEQUENCE = jnp.stack(BATCHES)
+
+
+def in_scan(table, sparse):
+    def step(carry, ids):
+        pooled = pool(table, ids, sparse)
+        return carry * 0.5 + pooled, (pooled**2).sum()
+
+    carry, out = lax.scan(step, jnp.ones((2, D)), SEQUENCE)
+    return (carry**2).sum() + out.sum()
+
+
+def tied(table, sparse=True):
+    pooled = pool(table, IDS, sparse)
+    return ((pooled @ table.T) ** 2).sum()
+
+
+def computed(table, sparse=True):
+    return (pool(table * 2, IDS, sparse) ** 2).sum()
+
+
+def untied(table, sparse=True):
+    return (pool(table, IDS, sparse) ** 2).sum()
+
+
+@pytest.mark.parametrize("loss", [tied, computed])
+@pytest.mark.parametrize("make", [jbag.value_and_grad, jbag.grad])
+def test_a_dense_gradient_of_a_sparse_table_is_told(loss, make):
+    table, options = random_table(), {}
+    with pytest.warns(jbag.DenseGradientWarning):
+        found = make(loss)(table)
+    with pytest.warns(jbag.DenseGradientWarning):
+        make(loss, allow_dense=None)(table)
+    expected = jax.value_and_grad(loss)(table, sparse=False)
+    expected = expected if make is jbag.value_and_grad else expected[1]
+    assert_equal(found, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_equal(make(loss, allow_dense=True, **options)(table), expected)
+    with pytest.raises(ValueError, match="dense"):
+        make(loss, allow_dense=False)(table)
+
+
+def test_a_dense_gradient_is_told_as_a_step_is_compiled():
+    with pytest.warns(jbag.DenseGradientWarning):
+        jax.jit(jbag.grad(tied))(random_table())
+    with pytest.raises(ValueError, match="dense"):
+        jax.jit(jbag.grad(tied, allow_dense=False))(random_table())
+
+
+@pytest.mark.parametrize("allow_dense", [None, True, False])
+def test_nothing_is_told_of_row_sparse_gradients_and_of_dense_tables(allow_dense):
+    both = functools.partial(jbag.value_and_grad, allow_dense=allow_dense)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for loss in (untied, in_scan):
+            value, gradient = both(functools.partial(loss, sparse=True))(random_table())
+            assert is_rows(gradient)
+            expected = jax.value_and_grad(functools.partial(loss, sparse=False))(
+                random_table()
+            )
+            assert_equal((value, gradient.todense()), expected)
+        for loss in (untied, tied, computed, in_scan):
+            gradient = both(functools.partial(loss, sparse=False))(random_table())[1]
+            assert isinstance(gradient, jax.Array)
+
+
+def test_allow_dense_is_a_flag():
+    with pytest.raises(TypeError, match="allow_dense"):
+        jbag.value_and_grad(untied, allow_dense="yes")
