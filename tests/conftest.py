@@ -14,6 +14,7 @@ if not importlib.metadata.entry_points(group="jax_plugins"):
     quickly = {
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": "true",
+        "xla_cpu_parallel_codegen_split_count": "1",
     }
     if jax.__version_info__ < (0, 11):  # later ones don't know it
         quickly["xla_cpu_use_fusion_emitters"] = "false"

@@ -31,7 +31,11 @@ def make_block(rng, weighted):
     return jbag.Bags.from_lengths(ids, lengths, weights).pad_to(SLOTS)
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize(
+    "weighted",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["", "weighted"],
+)
 @pytest.mark.parametrize("strategy", SPECS)
 def test_a_step_sends_what_is_planned(strategy, weighted):
     mesh = make_mesh(sizes=(DEVICES,))

@@ -113,14 +113,23 @@ def ran(tmp_path_factory):
     @functools.cache
     def run(processes, devices):
         folder = tmp_path_factory.mktemp("ran")
-        work("strategies", folder, processes, devices)
+        task = "strategies" if processes == 2 else "rows"
+        work(task, folder, processes, devices)
         return folder
 
     return run
 
 
-by_shape = pytest.mark.parametrize(
-    "shape", [(2, 2), (4, 1)], ids="{0[0]}x{0[1]}".format
+slow = pytest.mark.slow
+SHAPES = [(2, 2), pytest.param((4, 1), marks=slow)]  # processes and their devices
+by_shape = pytest.mark.parametrize("shape", SHAPES, ids=["2x2", "4x1"])
+by_strategy = pytest.mark.parametrize(
+    ("shape", "strategy"),
+    [
+        *(((2, 2), strategy) for strategy in worker.SPECS),
+        pytest.param((4, 1), "rows", marks=slow),
+    ],
+    ids=[*(f"2x2-{strategy}" for strategy in worker.SPECS), "4x1-rows"],
 )
 
 
@@ -187,8 +196,7 @@ def on_one_device():
     return out | {"['losses']": np.array(losses)}
 
 
-@pytest.mark.parametrize("strategy", worker.SPECS)
-@by_shape
+@by_strategy
 def test_processes_compute_what_the_oracle_does(ran, shape, by_oracle, strategy):
     found = np.load(ran(*shape) / f"{strategy}.npz")
     assert by_oracle.keys() < set(found)
@@ -198,8 +206,7 @@ def test_processes_compute_what_the_oracle_does(ran, shape, by_oracle, strategy)
         )
 
 
-@pytest.mark.parametrize("strategy", worker.SPECS)
-@by_shape
+@by_strategy
 def test_processes_train_as_one_device(ran, shape, on_one_device, strategy):
     found = np.load(ran(*shape) / f"{strategy}.npz")
     for name, expected in on_one_device.items():
@@ -234,6 +241,7 @@ def test_a_block_that_does_not_fit_is_found_by_the_process_that_has_it(ran, shap
         )
 
 
+@slow
 @pytest.mark.parametrize(
     ("processes", "restored"),
     [(1, {"8": "columns", "7": "rows", "1": "replicated"}), (3, {"3": "rows"})],
@@ -273,6 +281,7 @@ def assert_same_losses(found, expected):
     )
 
 
+@slow
 @pytest.mark.parametrize(("processes", "devices"), [(1, 8), (2, 2)])
 def test_example_is_the_same_on_any_devices(alone, tmp_path, processes, devices):
     path = tmp_path / "losses.txt"
@@ -321,6 +330,7 @@ def test_example_goes_on_after_a_process_was_killed(alone, tmp_path):
     assert {counts[step] for step in range(1, last + 1)} == {1}
 
 
+@slow
 def test_example_ends_where_a_process_hangs(tmp_path):
     path = tmp_path / "losses.txt"
     heartbeat = 5
@@ -333,6 +343,7 @@ def test_example_ends_where_a_process_hangs(tmp_path):
     assert "another task died" in said
 
 
+@slow
 def test_example_ends_where_the_first_process_is_killed_early():
     options = ["--heartbeat", 10, "--steps", 100_000]
     with contextlib.ExitStack() as stack:
@@ -348,6 +359,7 @@ def test_example_ends_where_the_first_process_is_killed_early():
             assert "another task died" in said or "Process 1 of 2 stopped" in said
 
 
+@slow
 def test_example_refuses_the_checkpoint_of_another_run(tmp_path):
     options = ["--checkpoint", tmp_path / "saved", "--steps", 3]
     succeed(train(*options))

@@ -106,6 +106,7 @@ MAPS = {
 }
 
 
+@functools.cache
 def pairs():
     """Return two gradients in each form: as they are, and with distinct rows."""
     pooled = [gradient["table"] for _, gradient in gradients(True)]
@@ -239,6 +240,11 @@ def test_what_raises_gives_nan_where_it_is_compiled(function):
     assert np.isnan(changed).any(1).sum() == np.asarray(rows.todense()).any(1).sum()
 
 
+LAYOUTS = ("ragged", "weighted", "maximum", "padded", "without bags", "rectangular")
+LAYOUTS += ("coalesced", "a batch", "rows")
+
+
+@functools.cache
 def rows_of_every_layout():
     """Return rows whose terms hold each kind of array, by a name of it."""
     table, weights = start()["table"], jnp.array([0.5, 2.0, 0.0, 1.0, 3.0, 1.0])
@@ -264,12 +270,14 @@ def rows_of_every_layout():
         jbag.grad(lambda t, ids: jbag.embedding_bag(t, ids, sparse=True).sum()),
         in_axes=(None, 0),
     )
-    return rows | {
+    rows |= {
         "rectangular": pairs()["pooled"][0],
         "coalesced": rows["ragged"].coalesce(),
         "a batch": stacked(table, batch),
         "rows": jbag.RowSparse.from_rows([12, 12], jnp.ones((2, D)), V),
     }
+    assert tuple(rows) == LAYOUTS
+    return rows
 
 
 FILLED = {name: each(KEEP_SHAPES[name]) for name in ("ones_like", "full_like")} | {
@@ -277,7 +285,7 @@ FILLED = {name: each(KEEP_SHAPES[name]) for name in ("ones_like", "full_like")} 
 }
 
 
-@pytest.mark.parametrize("layout", rows_of_every_layout())
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fill", FILLED.values(), ids=FILLED.keys())
 def test_rows_that_a_compiled_function_fills_move_a_row_to_nan(fill, layout):
     rows = rows_of_every_layout()[layout]

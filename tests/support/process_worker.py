@@ -1,6 +1,8 @@
 """One of several processes, started by test_processes.py; imports nothing of pytest.
 
 python process_worker.py TASK FOLDER PROCESSES PROCESS PORT DEVICES
+
+TASK is "strategies" for all of them, the name of one, or "restore".
 """
 
 import json
@@ -240,10 +242,10 @@ def manager(folder):
     return ocp.CheckpointManager(folder / "saved", options=options)
 
 
-def strategies(mesh, folder):
-    """Run every strategy; save one of them, and go on with it."""
-    for name, spec in SPECS.items():
-        step, state, out = run_strategy(mesh, spec)
+def strategies(mesh, folder, names):
+    """Run strategies; save one of them, and go on with it."""
+    for name in names:
+        step, state, out = run_strategy(mesh, SPECS[name])
         if jax.process_index() == 0:
             np.savez(folder / f"{name}.npz", **out)
         if name == "rows":
@@ -300,7 +302,8 @@ def main(task, folder, processes, process, port, devices):
     if task == "restore":
         restore(jax.devices(), Path(folder))
     else:
-        strategies(jax.make_mesh((jax.device_count(),), ("x",)), Path(folder))
+        mesh = jax.make_mesh((jax.device_count(),), ("x",))
+        strategies(mesh, Path(folder), SPECS if task == "strategies" else [task])
 
 
 if __name__ == "__main__":
