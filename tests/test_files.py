@@ -164,6 +164,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_between_any_two_writes_leaves_a_whole_file(tmp_path):
     path = tmp_path / "encoder.npz"
     found = []
@@ -357,6 +358,7 @@ def test_names_that_two_tensors_have_are_an_error(tmp_path):
         jbag.load_table(tmp_path / "file.npz", "a")
 
 
+@pytest.mark.slow
 def test_dictionaries_without_end_are_an_error(tmp_path):
     torch = pytest.importorskip("torch")
     cyclic = {}

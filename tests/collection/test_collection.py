@@ -37,6 +37,11 @@ def shapes(collection, batch=None):
 
 
 def test_values_and_gradients_are_those_of_the_oracle(implementation):
+    cases.check(make(*cases.only(*cases.SOME), implementation=implementation))
+
+
+@pytest.mark.slow
+def test_values_and_gradients_of_many_features_are_those_of_the_oracle(implementation):
     options = {"sparse": True, "implementation": implementation}
     cases.check(make(cases.TABLES, cases.FEATURES, **options))
 

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 QUICK = ["--quick", "--workload", "text classifier"]
 QUICK_STEP = ["--quick", "--workload", "step"]

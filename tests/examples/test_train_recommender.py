@@ -158,6 +158,7 @@ def test_model_learns_and_is_measured_beside_its_teacher(example, capsys):
     assert "examples/s" in output.err
 
 
+@pytest.mark.slow
 def test_tables_learn_by_other_optimizers(example):
     reached, best = example.main([*TINY.split(), "--optimizer", "adam"])
     assert 0.75 < reached < best

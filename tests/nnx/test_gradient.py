@@ -9,6 +9,7 @@ import optax
 import oracle
 import pytest
 from flax import nnx
+from slow import slow
 
 import jbag
 from jbag import optim
@@ -203,7 +204,13 @@ def inner_grad(lib, sparse):
 
 @pytest.mark.parametrize(
     "run",
-    [plain, scan, vmap, remat, inner_jit, inner_scan, inner_cond, cond, inner_grad],
+    [
+        plain,
+        scan,
+        vmap,
+        cond,
+        *slow(remat, inner_jit, inner_scan, inner_cond, inner_grad),
+    ],
 )
 def test_it_stands_in_flax_transformations(run):
     same(run)

@@ -10,6 +10,7 @@ import optimizer_oracle as formulas
 import oracle
 import pytest
 from jax import export
+from slow import slow
 
 import jbag
 from jbag import optim
@@ -196,9 +197,8 @@ def test_each_step_follows_the_formula_on_named_rows_alone(case, implementation)
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        ("adam", "float64"),
         ("rowwise_adagrad", "bfloat16"),
-        ("nesterov", "float16"),
+        *slow(("adam", "float64"), ("nesterov", "float16")),
     ],
 )
 def test_other_dtypes_follow_it_with_states_in_32_bits_at_least(
@@ -244,7 +244,13 @@ def squares_gradient(table, ids, implementation=None):
     return (jbag.embedding_bag(table, ids, **options) ** 2).sum()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(LOWERED := ["sgd", "rowwise_adagrad", "adam"]),
+        *slow(*(case for case in CASES if case not in LOWERED)),
+    ],
+)
 def test_a_step_is_lowered_for_every_platform(case):
     optimizer = make(case)
 

@@ -135,6 +135,7 @@ def test_plans_are_near_the_best_of_all_choices(seed):
     assert np.mean(ratios) < 1.01
 
 
+@pytest.mark.slow
 def test_there_is_a_plan_where_all_tables_in_rows_fit():
     rng = random.Random(0)
     for _ in range(20):

@@ -18,6 +18,7 @@ import optax
 import oracle
 import process_worker as worker
 import pytest
+from slow import slow
 
 import jbag
 
@@ -120,14 +121,14 @@ def ran(tmp_path_factory):
     return run
 
 
-slow = pytest.mark.slow
-SHAPES = [(2, 2), pytest.param((4, 1), marks=slow)]  # processes and their devices
+# Processes and the devices of each.
+SHAPES = [(2, 2), pytest.param((4, 1), marks=pytest.mark.slow)]
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=["2x2", "4x1"])
 by_strategy = pytest.mark.parametrize(
     ("shape", "strategy"),
     [
         *(((2, 2), strategy) for strategy in worker.SPECS),
-        pytest.param((4, 1), "rows", marks=slow),
+        *slow(((4, 1), "rows")),
     ],
     ids=[*(f"2x2-{strategy}" for strategy in worker.SPECS), "4x1-rows"],
 )
@@ -241,7 +242,7 @@ def test_a_block_that_does_not_fit_is_found_by_the_process_that_has_it(ran, shap
         )
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "restored"),
     [(1, {"8": "columns", "7": "rows", "1": "replicated"}), (3, {"3": "rows"})],
@@ -281,7 +282,7 @@ def assert_same_losses(found, expected):
     )
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(1, 8), (2, 2)])
 def test_example_is_the_same_on_any_devices(alone, tmp_path, processes, devices):
     path = tmp_path / "losses.txt"
@@ -330,7 +331,7 @@ def test_example_goes_on_after_a_process_was_killed(alone, tmp_path):
     assert {counts[step] for step in range(1, last + 1)} == {1}
 
 
-@slow
+@pytest.mark.slow
 def test_example_ends_where_a_process_hangs(tmp_path):
     path = tmp_path / "losses.txt"
     heartbeat = 5
@@ -343,7 +344,7 @@ def test_example_ends_where_a_process_hangs(tmp_path):
     assert "another task died" in said
 
 
-@slow
+@pytest.mark.slow
 def test_example_ends_where_the_first_process_is_killed_early():
     options = ["--heartbeat", 10, "--steps", 100_000]
     with contextlib.ExitStack() as stack:
@@ -359,7 +360,7 @@ def test_example_ends_where_the_first_process_is_killed_early():
             assert "another task died" in said or "Process 1 of 2 stopped" in said
 
 
-@slow
+@pytest.mark.slow
 def test_example_refuses_the_checkpoint_of_another_run(tmp_path):
     options = ["--checkpoint", tmp_path / "saved", "--steps", 3]
     succeed(train(*options))

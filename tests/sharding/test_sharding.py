@@ -10,6 +10,7 @@ import oracle
 import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
+from slow import slow
 
 import jbag
 from jbag.sharding import Whole
@@ -20,10 +21,7 @@ STRATEGIES = {
     "replicated": P(),
     "whole": Whole("x", lanes=12),
 }
-# Some of every kind, and fewer.
-SOME = cases.only(
-    "plain_sqrtn", "padded_sum", "counted_max", "normed_mean", "flat_mean", "tied_min"
-)
+SOME = cases.only(*cases.SOME)
 FEW = cases.only("plain_mean", "flat_mean", "padded_sum", "counted_max")
 
 
@@ -33,15 +31,6 @@ def make(tables, features, spec, mesh, **options):
     return jbag.EmbeddingBagCollection(
         tables, features, specs={"embedding": spec}, mesh=mesh, **options
     )
-
-
-slow = pytest.mark.slow
-
-
-def first_of(strategies):
-    """Return strategies of which all but the first are slow."""
-    first, *others = strategies
-    return [first, *(pytest.param(name, marks=slow) for name in others)]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -58,14 +47,14 @@ EVERY = {
 }
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_values_and_gradients_of_many_features_are_those_of_the_oracle(strategy):
     own = cases.only(*EVERY[strategy])
     cases.check(make(*own, STRATEGIES[strategy], make_mesh("auto")), 4)
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["columns", "replicated", "whole"])
 def test_averages_alone_count_ids_of_no_row(strategy):
     # Of one launch alone, the gradient is one term, not divided yet.
@@ -73,7 +62,7 @@ def test_averages_alone_count_ids_of_no_row(strategy):
     cases.check(make(*own, STRATEGIES[strategy], make_mesh("auto")), 4)
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_explicit_meshes_and_the_reference_kernel(strategy):
     mesh = make_mesh("explicit")
@@ -81,7 +70,7 @@ def test_explicit_meshes_and_the_reference_kernel(strategy):
     cases.check(make(*SOME, STRATEGIES[strategy], mesh, **options), 4)
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "kind", "size"),
     [("rows", "auto", 1), ("rows", "explicit", 3), ("whole", "auto", 3)],
@@ -91,7 +80,7 @@ def test_any_number_of_devices(strategy, kind, size):
     cases.check(make(*SOME, STRATEGIES[strategy], mesh, grid=grid), size)
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "batch_axis", "kind", "blocks"),
     [
@@ -149,8 +138,7 @@ def expected_traffic(features, grid, capacity, blocks=4):
     ("capacity", "kind"),
     [
         (2, "explicit"),
-        pytest.param(1, "auto", marks=slow),
-        pytest.param(4, "auto", marks=slow),
+        *slow((1, "auto"), (4, "auto")),
     ],
 )
 def test_more_rounds_change_nothing(capacity, kind):
@@ -211,7 +199,7 @@ def broken(bags):
     return jbag.Bags(bags.indices, jnp.asarray(ends), bags.weights)
 
 
-@pytest.mark.parametrize("strategy", first_of(STRATEGIES))
+@pytest.mark.parametrize("strategy", ["rows", *slow("columns", "replicated", "whole")])
 def test_a_malformed_bag_is_nan_alone(strategy):
     names = ["plain_mean", "padded_sum", "plain_max", "flat_mean", "counted_sqrtn"]
     tables, features = cases.only(*names)
@@ -277,7 +265,7 @@ def test_one_table_by_itself_and_without_jit():
         oracle.assert_close(layout.to_logical(np.asarray(found)), wanted)
 
 
-@pytest.mark.parametrize("strategy", first_of(["rows", "whole", "replicated"]))
+@pytest.mark.parametrize("strategy", ["rows", *slow("whole", "replicated")])
 def test_a_batch_of_no_ids_or_no_bags(strategy):
     tables, features = cases.only("plain_mean", "plain_max", "counted_sqrtn")
     collection = make(tables, features, STRATEGIES[strategy], make_mesh("auto"))
@@ -333,7 +321,7 @@ def test_a_keyed_batch_equals_a_dict(strategy):
     oracle.assert_close(apply(params, keyed), apply(params, batch))
 
 
-@pytest.mark.parametrize("strategy", first_of(["rows", "columns", "whole"]))
+@pytest.mark.parametrize("strategy", ["rows", *slow("columns", "whole")])
 def test_derivatives_forwards_and_of_second_order(strategy):
     mesh, grid = make_mesh("auto"), 12
     tables, features = cases.only("plain_sqrtn", "padded_mean", "wide")
@@ -364,7 +352,7 @@ def test_derivatives_forwards_and_of_second_order(strategy):
     jax.tree.map(oracle.assert_close, *map(scaled, (derivatives(own, batch), expected)))
 
 
-@pytest.mark.parametrize("strategy", first_of(["rows", "columns", "replicated"]))
+@pytest.mark.parametrize("strategy", ["rows", *slow("columns", "replicated")])
 def test_a_table_may_be_used_several_times(strategy):
     tables, features = cases.only("plain_mean", "padded_max")
     collection = make(tables, features, STRATEGIES[strategy], make_mesh("explicit"))
@@ -568,9 +556,11 @@ def test_what_does_not_fit_one_table_is_named():
     ("strategy", "dtype", "ids_dtype"),
     [
         ("rows", "bfloat16", "int32"),
-        pytest.param("rows", "float64", "int64", marks=slow),
-        pytest.param("columns", "bfloat16", "uint8", marks=slow),
-        pytest.param("whole", "float64", "int64", marks=slow),
+        *slow(
+            ("rows", "float64", "int64"),
+            ("columns", "bfloat16", "uint8"),
+            ("whole", "float64", "int64"),
+        ),
     ],
 )
 def test_other_dtypes(strategy, dtype, ids_dtype):

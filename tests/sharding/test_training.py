@@ -15,6 +15,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
+from slow import slow
 
 import jbag
 from jbag import optim
@@ -130,7 +131,9 @@ def on_one_device():
     return train(make(), [batch_of(step) for step in range(3)])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy", ["rows", "whole", *slow("rows in rounds", "columns", "replicated")]
+)
 def test_each_optimizer_moves_tables_as_on_one_device(strategy):
     kind = "explicit" if strategy == "rows" else "auto"
     collection = make(strategy, make_mesh(kind))
@@ -171,14 +174,14 @@ def accumulated_on_one_device():
 
 @pytest.mark.parametrize(
     ("strategy", "kind"),
-    [("rows", "auto"), ("columns", "explicit"), ("replicated", "auto")],
+    [("rows", "auto"), *slow(("columns", "explicit"), ("replicated", "auto"))],
 )
 def test_gradients_of_several_batches_accumulate(strategy, kind):
     got = accumulate(make(strategy, make_mesh(kind)), 4)
     jax.tree.map(close, got, accumulated_on_one_device())
 
 
-@pytest.mark.parametrize("strategy", ["rows", "columns", "whole"])
+@pytest.mark.parametrize("strategy", ["rows", *slow("columns", "whole")])
 def test_half_tables_round_at_random(strategy):
     """Small steps are lost by rounding to nearest, but not on the average at random."""
     table = jbag.Table(64, cases.D, param_dtype=jnp.bfloat16)
@@ -224,7 +227,7 @@ def make_state(collection, key=None):
     return TrainState.create(apply_fn=model.apply, params=params["params"], tx=tx)
 
 
-@pytest.mark.parametrize("strategy", ["rows", "columns", "replicated"])
+@pytest.mark.parametrize("strategy", ["rows", *slow("columns", "replicated")])
 def test_a_train_state_is_made_and_moves_where_it_lies(strategy):
     mesh = make_mesh()
     # Of one grid, arrays start alike on one device and on several.
@@ -417,9 +420,11 @@ def collectives(compiled):
     ("loss", "optimizer", "capacity"),
     [
         (squares, optim.rowwise_adagrad(0.1), None),
-        (linear, optim.rowwise_adagrad(0.1), None),
-        (linear, optim.adam(0.1), 64),  # which takes several rounds
-        (linear, optim.sgd(0.1), 512),
+        *slow(
+            (linear, optim.rowwise_adagrad(0.1), None),
+            (linear, optim.adam(0.1), 64),  # which takes several rounds
+            (linear, optim.sgd(0.1), 512),
+        ),
     ],
 )
 def test_no_shard_is_copied_and_only_named_rows_travel(

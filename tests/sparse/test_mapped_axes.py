@@ -124,7 +124,7 @@ def under_vmap(collective, sparse, loss=small_loss):
         gradient = (jbag if sparse else jax).grad(loss_of(sparse, loss))(start(), ids)
         return densify(collective(gradient))
 
-    return jax.vmap(local, axis_name="x")(IDS)
+    return jax.jit(jax.vmap(local, axis_name="x"))(IDS)
 
 
 def under_pmap(collective, sparse, loss=small_loss):

@@ -61,12 +61,19 @@ def terms(implementation):
         )
 
 
+@jax.jit
+def sums(rows):
+    """Return rows with distinct ids, the dense gradient, and rows added to a table."""
+    moved = jnp.asarray(TABLE) + rows
+    return rows.coalesce(), rows.todense(), rows.indices, rows.values, moved
+
+
 def test_rows_are_summed_in_order(implementation):
     every, total = (), 0
     for term, expected, named in terms(implementation):
         rows = jbag.RowSparse((term,), (V, D), jnp.dtype("float32"))
         every, total = (*every, term), total + expected
-        unique = jax.jit(lambda x: x.coalesce())(rows)
+        unique, whole, indices, values, moved = sums(rows)
         assert unique.indices.shape == (6,)
         assert unique.values.shape == (6, D)
         padding = [V] * (6 - len(named))
@@ -74,15 +81,15 @@ def test_rows_are_summed_in_order(implementation):
         summed = dense(unique.indices, unique.values)
         oracle.assert_close(summed, expected, "float32")
         assert (unique.values[len(named) :] == 0).all()
-        oracle.assert_close(rows.todense(), expected)
-        summed = dense(rows.indices, rows.values)
-        oracle.assert_close(summed, expected, "float32")
-        oracle.assert_close(jnp.asarray(TABLE) + rows, TABLE + expected)
+        oracle.assert_close(whole, expected)
+        oracle.assert_close(dense(indices, values), expected, "float32")
+        oracle.assert_close(moved, TABLE + expected)
         assert rows.num_rows == unique.num_rows == len(named)
     rows = jbag.RowSparse(every, (V, D), jnp.dtype("float32"))
-    oracle.assert_close(rows.todense(), total)
-    oracle.assert_close(rows.coalesce().todense(), total)
-    assert rows.coalesce().indices.shape == (V,)
+    unique, whole, *_ = sums(rows)
+    oracle.assert_close(whole, total)
+    oracle.assert_close(unique.todense(), total)
+    assert unique.indices.shape == (V,)
 
 
 @pytest.mark.parametrize("indices", [[], [-1, 9], [5] * 2000, list(range(9)) * 2])

@@ -36,6 +36,9 @@ CASES = {
     "again": ("wide", "mean", "ragged"),
 }
 FEATURES = {name: jbag.Feature(table, mode) for name, (table, mode, _) in CASES.items()}
+# Every mode, every kind of table and of bags.
+SOME = ("plain_sqrtn", "padded_sum", "counted_max", "normed_mean", "flat_mean")
+SOME += ("tied_min",)
 B = 12
 CAPACITY = 40
 
