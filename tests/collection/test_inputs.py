@@ -28,11 +28,7 @@ def bags(*lists):
 
 
 TABLES = {"a": jbag.Table(20, 6), "b": jbag.Table(9, 6, group="other")}
-
-
 FEATURES = {"first": jbag.Feature("a"), "second": jbag.Feature("b", "sum")}
-
-
 GOOD = {"first": bags([1]), "second": bags([2])}
 
 

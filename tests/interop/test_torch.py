@@ -11,11 +11,7 @@ from flax import nnx
 import jbag
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-
-
 MODES = ("sum", "mean", "max")
-
-
 OPTIONS = [
     {"mode": mode, "padding_idx": padding_idx, "include_last_offset": last}
     for mode, padding_idx, last in itertools.product(MODES, (None, -3), (False, True))

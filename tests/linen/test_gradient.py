@@ -173,8 +173,6 @@ LINEN = {
     "cond": Branches,
     "cond beside": Switched,
 }
-
-
 # Where the table is pooled as it is, in the outermost program or what is inlined.
 SPARSE = {"plain", "jit", "remat", "remat of remat", "jit of remat"}
 SPARSE |= {"scan over layers", "vmap over batches", "cond beside"}

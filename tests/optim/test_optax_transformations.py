@@ -31,8 +31,6 @@ import jbag
 from jbag import optim
 
 pytestmark = pytest.mark.standard_promotion
-
-
 # What parameters are given that have no default, by name. ...
 GIVEN = {
     "adv_optimizer": optax.sgd(0.05),
@@ -57,23 +55,11 @@ GIVEN = {
     "threshold": 0.1,
     "tx": SGD,
 }
-
-
 LABELS = {"table": "rows", "bias": "rest"}
-
-
 PARTS = {"rows": SGD, "rest": optax.sgd(0.1)}
-
-
 TABLE, BIAS = {"table": True, "bias": False}, {"table": False, "bias": True}
-
-
 MATRIX = optax.contrib.MuonDimensionNumbers(0, 1)
-
-
 MUON = {"table": MATRIX, "bias": optax.MaskedNode()}
-
-
 # ... And what is built in another way, or with options, by name.
 BUILT = {
     "add_decayed_weights": lambda f: f(0.1),
@@ -97,8 +83,6 @@ BUILT = {
     "stateless": lambda f: f(lambda g, _: jax.tree.map(lambda x: 2 * x, g)),
     "stateless_with_tree_map": lambda f: f(lambda g, _: 2 * g),
 }
-
-
 # Public functions that the walk leaves out, and why.
 SKIPPED = {
     "bias_correction": "takes arrays and returns them",
@@ -146,8 +130,6 @@ def required(function):
 
 
 FUNCTIONS = {k: f for k, f in public_functions().items() if k not in SKIPPED}
-
-
 OUT_OF_RANGE_ID = {
     name: missing
     for name, function in FUNCTIONS.items()
@@ -177,11 +159,7 @@ def with_schedules():
 
 
 MEASURE = optax.measure_with_ema(optax.tree.norm, 0.9)
-
-
 INJECTED = optax.inject_hyperparams
-
-
 # By name: what makes a transformation.
 WALK = {
     **{k: functools.partial(build, k) for k in FUNCTIONS if k not in OUT_OF_RANGE_ID},
@@ -212,8 +190,6 @@ WALK = {
     "sgd with momentum": lambda: optax.sgd(0.1, momentum=0.9),
     "sgd with Nesterov's momentum": lambda: optax.sgd(0.1, 0.9, nesterov=True),
 }
-
-
 # They inject a momentum of 0, too, which keeps a velocity; rows keep it until they are
 # named again, so that states differ as they should.
 LAZY = {"inject_hyperparams", "inject_stateful_hyperparams"}
@@ -308,8 +284,6 @@ def test_a_compiled_transformation_equals_the_dense_one_or_raises(name):
 
 
 DECREASING = optax.linear_schedule(0.5, 0.1, 4)
-
-
 # By name: made by this library's functions or by Optax's.
 DROP_INS = {
     "scale": lambda x: x.scale(0.5),

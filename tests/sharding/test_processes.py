@@ -1,16 +1,8 @@
 """Several processes, really started, that train over one mesh on the loopback."""
 
-import contextlib
 import functools
 import json
 import re
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,66 +10,12 @@ import optax
 import oracle
 import process_worker as worker
 import pytest
+from processes import free_port, succeed
 from slow import slow
 
 import jbag
 
 pytestmark = pytest.mark.standard_promotion
-EXAMPLE = Path(__file__).parents[2] / "examples" / "train_recommender.py"
-TRAINING = "--rows 300 --features 8 --batch-size 168 --steps 120 --test-examples 500"
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-class Processes:
-    """Processes that are started, and in any case ended; what they print is kept."""
-
-    def __init__(self, commands):
-        self.files = [tempfile.TemporaryFile("w+") for _ in commands]  # noqa: SIM115 (closed on leaving)
-        self.all = [
-            subprocess.Popen(
-                [sys.executable, "-W", "error", *map(str, command)],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-            for command, file in zip(commands, self.files, strict=True)
-        ]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for one, file in zip(self.all, self.files, strict=True):
-            one.kill()
-            one.wait()
-            file.close()
-
-    def wait(self, number, seconds):
-        """Return the exit code of one of them, None if it goes on after that time."""
-        try:
-            return self.all[number].wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def said(self, number):
-        """Return what one of them has printed."""
-        self.files[number].seek(0)
-        return self.files[number].read()
-
-
-def succeed(commands, seconds=300):
-    """Run all at once, and return what they print."""
-    end = time.monotonic() + seconds
-    with Processes(commands) as processes:
-        numbers = range(len(commands))
-        codes = [processes.wait(i, max(0, end - time.monotonic())) for i in numbers]
-        said = [processes.said(i) for i in numbers]
-    assert codes == [0] * len(commands), "\n\n".join(said)
-    return said
 
 
 def work(task, folder, processes, devices):
@@ -96,15 +34,6 @@ def work(task, folder, processes, devices):
             for process in range(processes)
         ]
     )
-
-
-def train(*options, processes=1, devices=1):
-    """Return the command of each process."""
-    run = [EXAMPLE, *TRAINING.split(), "--devices", devices, *options]
-    if processes == 1:
-        return [run]
-    run += ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", processes]
-    return [[*run, "--process", process] for process in range(processes)]
 
 
 @pytest.fixture(scope="module")
@@ -252,119 +181,3 @@ def test_checkpoints_go_on_with_other_devices(ran, processes, restored):
     devices = 8 if processes == 1 else 1
     said = work("restore", ran(2, 2), processes, devices)
     assert dict(re.findall(r"(\d) devices, (\w+): restored", said[0])) == restored
-
-
-def read_losses(path):
-    """Return the loss of each step, and how often it was taken."""
-    losses, counts = {}, {}
-    for line in path.read_text().splitlines():
-        step, loss = line.split()
-        losses[int(step)] = float(loss)
-        counts[int(step)] = counts.get(int(step), 0) + 1
-    return losses, counts
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The losses of the example on one device, and what it prints."""
-    path = tmp_path_factory.mktemp("alone") / "losses.txt"
-    [said] = succeed(train("--losses", path))
-    losses, _ = read_losses(path)
-    assert list(losses) == list(range(1, 121))
-    return losses, said
-
-
-def assert_same_losses(found, expected):
-    steps = list(expected)
-    assert list(found) == steps
-    np.testing.assert_allclose(
-        [found[step] for step in steps], list(expected.values()), rtol=0, atol=1e-4
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (2, 2)])
-def test_example_is_the_same_on_any_devices(alone, tmp_path, processes, devices):
-    path = tmp_path / "losses.txt"
-    commands = train("--losses", path, processes=processes, devices=devices)
-    first, *others = succeed(commands)
-    losses, _ = read_losses(path)
-    assert_same_losses(losses, alone[0])
-    measured = r"the model +(\d\.\d+) +(\d\.\d+)"
-    [found], [expected] = re.findall(measured, first), re.findall(measured, alone[1])
-    np.testing.assert_allclose(
-        np.array(found, float), np.array(expected, float), atol=1e-3
-    )
-    for said in others:
-        assert "AUC" not in said
-        assert "examples" not in said
-
-
-def wait_for_steps(processes, path, count, seconds=60):
-    end = time.monotonic() + seconds
-    while not path.exists() or path.read_text().count("\n") < count:
-        ended = [one.poll() for one in processes.all]
-        if ended != [None] * len(ended) or time.monotonic() > end:
-            pytest.fail("\n\n".join(map(processes.said, range(len(ended)))))
-        time.sleep(0.01)
-
-
-def test_example_goes_on_after_a_process_was_killed(alone, tmp_path):
-    path, saved = tmp_path / "losses.txt", tmp_path / "saved"
-    options = ["--losses", path, "--checkpoint", saved, "--save-every", 20]
-    heartbeat = 10
-    commands = train(*options, "--heartbeat", heartbeat, processes=2)
-    with Processes(commands) as processes:
-        wait_for_steps(processes, path, 30)
-        processes.all[1].send_signal(signal.SIGKILL)
-        code, said = processes.wait(0, heartbeat), processes.said(0)
-    assert code == 1, said
-    steps = [int(one.name) for one in saved.iterdir() if one.name.isdigit()]
-    last = max(steps)
-    assert 20 <= last < 120
-    assert "Process 0 of 2 stopped" in said
-    assert f"The last checkpoint in {saved} is that after step {last}." in said
-    [said] = succeed(train(*options, "--strategy", "columns", devices=8))
-    assert f"Going on after step {last}, from {saved}" in said
-    losses, counts = read_losses(path)
-    assert_same_losses(losses, alone[0])
-    assert {counts[step] for step in range(1, last + 1)} == {1}
-
-
-@pytest.mark.slow
-def test_example_ends_where_a_process_hangs(tmp_path):
-    path = tmp_path / "losses.txt"
-    heartbeat = 5
-    commands = train("--losses", path, "--heartbeat", heartbeat, processes=2)
-    with Processes(commands) as processes:
-        wait_for_steps(processes, path, 5)
-        processes.all[1].send_signal(signal.SIGSTOP)
-        code, said = processes.wait(0, 3 * heartbeat), processes.said(0)
-    assert code not in (0, None), said
-    assert "another task died" in said
-
-
-@pytest.mark.slow
-def test_example_ends_where_the_first_process_is_killed_early():
-    options = ["--heartbeat", 10, "--steps", 100_000]
-    with contextlib.ExitStack() as stack:
-        started = []
-        for seconds in (0, 1, 2, 4):
-            commands = train(*options, processes=2)
-            started.append(stack.enter_context(Processes(commands)))
-            time.sleep(seconds)
-            started[-1].all[0].send_signal(signal.SIGKILL)
-        for processes in started:
-            code, said = processes.wait(1, 60), processes.said(1)
-            assert code not in (0, None), said
-            assert "another task died" in said or "Process 1 of 2 stopped" in said
-
-
-@pytest.mark.slow
-def test_example_refuses_the_checkpoint_of_another_run(tmp_path):
-    options = ["--checkpoint", tmp_path / "saved", "--steps", 3]
-    succeed(train(*options))
-    with Processes(train(*options, "--seed", 1)) as processes:
-        code, said = processes.wait(0, 60), processes.said(0)
-    assert code == 1
-    assert f"{tmp_path / 'saved'} is of another run" in said

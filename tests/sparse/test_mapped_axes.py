@@ -99,8 +99,6 @@ COLLECTIVES = {
     "all_to_all": lambda g: lax.all_to_all(g, "x", 0, 0, tiled=True),
     "ppermute": exchange,
 }
-
-
 IDS = jnp.asarray(np.random.default_rng(1).integers(1, V, (4, 2, 3)), jnp.int32)
 
 

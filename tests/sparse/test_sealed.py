@@ -27,8 +27,6 @@ import jbag
 from jbag import optim
 
 pytestmark = pytest.mark.standard_promotion
-
-
 # Of two gradients; what each gives for arrays is what it must give for rows.
 MAPS = {
     "twice": lambda a, _: each(lambda g: 2 * g)(a),

@@ -17,11 +17,7 @@ def make_lists(size, mean_length, seed=0):
 
 
 LISTS, WEIGHTS = make_lists(23, 4)
-
-
 LABELS = np.arange(23) * 10
-
-
 BAGS = Bags.from_lists(LISTS, WEIGHTS)
 
 

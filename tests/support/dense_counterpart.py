@@ -14,11 +14,7 @@ import oracle
 import jbag
 
 V, D = 12, 2
-
-
 IDS = jnp.array([[1, 4, 4], [7, 1, 2]], jnp.int32)
-
-
 BATCHES = [IDS, jnp.array([[3, 3, 8], [4, 9, 1]], jnp.int32), IDS + 2]
 
 

@@ -14,8 +14,6 @@ import jbag
 from jbag import optim
 
 V, D = 12, 2  # four devices divide V
-
-
 SGD = optim.sgd(0.1)
 
 
@@ -30,8 +28,6 @@ BATCHES = [
     jnp.array([[3, 4, 3], [5, 3, 7]], jnp.int32),
     jnp.array([[1, 4, 9], [2, 2, 8]], jnp.int32),
 ]
-
-
 SIGNS = np.array([1, -1], np.float32)  # of what the gradients are, more or less
 
 

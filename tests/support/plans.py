@@ -9,8 +9,6 @@ from jax.sharding import PartitionSpec
 from jbag.sharding._planner import Load, plan
 
 P = PartitionSpec
-
-
 STRATEGIES = ("replicated", "rows", "columns", "whole")
 
 

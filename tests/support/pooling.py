@@ -7,8 +7,6 @@ from modes import every_mode
 from oracle import assert_close
 
 WORKED_IDS = [0, 1, 2, 3, 4, 5, 6, 0, 7, 8]
-
-
 WORKED_OFFSETS = [0, 4, 6, 10]
 
 
