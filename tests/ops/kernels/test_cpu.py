@@ -528,7 +528,7 @@ def test_a_large_result_is_zero_where_no_slot_is_in_new_memory_and_in_used(
 @pytest.mark.parametrize("layout", ["ragged", "rectangular"])
 @pytest.mark.parametrize("average", [None, "mean", "sqrtn"])
 @pytest.mark.parametrize("empty", [None, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *slow("float32", "float16")])
 def test_averages_are_rounded_as_the_reference_rounds_them(
     dtype, empty, average, layout
 ):
