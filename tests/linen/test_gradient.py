@@ -19,6 +19,7 @@ from dense_counterpart import (
     densify,
     differentiate,
 )
+from slow import slow
 
 import jbag
 from jbag import optim
@@ -207,7 +208,12 @@ def train_linen(make, sparse):
     return seen, rows[0]
 
 
-@pytest.mark.parametrize("name", LINEN)
+OTHERS = ("jit", "remat of remat", "jit of remat", "scan over layers", "cond beside")
+
+
+@pytest.mark.parametrize(
+    "name", [*(name for name in LINEN if name not in OTHERS), *slow(*OTHERS)]
+)
 def test_linen_trains_as_with_a_dense_table(name):
     found, rows = train_linen(LINEN[name], True)
     expected, _ = train_linen(LINEN[name], False)

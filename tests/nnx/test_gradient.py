@@ -92,7 +92,7 @@ def plain(lib, sparse):
     return gradient, nnx.state(model)
 
 
-@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize("has_aux", [False, *slow(True)])
 @pytest.mark.parametrize("jit", [lambda f: f, nnx.jit], ids=["eager", "jit"])
 def test_three_steps_move_parameters_and_state(jit, has_aux):
     def run(lib, sparse):

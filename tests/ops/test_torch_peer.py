@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from slow import slow
 
 import jbag
 
@@ -52,7 +53,7 @@ SAMPLES = list(samples())
 
 
 @pytest.mark.parametrize("sample", range(len(SAMPLES)))
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", *slow("float64")])
 def test_operator_samples_equal_pytorch(sample, dtype, implementation):
     with jax.enable_x64(True):
         check_sample(*SAMPLES[sample], dtype, implementation)

@@ -26,6 +26,7 @@ from optax_walk import (
     start,
     trace_dense,
 )
+from slow import slow
 
 import jbag
 from jbag import optim
@@ -245,19 +246,19 @@ def test_the_gradient_of_the_walk_is_sparse_and_the_dense_one():
         assert np.asarray(expected[1]["table"][4]).all()
 
 
-@pytest.mark.parametrize("name", WALK)
+SCHEDULED = [name for name in WALK if name.endswith(", scheduled")]
+UNSCHEDULED = [name for name in WALK if name not in SCHEDULED]
+
+
+@pytest.mark.parametrize("name", [*UNSCHEDULED, *slow(*SCHEDULED)])
 def test_a_transformation_equals_the_dense_one_or_raises(name):
     found = outcome(run_case(name, "alone"))
     assert found != "wrong"
     trace_dense(run_case(name, "alone"))
 
 
-# What has a schedule takes long, and stands alone.
-CHAINED = [name for name in WALK if not name.endswith(", scheduled")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHAINED)
+@pytest.mark.slow  # what has a schedule takes longer still, and stands alone
+@pytest.mark.parametrize("name", UNSCHEDULED)
 def test_a_chained_transformation_equals_the_dense_one_or_raises(name):
     found = {place: outcome(run_case(name, place)) for place in ("before", "after")}
     assert "wrong" not in found.values(), found

@@ -7,6 +7,7 @@ import pytest
 from hlo import bytes_sent
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
+from slow import slow
 
 import jbag
 from jbag.ops.kernels.update_rules import RULES
@@ -31,12 +32,8 @@ def make_block(rng, weighted):
     return jbag.Bags.from_lengths(ids, lengths, weights).pad_to(SLOTS)
 
 
-@pytest.mark.parametrize(
-    "weighted",
-    [False, pytest.param(True, marks=pytest.mark.slow)],
-    ids=["", "weighted"],
-)
-@pytest.mark.parametrize("strategy", SPECS)
+@pytest.mark.parametrize("weighted", [False, *slow(True)], ids=["", "weighted"])
+@pytest.mark.parametrize("strategy", ["rows", *slow("columns", "replicated", "whole")])
 def test_a_step_sends_what_is_planned(strategy, weighted):
     mesh = make_mesh(sizes=(DEVICES,))
     collection = jbag.EmbeddingBagCollection(

@@ -157,14 +157,14 @@ def test_two_tables_are_kept_apart():
     [jax.jit, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(jax.jit(f)))],
     ids=["jit", "checkpoint", "all"],
 )
-@pytest.mark.parametrize("mode", ["mean", "max"])
+@pytest.mark.parametrize("mode", ["mean", *slow("max")])
 def test_calls_are_seen_through(wrap, mode):
     inner = wrap(lambda t, w: jnp.sin(pooled(t, mode=mode, weights=w)))
     check(lambda t: (inner(t, WEIGHTS) ** 2 + inner(t, WEIGHTS * 2)).sum(), TABLE)
     check(wrap(lambda t: jnp.sin(pooled(t, mode=mode)).sum()), TABLE)
 
 
-@pytest.mark.parametrize("mode", ["mean", "max"])
+@pytest.mark.parametrize("mode", ["mean", *slow("max")])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_batches_under_vmap(mode, ragged):
     ids = jnp.stack([jnp.asarray(IDS), jnp.asarray(IDS[::-1])])

@@ -145,7 +145,7 @@ def test_a_collective_equals_the_dense_one_or_raises(under, name):
     check(functools.partial(under, of_table(COLLECTIVES[name])))
 
 
-@pytest.mark.parametrize("name", ["psum", "pmean", "pmax"])
+@pytest.mark.parametrize("name", ["psum", *slow("pmean", "pmax")])
 @pytest.mark.parametrize(
     "under", [under_pmap, functools.partial(under_shard_map, checked=False)]
 )
