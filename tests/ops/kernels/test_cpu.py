@@ -459,7 +459,7 @@ def float32_samples(rng, dtype):
 
 
 @pytest.mark.parametrize("width", VECTORS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *slow("float16")])
 def test_gradients_are_rounded_as_jax_rounds(dtype, width):
     samples = float32_samples(np.random.default_rng(0), dtype)
     cotangent = np.resize(samples, (-(-samples.size // width), width))
