@@ -37,7 +37,8 @@ def shapes(collection, batch=None):
 
 
 def test_values_and_gradients_are_those_of_the_oracle(implementation):
-    cases.check(make(*cases.only(*cases.SOME), implementation=implementation))
+    options = {"sparse": True, "implementation": implementation}
+    cases.check(make(*cases.only(*cases.SOME), **options))
 
 
 @pytest.mark.slow
