@@ -11,22 +11,14 @@ import optax
 import optimizer_oracle as formulas
 import oracle
 import pytest
+from collection_cases import make, make_nnx
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jbag
 from jbag import optim
 
-SOME = cases.only("plain_mean", "padded_sum", "flat_max", "wide")
-
-
-def make(tables=SOME[0], features=SOME[1], **options):
-    return jbag.EmbeddingBagCollection(tables, features, **options)
-
-
-def make_nnx(tables=SOME[0], features=SOME[1], **options):
-    options = {"rngs": nnx.Rngs(0)} | options
-    return jbag.nnx.EmbeddingBagCollection(tables, features, **options)
+SOME = cases.FEW
 
 
 def shapes(collection, batch=None):

@@ -1,26 +1,14 @@
 """Batches and options of a collection are checked."""
 
-import collection_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from collection_cases import make, make_nnx
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
 
 import jbag
-
-SOME = cases.only("plain_mean", "padded_sum", "flat_max", "wide")
-
-
-def make(tables=SOME[0], features=SOME[1], **options):
-    return jbag.EmbeddingBagCollection(tables, features, **options)
-
-
-def make_nnx(tables=SOME[0], features=SOME[1], **options):
-    options = {"rngs": nnx.Rngs(0)} | options
-    return jbag.nnx.EmbeddingBagCollection(tables, features, **options)
 
 
 def bags(*lists):

@@ -1,15 +1,14 @@
 """The benchmarks, run as a user would, on tiny tables. No time decides a test."""
 
-import contextlib
 import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from programs import load_program
 
 pytestmark = pytest.mark.slow
 
@@ -18,16 +17,8 @@ QUICK = ["--quick", "--workload", "text classifier"]
 QUICK_STEP = ["--quick", "--workload", "step"]
 
 
-@contextlib.contextmanager
 def program(file):
-    name = f"{file}_benchmark"
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{file}.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look up the module of a class by its name.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[name]
+    return load_program(FOLDER / f"{file}.py")
 
 
 @pytest.fixture(scope="module")

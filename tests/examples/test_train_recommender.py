@@ -1,15 +1,14 @@
 """The example that trains a recommender, run as a user would."""
 
-import importlib.util
 import itertools
 import math
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from meshes import some_devices
+from programs import load_program
 
 import jbag
 
@@ -20,13 +19,8 @@ TINY = "--rows 300 --steps 200 --batch-size 1024 --features 8 --test-examples 20
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses, and so Flax, look up the module of a class by its name.
-    sys.modules[PATH.stem] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[PATH.stem]
+    with load_program(PATH) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The example that trains a text classifier, run as a user would."""
 
-import importlib.util
 import io
 import os
 import random
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from programs import load_program
 
 pytestmark = pytest.mark.standard_promotion
 PATH = Path(__file__).parents[2] / "examples" / "train_text_classifier.py"
@@ -19,13 +19,8 @@ WORDS = {"fruit": "apple pear plum grape", "metal": "iron zinc tin lead"}
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses, and so Flax, look up the module of a class by its name.
-    sys.modules[PATH.stem] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[PATH.stem]
+    with load_program(PATH) as module:
+        yield module
 
 
 @pytest.fixture

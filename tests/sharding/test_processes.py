@@ -11,7 +11,6 @@ import oracle
 import process_worker as worker
 import pytest
 from processes import free_port, succeed
-from slow import slow
 
 import jbag
 
@@ -43,8 +42,7 @@ def ran(tmp_path_factory):
     @functools.cache
     def run(processes, devices):
         folder = tmp_path_factory.mktemp("ran")
-        task = "strategies" if processes == 2 else "rows"
-        work(task, folder, processes, devices)
+        work("strategies", folder, processes, devices)
         return folder
 
     return run
@@ -53,14 +51,6 @@ def ran(tmp_path_factory):
 # Processes and the devices of each.
 SHAPES = [(2, 2), pytest.param((4, 1), marks=pytest.mark.slow)]
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=["2x2", "4x1"])
-by_strategy = pytest.mark.parametrize(
-    ("shape", "strategy"),
-    [
-        *(((2, 2), strategy) for strategy in worker.SPECS),
-        *slow(((4, 1), "rows")),
-    ],
-    ids=[*(f"2x2-{strategy}" for strategy in worker.SPECS), "4x1-rows"],
-)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +116,8 @@ def on_one_device():
     return out | {"['losses']": np.array(losses)}
 
 
-@by_strategy
+@pytest.mark.parametrize("strategy", worker.SPECS)
+@by_shape
 def test_processes_compute_what_the_oracle_does(ran, shape, by_oracle, strategy):
     found = np.load(ran(*shape) / f"{strategy}.npz")
     assert by_oracle.keys() < set(found)
@@ -136,7 +127,8 @@ def test_processes_compute_what_the_oracle_does(ran, shape, by_oracle, strategy)
         )
 
 
-@by_strategy
+@pytest.mark.parametrize("strategy", worker.SPECS)
+@by_shape
 def test_processes_train_as_one_device(ran, shape, on_one_device, strategy):
     found = np.load(ran(*shape) / f"{strategy}.npz")
     for name, expected in on_one_device.items():

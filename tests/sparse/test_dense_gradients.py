@@ -4,32 +4,19 @@ import functools
 import warnings
 
 import jax
-import jax.numpy as jnp
 import pytest
 from dense_counterpart import (
-    BATCHES,
     IDS,
-    D,
     assert_equal,
+    in_scan,
     is_rows,
     pool,
     random_table,
 )
-from jax import lax
 
 import jbag
 
 pytestmark = pytest.mark.standard_promotion
-SEQUENCE = jnp.stack(BATCHES)
-
-
-def in_scan(table, sparse):
-    def step(carry, ids):
-        pooled = pool(table, ids, sparse)
-        return carry * 0.5 + pooled, (pooled**2).sum()
-
-    carry, out = lax.scan(step, jnp.ones((2, D)), SEQUENCE)
-    return (carry**2).sum() + out.sum()
 
 
 def tied(table, sparse=True):

@@ -11,12 +11,14 @@ import pytest
 from dense_counterpart import (
     BATCHES,
     IDS,
+    SEQUENCE,
     D,
     V,
     assert_equal,
     count_rows,
     densify,
     differentiate,
+    in_scan,
     is_rows,
     loss_of,
     pool,
@@ -205,18 +207,6 @@ def test_a_loss_with_a_ref_has_the_dense_gradient_or_raises(loss):
     except (TypeError, ValueError, NotImplementedError):
         return
     assert_equal(densify(found), expected)
-
-
-SEQUENCE = jnp.stack(BATCHES)
-
-
-def in_scan(table, sparse):
-    def step(carry, ids):
-        pooled = pool(table, ids, sparse)
-        return carry * 0.5 + pooled, (pooled**2).sum()
-
-    carry, out = lax.scan(step, jnp.ones((2, D)), SEQUENCE)
-    return (carry**2).sum() + out.sum()
 
 
 def in_scan_over_two_modes(table, sparse):

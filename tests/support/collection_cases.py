@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+from flax import nnx
 from oracle import MODES
 
 import jbag
@@ -289,3 +290,15 @@ def check(collection, blocks=None):
     counts = sum(int(count) for *_, count in got["found"].values())
     assert counts == sum(map(len, named(features).values()))
     return got
+
+
+FEW = only("plain_mean", "padded_sum", "flat_max", "wide")
+
+
+def make(tables=FEW[0], features=FEW[1], **options):
+    return jbag.EmbeddingBagCollection(tables, features, **options)
+
+
+def make_nnx(tables=FEW[0], features=FEW[1], **options):
+    options = {"rngs": nnx.Rngs(0)} | options
+    return jbag.nnx.EmbeddingBagCollection(tables, features, **options)

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+from jax import lax
 
 import jbag
 
 V, D = 12, 2
 IDS = jnp.array([[1, 4, 4], [7, 1, 2]], jnp.int32)
 BATCHES = [IDS, jnp.array([[3, 3, 8], [4, 9, 1]], jnp.int32), IDS + 2]
+SEQUENCE = jnp.stack(BATCHES)
 
 
 def is_rows(x):
@@ -50,6 +52,15 @@ def random_table(seed=0):
 
 def pool(table, ids, sparse=True, **options):
     return jbag.embedding_bag(table, ids, sparse=sparse, **options)
+
+
+def in_scan(table, sparse):
+    def step(carry, ids):
+        pooled = pool(table, ids, sparse)
+        return carry * 0.5 + pooled, (pooled**2).sum()
+
+    carry, out = lax.scan(step, jnp.ones((2, D)), SEQUENCE)
+    return (carry**2).sum() + out.sum()
 
 
 def squares(params, ids, sparse):

@@ -47,10 +47,8 @@ def every_mode(
 ):
     """Return, by mode, the value and the gradients to table and weights.
 
-    What has the same shapes and options compiles once. The C++ kernel is the same at
-    every level of XLA's optimization.
+    What has the same shapes and options compiles once.
     """
-    optimized = optimized and options.get("implementation") != "cpu"
     run = _run_optimized if optimized else _run_quickly
     options = tuple(options.items())
     return run(table, weights, ids, offsets, cotangent, options, modes)

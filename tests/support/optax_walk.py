@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import oracle
+from dense_counterpart import densify
 from jax import lax
 
 import jbag
@@ -55,16 +56,6 @@ def gradients(sparse):
     """Return value and gradient for each batch, all of the first parameters."""
     both = jax.jit((jbag if sparse else jax).value_and_grad(loss_of(sparse)))
     return [both(start(), ids) for ids in BATCHES]
-
-
-def is_rows(x):
-    return isinstance(x, jbag.RowSparse)
-
-
-def densify(tree):
-    return jax.tree.map(
-        lambda x: x.todense() if is_rows(x) else x, tree, is_leaf=is_rows
-    )
 
 
 def numbers(x):

@@ -1,8 +1,6 @@
 """One of several processes, started by test_processes.py; imports nothing of pytest.
 
 python process_worker.py TASK FOLDER PROCESSES PROCESS PORT DEVICES
-
-TASK is "strategies" for all of them, the name of one, or "restore".
 """
 
 import json
@@ -242,10 +240,10 @@ def manager(folder):
     return ocp.CheckpointManager(folder / "saved", options=options)
 
 
-def strategies(mesh, folder, names):
-    """Run strategies; save one of them, and go on with it."""
-    for name in names:
-        step, state, out = run_strategy(mesh, SPECS[name])
+def strategies(mesh, folder):
+    """Run every strategy; save one of them, and go on with it."""
+    for name, spec in SPECS.items():
+        step, state, out = run_strategy(mesh, spec)
         if jax.process_index() == 0:
             np.savez(folder / f"{name}.npz", **out)
         if name == "rows":
@@ -302,8 +300,7 @@ def main(task, folder, processes, process, port, devices):
     if task == "restore":
         restore(jax.devices(), Path(folder))
     else:
-        mesh = jax.make_mesh((jax.device_count(),), ("x",))
-        strategies(mesh, Path(folder), SPECS if task == "strategies" else [task])
+        strategies(jax.make_mesh((jax.device_count(),), ("x",)), Path(folder))
 
 
 if __name__ == "__main__":

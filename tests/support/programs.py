@@ -1,0 +1,19 @@
+"""Programs of the examples, loaded from their files."""
+
+import contextlib
+import importlib.util
+import sys
+
+
+@contextlib.contextmanager
+def load_program(path):
+    """Load a program as a module, and forget it afterwards."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses, and so Flax, look up the module of a class by its name.
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[path.stem]
