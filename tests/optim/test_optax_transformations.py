@@ -11,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from dense_counterpart import densify, is_rows
 from optax_walk import (
     PLACES,
     SGD,
     D,
     V,
     check,
-    densify,
     equals,
     gradients,
-    is_rows,
     outcome,
     stacked,
     start,

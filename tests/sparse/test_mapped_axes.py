@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from dense_counterpart import densify, is_rows
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, some_devices
@@ -17,11 +18,9 @@ from optax_walk import (
     D,
     V,
     check,
-    densify,
     each,
     equals,
     is_close,
-    is_rows,
     loss,
     loss_of,
     small_loss,
