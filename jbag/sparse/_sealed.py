@@ -6,14 +6,17 @@ as keys are: copying, stacking, selecting and `lax.scan` work, arithmetic is a T
 that says what to use. Compiled, sealing is nothing: the bits stay as they are.
 
 What such a function can do to the numbers beside them shows in a guard, three more
-leaves. Two hold known numbers, which linear functions keep in proportion, and `clip`,
-`sign`, `flip` or `ones_like` don't. One is of `float0`, which even `isnan` refuses.
+leaves. Two hold numbers that follow from the sealed arrays. Linear functions of one
+gradient keep them in proportion. `clip`, `sign`, `flip` or `ones_like` don't, nor does
+the sum of two gradients. The third is of `float0`, which even `isnan` refuses.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,15 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import random
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jbag.ops._gradient_terms import Term
 from jbag.ragged._slots import filled
 
 # Powers of two, and so exact under any scale. They aren't sorted, nor of one sign, nor
-# whole; the two leaves differ in norm.
-_KNOWN = tuple(np.array(x, np.float32) for x in ([0.5, -0.25], [2**14, -(2**-8)]))
-GUARD = (*_KNOWN, np.zeros((), jax.dtypes.float0))
+# whole; the two leaves differ in norm. The first goes on with a fingerprint.
+_KNOWN = np.array([0.5, -0.25], np.float32), np.array([2**14, -(2**-8)], np.float32)
+_FINGERPRINT_SIZE = 8
 
 _TAG = "indices of a jbag.RowSparse; for gradients with rows, see jbag.optim"
 
@@ -94,16 +97,38 @@ def unseal(x: Array, dtype: Any) -> Shaped[Array, "..."]:
     return jax.lax.bitcast_convert_type(words, dtype)
 
 
-def is_intact(guard: tuple[Any, ...]) -> Bool[Any, "..."]:
-    """Return whether only linear functions were applied to a guard, of one or a batch.
+def _numbers(
+    leaves: Sequence[tuple[Any, ...]], batch_ndim: int
+) -> tuple[Float[Array, "... 10"], Float[Any, "2"]]:
+    """Return the numbers that a guard of these leaves holds."""
+    head, tail = _KNOWN
+    sealed = [x for own in leaves for x in own[1:] if x is not None]
+    fingerprint = _fingerprint(sealed, batch_ndim)
+    start = jnp.broadcast_to(head, (*fingerprint.shape[:-1], *head.shape))
+    return jnp.concatenate([start, fingerprint], axis=-1), tail
 
-    NumPy's answer, and free, where it never left the program that made it.
+
+@functools.partial(jax.jit, inline=True, static_argnums=1)
+def _fingerprint(sealed: Sequence[Array], batch_ndim: int) -> Float[Array, "... 8"]:
+    """Return powers of two by the bits of a hash of sealed arrays.
+
+    A sum of scaled fingerprints is in proportion to the first where they are the same.
     """
-    *found, _ = guard
-    xp = np if all(isinstance(x, np.ndarray) for x in found) else jnp
-    numbers = xp.concatenate([x.astype(np.float32) for x in found], axis=-1)
-    proportions = np.concatenate(_KNOWN) / _KNOWN[0][0]
-    return xp.all(numbers == numbers[..., :1] * proportions, axis=-1)
+    total = jnp.uint32(0)
+    for k, x in enumerate(sealed):
+        words = jax.random.key_data(x)
+        shape = words.shape[batch_ndim:]
+        position = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+        # MurmurHash3's finalizer (A. Appleby, 2011).
+        h = words ^ (position * np.uint32(0x9E3779B9) + np.uint32(k))
+        h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+        h = h ^ (h >> 16)
+        total = total + h.sum(axis=tuple(range(batch_ndim, h.ndim)), dtype=jnp.uint32)
+    shifts = np.arange(0, 32, 32 // _FINGERPRINT_SIZE, dtype=np.uint32)
+    exponents = (total[..., None] >> shifts) & np.uint32(15)
+    bits = (exponents + np.uint32(127 - 8)) << 23  # 2^-8 to 2^7
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 class SealedTerms(NamedTuple):
@@ -117,7 +142,7 @@ class SealedTerms(NamedTuple):
 
     leaves: tuple[tuple[Any, ...], ...]
     structure: tuple[Any, ...]
-    guard: tuple[Any, ...] = GUARD
+    guard: tuple[Any, ...]
 
     @classmethod
     def close(cls, terms: Sequence[Term]) -> SealedTerms:
@@ -133,7 +158,10 @@ class SealedTerms(NamedTuple):
             leaves.append((term.cotangent, *sealed))
             options = (term.empty, term.implementation, term.average, term.placement)
             structure.append((types, *options))
-        return cls(tuple(leaves), tuple(structure))
+        guard = (*_numbers(leaves, batch_ndim=0), np.zeros((), jax.dtypes.float0))
+        closed = cls(tuple(leaves), tuple(structure), guard)
+        _remember(closed)
+        return closed
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -149,13 +177,6 @@ class SealedTerms(NamedTuple):
           TypeError, ValueError: a function changed the dtype, the shape or the numbers
             of a leaf.
         """
-        intact = is_intact(self.guard)
-        traced = isinstance(intact, jax.core.Tracer)
-        if not traced and not np.all(intact):
-            raise ValueError(
-                "A function that isn't linear changed the leaves of a RowSparse; for "
-                "gradients with rows, see jbag.optim."
-            )
         terms = []
         for own, (types, *options) in zip(self.leaves, self.structure, strict=True):
             for leaf, known in zip(own, types, strict=True):
@@ -182,8 +203,54 @@ class SealedTerms(NamedTuple):
                 average,
                 placement,
             )
-            terms.append(_nan_unless(intact, term, num_embeddings) if traced else term)
+            terms.append(term)
+        intact = self._is_intact()
+        traced = isinstance(intact, jax.core.Tracer)
+        if not traced and not np.all(intact):
+            raise ValueError(
+                "A function that isn't linear changed the leaves of a RowSparse; for "
+                "gradients with rows, see jbag.optim."
+            )
+        if traced:
+            terms = [_nan_unless(intact, term, num_embeddings) for term in terms]
         return tuple(terms)
+
+    def _is_intact(self) -> Bool[Any, "..."]:
+        """Return whether only linear functions were applied, to one or to a batch."""
+        if _is_as_made(self):
+            return np.bool_(True)
+        found = jnp.concatenate([x.astype(jnp.float32) for x in self.guard[:2]], -1)
+        start, tail = _numbers(self.leaves, len(self.batch_shape))
+        tail = jnp.broadcast_to(tail, (*start.shape[:-1], *tail.shape))
+        expected = jnp.concatenate([start, tail], axis=-1)
+        proportions = expected / _KNOWN[0][0]
+        return jnp.all(found == found[..., :1] * proportions, axis=-1)
+
+    def _bound(self) -> list[Any]:
+        """Return the leaves that belong together: the guard's and the sealed ones."""
+        sealed = [x for own in self.leaves for x in own[1:] if x is not None]
+        return [self.guard[0], self.guard[1], *sealed]
+
+
+# By the identity of a guard's first leaf the leaves that it was made with, while it
+# lives. Within the program that made them nothing is computed to compare them.
+_made_with: dict[int, list[Any]] = {}
+
+
+def _remember(closed: SealedTerms) -> None:
+    first, tail, *sealed = closed._bound()
+    key = id(first)
+    alive = weakref.ref(first, lambda _: _made_with.pop(key, None))
+    _made_with[key] = [alive, lambda: tail, *map(weakref.ref, sealed)]
+
+
+def _is_as_made(opened: SealedTerms) -> bool:
+    """Return whether these are the very leaves that `SealedTerms.close` made."""
+    bound = opened._bound()
+    made = _made_with.get(id(bound[0]))
+    return made is not None and all(
+        reference() is x for reference, x in zip(made, bound, strict=True)
+    )
 
 
 def _nan_unless(intact: Bool[Array, "..."], term: Term, num_embeddings: int) -> Term:

@@ -76,6 +76,12 @@ MAPS = {
     "floating leaves doubled": lambda a, _: each(
         lambda g: 2 * g if jnp.issubdtype(g.dtype, jnp.floating) else g
     )(a),
+    "floating leaves added": lambda a, b: each(
+        lambda x, y: x + y if jnp.issubdtype(x.dtype, jnp.floating) else x
+    )(a, b),
+    "floating leaves averaged": lambda a, b: each(
+        lambda x, y: 0.9 * x + 0.1 * y if jnp.issubdtype(x.dtype, jnp.floating) else y
+    )(a, b),
     "noise": lambda a, _: each(
         lambda g: g + jax.random.normal(jax.random.key(0), g.shape)
     )(a),
@@ -250,36 +256,50 @@ LAYOUTS += ("coalesced", "a batch", "rows")
 
 
 @functools.cache
-def rows_of_every_layout():
-    """Return rows whose terms hold each kind of array, by a name of it."""
-    table, weights = start()["table"], jnp.array([0.5, 2.0, 0.0, 1.0, 3.0, 1.0])
-    ids, ends = jnp.array([3, 0, 3, 12, 5, 7]), jnp.array([0, 2, 2, 5])
+def rows_of_every_layout(other=False):
+    """Return rows whose terms hold each kind of array, by a name of it.
+
+    The `other` ones have the same shapes, and differ in one array.
+    """
+    table, ids = start()["table"], jnp.array([3, 0, 3, 12, 5, 7])
+    weights = jnp.array([0.5, 2.0, 0.0, 1.0, 3.0, 4.0 if other else 1.0])
     ragged = functools.partial(
-        jbag.embedding_bag, offsets=ends, include_last_offset=True, sparse=True
+        jbag.embedding_bag,
+        offsets=jnp.array([0, 2, 3 if other else 2, 6]),
+        include_last_offset=True,
+        sparse=True,
     )
     pools = {
         "ragged": functools.partial(ragged, mode="mean"),
-        "weighted": functools.partial(ragged, mode="sum", weights=weights),
-        "maximum": functools.partial(ragged, mode="max"),
+        "weighted": functools.partial(
+            ragged, mode="sum", weights=weights, offsets=jnp.array([0, 2, 2, 6])
+        ),
+        "maximum": functools.partial(
+            ragged, mode="max", offsets=jnp.array([0, 2, 2, 6])
+        ),
         "padded": functools.partial(ragged, mode="sum", padding_idx=0),
         "without bags": functools.partial(
             ragged, mode="sum", offsets=jnp.zeros(1, int)
         ),
     }
     rows = {
-        name: jbag.grad(lambda t, pool=pool: pool(t, ids).sum())(table)
+        name: jbag.grad(lambda t, pool=pool: pool(t, ids).sum())(
+            -table if other and name == "maximum" else table
+        )
         for name, pool in pools.items()
     }
-    batch = jnp.stack([jnp.array([[1, 2]]), jnp.array([[2, 12]])])
+    last = 11 if other else 12
+    rows_of = lambda ids: jbag.grad(lambda t: pools["weighted"](t, ids).sum())(table)
+    batch = jnp.stack([jnp.array([[1, 2]]), jnp.array([[2, last]])])
     stacked = jax.vmap(
         jbag.grad(lambda t, ids: jbag.embedding_bag(t, ids, sparse=True).sum()),
         in_axes=(None, 0),
     )
     rows |= {
-        "rectangular": pairs()["pooled"][0],
-        "coalesced": rows["ragged"].coalesce(),
+        "rectangular": pairs()["pooled"][other],
+        "coalesced": rows_of(jnp.array([3, 0, 3, last, 5, 7])).coalesce(),
         "a batch": stacked(table, batch),
-        "rows": jbag.RowSparse.from_rows([12, 12], jnp.ones((2, D)), V),
+        "rows": jbag.RowSparse.from_rows([12, last], jnp.ones((2, D)), V),
     }
     assert tuple(rows) == LAYOUTS
     return rows
@@ -296,6 +316,56 @@ def test_rows_that_a_compiled_function_fills_move_a_row_to_nan(fill, layout):
     rows = rows_of_every_layout()[layout]
     changed = jax.jit(lambda rows: fill(rows).sum().todense())(rows)
     assert np.isnan(changed).any() == (layout != "without bags")
+
+
+def add_floating(a, b):
+    """Return a tree of the floating leaves' sums, and of the first one's others."""
+    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(lambda x, y: x + y if floating(x) else x, a, b)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_floating_leaves_of_two_gradients_have_no_sum(layout):
+    rows, others = (rows_of_every_layout(other)[layout] for other in (False, True))
+    read = lambda a, b: add_floating(a, b).sum().todense()
+    assert np.isnan(jax.jit(read)(rows, others)).any() == (layout != "without bags")
+    if layout != "without bags":
+        with pytest.raises(ValueError, match=r"isn't linear .* jbag\.optim"):
+            read(rows, others)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_floating_leaves_of_gradients_with_the_same_slots_have_a_sum(layout):
+    rows = rows_of_every_layout()[layout]
+    read = lambda rows: add_floating(rows, floating_only(lambda g: 0.3 * g)(rows))
+    for wrap in (lambda f: f, jax.jit):
+        assert is_close(wrap(read)(rows).sum().todense(), 1.3 * rows.sum().todense())
+
+
+def test_the_floating_leaves_of_a_step_of_two_batches_have_no_sum():
+    @jax.jit
+    def gradient(ids):
+        pooled = lambda t: jbag.embedding_bag(t, ids, sparse=True).sum()
+        return jbag.grad(pooled)(start()["table"])
+
+    first, second = gradient(jnp.array([[3, 4]])), gradient(jnp.array([[3, 5]]))
+    changed = jax.jit(add_floating)(first, second)
+    assert np.isnan(jax.jit(jbag.RowSparse.todense)(changed)).any()
+
+
+def test_rows_that_stay_within_a_program_are_not_compared():
+    def gradient(table, ids):
+        pooled = lambda t: jbag.embedding_bag(t, ids, sparse=True).sum()
+        return jax.tree.map(lambda x: x, jbag.grad(pooled)(table))
+
+    def compiled(function, *operands):
+        return jax.jit(function).lower(*operands).compile().as_text()
+
+    table, ids = start()["table"], jnp.array([[3, 4]])
+    a_constant_of_the_hash = str(0x9E3779B9)
+    step = compiled(lambda *x: x[0] + gradient(*x), table, ids)
+    assert a_constant_of_the_hash not in step
+    assert a_constant_of_the_hash in compiled(gradient, table, ids)
 
 
 MESH_SPECS = {
