@@ -237,7 +237,7 @@ def _ask(
     ) -> Float[Array, "U D"]:
         def answer(ids: Int[Array, "P C"]) -> Float[Array, "P C D"]:
             # Each id is a bag of its own.
-            rows = _spmm.product(
+            rows = _spmm.spmm(
                 shard,
                 ids.reshape(-1, 1),
                 None,
@@ -272,7 +272,7 @@ def _give(
 
     def give(rows: Float[Array, "U D"], unique: Int[Array, " U"]) -> Array:
         def receive(total: Array, ids: Array, sent: Array) -> Array:
-            return total + _spmm.transposed_product(
+            return total + _spmm.spmm_transpose(
                 sent,
                 ids[:, None],
                 None,

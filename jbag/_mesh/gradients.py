@@ -22,7 +22,7 @@ from jbag._mesh.partition_specs import Strategy, lay, per_device
 from jbag.ops._gather import accumulation_dtype, take
 from jbag.ops._gradient_terms import ONE_DEVICE, Term, join_terms
 from jbag.ops._row_updates import coalesce, update_rows
-from jbag.ops._spmm import transposed_product
+from jbag.ops._spmm import spmm_transpose
 from jbag.ops.kernels import update_rules as rules
 from jbag.ops.kernels import xla
 from jbag.ragged import _slots
@@ -125,7 +125,7 @@ class LocalTerms:
 
             def receive(total: Array, term: Term) -> Array:
                 return total + term.apply(
-                    transposed_product, num_embeddings=own[0], dtype=dtype
+                    spmm_transpose, num_embeddings=own[0], dtype=dtype
                 )
 
             return self.collect(_local(terms), own, receive, jnp.zeros(own, dtype))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jbag.ops import _gather
 from jbag.ops._row_updates import coalesce, update_rows
-from jbag.ops._spmm import divided, transposed_product
+from jbag.ops._spmm import divided, spmm_transpose
 from jbag.ragged import _slots
 from jbag.ragged._joining import fold_bags, join, join_slots, ones
 from jbag.ragged._slots import OUT_OF_RANGE_ID, PAD_ID, Ids, Offsets, Slots, merge
@@ -97,7 +97,7 @@ class OneDevice:
     ) -> Float[Array, "V D"]:
         """Return the sum of the terms as an array."""
         return self._join(terms, shape, dtype).apply(
-            transposed_product, num_embeddings=shape[0], dtype=dtype
+            spmm_transpose, num_embeddings=shape[0], dtype=dtype
         )
 
     def update_rows(

@@ -155,7 +155,7 @@ def combine(
         return extremum(table, *csr, largest=how.mode == "max", **options)
     if not _is_divided(csr, how):
         options |= {"average": _average(csr, how), "dtype": table.dtype}
-    return _spmm.product_scaled(table, *csr, **options), None
+    return _spmm.spmm_scaled(table, *csr, **options), None
 
 
 def mark(
@@ -235,7 +235,7 @@ def _divide(
         """Sum the coefficients of the chosen slots: a table whose one row is one."""
         one = jnp.ones((1, 1), total.dtype)
         rows = jnp.where(chosen, 0, PAD_ID)
-        return _spmm.product(
+        return _spmm.spmm(
             one,
             rows,
             offsets,
@@ -268,7 +268,7 @@ def _occurrences(
     replicas: Any,
 ) -> Slots:
     """Return, for each slot, how many slots name the same row, at least 1."""
-    counts = _spmm.transposed_product(
+    counts = _spmm.spmm_transpose(
         jnp.ones((num_bags(ids, offsets), 1), dtype),
         ids,
         offsets,

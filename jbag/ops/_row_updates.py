@@ -1,6 +1,6 @@
 """Coalescing, and moving the rows of a table in place, as JAX primitives.
 
-Both read the transposed product row by row, of the rows that slots name alone. Their
+Both read `spmm_transpose` row by row, of the rows that slots name alone. Their
 derivatives are those of the reference, made of JAX's own operations.
 """
 
@@ -34,7 +34,9 @@ def coalesce(
     """
     options["capacity"] = min(ids.size, num_embeddings)
     options["num_embeddings"] = num_embeddings
-    indices, sums = bind(_coalesce, (cotangent,), ids, offsets, coefficients, **options)
+    indices, sums = bind(
+        coalesce_p, (cotangent,), ids, offsets, coefficients, **options
+    )
     return indices, sums
 
 
@@ -63,7 +65,7 @@ def update_rows(
     ]
     operands = equally_varying(table, *states, numbers, *optional)
     options |= {"rule": rule, "at_random": seed is not None}
-    return tuple(_update_rows.bind(*operands, **options))
+    return tuple(update_rows_p.bind(*operands, **options))
 
 
 def _call_coalesce(kernel: Kernel, *operands: Array, **params: Any) -> Any:
@@ -83,5 +85,5 @@ def _call_update_rows(
     )
 
 
-_coalesce = dispatch("coalesce", _call_coalesce, several=True)
-_update_rows = dispatch("update_rows", _call_update_rows, several=True)
+coalesce_p = dispatch("coalesce", _call_coalesce, several=True)
+update_rows_p = dispatch("update_rows", _call_update_rows, several=True)

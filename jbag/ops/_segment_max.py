@@ -31,11 +31,11 @@ def extremum(
 ) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
     """Return the largest (smallest) c[i] * table[ids[i]] of each bag and feature.
 
-    With it come the winning slots. The scales are those of `product_scaled`.
+    With it come the winning slots. The scales are those of `spmm_scaled`.
     """
     scaled = times(coefficients, value_scale)
     values, slots = bind(
-        _extremum,
+        extremum_p,
         (jax.lax.stop_gradient(table),),
         ids,
         offsets,
@@ -94,6 +94,6 @@ def _at_slots(x: Array, slots: Int[Array, "B D"], empty: int = 0) -> Array:
     return _gather.take(x.reshape(-1), slots, empty)
 
 
-_extremum = define(
+extremum_p = define(
     "extremum", dense=["rows"], coefficients=True, outputs=["bags", "winners"]
 )

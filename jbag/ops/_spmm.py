@@ -2,9 +2,9 @@
 
 With A the sparse [B, V] matrix of the bags (ids, offsets, coefficients c):
 
-    product               A @ table              [B, D], or averaged
-    transposed_product    A.T @ cotangent        [V, D]
-    sampled_dots          <table[id], cotangent[bag]>, one per slot
+    spmm              A @ table              [B, D], or averaged
+    spmm_transpose    A.T @ cotangent        [V, D]
+    sddmm             <table[id], cotangent[bag]>, one per slot
 
 Each is linear in its arrays, and each one's derivatives are the other two, so that they
 are closed under differentiation.
@@ -33,7 +33,7 @@ Offsets = _slots.Offsets
 Slots = _slots.Slots
 
 
-def product(
+def spmm(
     table: Float[Array, "V D"],
     ids: Ids,
     offsets: Offsets,
@@ -49,7 +49,7 @@ def product(
     that is `empty`, and the `implementation`.
     """
     return bind(
-        _product,
+        spmm_p,
         (table,),
         ids,
         offsets,
@@ -60,7 +60,7 @@ def product(
     )
 
 
-def transposed_product(
+def spmm_transpose(
     cotangent: Float[Array, "B D"],
     ids: Ids,
     offsets: Offsets,
@@ -72,7 +72,7 @@ def transposed_product(
 ) -> Float[Array, "V D"]:
     """Sum c[i] * cotangent[bag of i] over each row of the table, rounded once."""
     return bind(
-        _transposed_product,
+        spmm_transpose_p,
         (cotangent,),
         ids,
         offsets,
@@ -83,7 +83,7 @@ def transposed_product(
     )
 
 
-def sampled_dots(
+def sddmm(
     table: Float[Array, "V D"],
     cotangent: Float[Array, "B D"],
     ids: Ids,
@@ -91,10 +91,10 @@ def sampled_dots(
     **options: Any,
 ) -> Slots:
     """Return <table[ids[i]], cotangent[bag of i]> for each slot."""
-    return bind(_sampled_dots, (table, cotangent), ids, offsets, None, **options)
+    return bind(sddmm_p, (table, cotangent), ids, offsets, None, **options)
 
 
-def product_scaled(
+def spmm_scaled(
     table: Float[Array, "V D"],
     ids: Ids,
     offsets: Offsets,
@@ -103,20 +103,20 @@ def product_scaled(
     gradient_scale: Slots | None,
     **options: Any,
 ) -> Float[Array, "B D"]:
-    """Like `product`, with each slot's row scaled.
+    """Like `spmm`, with each slot's row scaled.
 
     `value_scale` is seen by the value and by the gradient to the coefficients,
     `gradient_scale` by the gradient to the table; both are constants to autodiff.
     """
-    pool: Callable = functools.partial(product, **options)
+    pool: Callable = functools.partial(spmm, **options)
     bags = (ids, offsets, coefficients)
     if value_scale is None and gradient_scale is None:
         return pool(table, *bags)
-    return _product_scaled(pool, table, *bags, value_scale, gradient_scale)
+    return _spmm_scaled(pool, table, *bags, value_scale, gradient_scale)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _product_scaled(
+def _spmm_scaled(
     pool: Callable,
     table: Float[Array, "V D"],
     ids: Ids,
@@ -129,12 +129,12 @@ def _product_scaled(
     return pool(table, ids, offsets, times(coefficients, value_scale))
 
 
-@functools.partial(_product_scaled.defjvp, symbolic_zeros=True)
-def _product_scaled_jvp(
+@functools.partial(_spmm_scaled.defjvp, symbolic_zeros=True)
+def _spmm_scaled_jvp(
     pool: Callable, primals: tuple, tangents: tuple
 ) -> tuple[Array, Array]:
     table, ids, offsets, coefficients, value_scale, gradient_scale = primals
-    value = _product_scaled(pool, *primals)
+    value = _spmm_scaled(pool, *primals)
     pool = functools.partial(pool, dtype=None)  # rounded when all is added up
     tangent = jnp.zeros(value.shape, _gather.accumulation_dtype(table.dtype))
     if varies(tangents[0]):
@@ -156,13 +156,11 @@ def varies(tangent: Any) -> bool:
     return not isinstance(tangent, SymbolicZero)
 
 
-_product = define("product", dense=["rows"], coefficients=True, outputs=["bags"])
-_transposed_product = define(
-    "transposed_product", dense=["bags"], coefficients=True, outputs=["rows"]
+spmm_p = define("spmm", dense=["rows"], coefficients=True, outputs=["bags"])
+spmm_transpose_p = define(
+    "spmm_transpose", dense=["bags"], coefficients=True, outputs=["rows"]
 )
-_sampled_dots = define(
-    "sampled_dots", dense=["rows", "bags"], coefficients=False, outputs=["slots"]
-)
+sddmm_p = define("sddmm", dense=["rows", "bags"], coefficients=False, outputs=["slots"])
 
 
 def _jvp(
@@ -211,7 +209,7 @@ def _transpose(
 # unknown among them is an `UndefinedPrimal`, of which the type alone is known.
 
 
-def _product_to_table(
+def _spmm_to_table(
     back: Array,
     dense: Any,
     *bags: Any,
@@ -221,7 +219,7 @@ def _product_to_table(
 ) -> Array:
     ids, offsets, _ = bags
     table = dense[0].aval
-    return transposed_product(
+    return spmm_transpose(
         divided(back, ids, offsets, dtype, average, **options),
         *bags,
         num_embeddings=table.shape[0],
@@ -230,7 +228,7 @@ def _product_to_table(
     )
 
 
-def _product_to_coefficients(
+def _spmm_to_coefficients(
     back: Array,
     dense: Any,
     ids: Ids,
@@ -242,7 +240,7 @@ def _product_to_coefficients(
     **options: Any,
 ) -> Array:
     shares = divided(back, ids, offsets, dtype, average, **options)
-    return sampled_dots(dense[0], shares, ids, offsets, **options)
+    return sddmm(dense[0], shares, ids, offsets, **options)
 
 
 def divided(
@@ -260,12 +258,12 @@ def divided(
     back = back.astype(wide)
     if average is None:
         return back
-    pool = functools.partial(product, implementation=implementation)
+    pool = functools.partial(spmm, implementation=implementation)
     options: dict[str, Any] = {"empty": empty, "average": average}
     return back / xla.divisors(pool, ids, offsets, wide, **options)
 
 
-def _transposed_to_cotangent(
+def _spmm_transpose_to_cotangent(
     back: Array,
     _: Any,
     *bags: Any,
@@ -274,10 +272,10 @@ def _transposed_to_cotangent(
     **options: Any,
 ) -> Array:
     del num_embeddings, dtype
-    return product(back, *bags, **options)
+    return spmm(back, *bags, **options)
 
 
-def _transposed_to_coefficients(
+def _spmm_transpose_to_coefficients(
     back: Array,
     dense: Any,
     ids: Ids,
@@ -289,27 +287,31 @@ def _transposed_to_coefficients(
     **options: Any,
 ) -> Array:
     del num_embeddings, dtype
-    return sampled_dots(back, dense[0], ids, offsets, **options)
+    return sddmm(back, dense[0], ids, offsets, **options)
 
 
-def _dots_to_table(
+def _sddmm_to_table(
     back: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
 ) -> Array:
     table, cotangent = dense
     options |= {"average": None, "dtype": cotangent.dtype}
-    return _product_to_table(cotangent, [table], ids, offsets, back, **options)
+    return _spmm_to_table(cotangent, [table], ids, offsets, back, **options)
 
 
-def _dots_to_cotangent(
+def _sddmm_to_cotangent(
     back: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
 ) -> Array:
-    return product(dense[0], ids, offsets, back, **options)
+    return spmm(dense[0], ids, offsets, back, **options)
 
 
 for _primitive, _num_dense, _rules in (
-    (_product, 1, (_product_to_table, _product_to_coefficients)),
-    (_transposed_product, 1, (_transposed_to_cotangent, _transposed_to_coefficients)),
-    (_sampled_dots, 2, (_dots_to_table, _dots_to_cotangent)),
+    (spmm_p, 1, (_spmm_to_table, _spmm_to_coefficients)),
+    (
+        spmm_transpose_p,
+        1,
+        (_spmm_transpose_to_cotangent, _spmm_transpose_to_coefficients),
+    ),
+    (sddmm_p, 2, (_sddmm_to_table, _sddmm_to_cotangent)),
 ):
     ad.primitive_jvps[_primitive] = functools.partial(_jvp, _primitive)
     ad.primitive_transposes[_primitive] = functools.partial(

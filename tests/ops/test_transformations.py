@@ -313,11 +313,11 @@ def test_vmap_over_more_rows_than_ids_can_name_runs_one_by_one(implementation):
     ("primitive", "outputs", "options"),
     [
         (
-            _spmm._product,
+            _spmm.spmm_p,
             ("bags",),
             {"average": "mean", "dtype": jnp.dtype("float32")},
         ),
-        (_segment_max._extremum, ("bags", "winners"), {"largest": True}),
+        (_segment_max.extremum_p, ("bags", "winners"), {"largest": True}),
     ],
 )
 def test_batches_run_one_by_one_give_the_same(

@@ -1,7 +1,7 @@
 """The implementations by name, and which one a platform gets.
 
-A kernel is a module with the six operations of `xla`: `product`, `transposed_product`,
-`sampled_dots`, `extremum`, `coalesce` and `update_rows`.
+A kernel is a module with the six operations of `xla`: `spmm`, `spmm_transpose`,
+`sddmm`, `extremum`, `coalesce` and `update_rows`.
 """
 
 from __future__ import annotations

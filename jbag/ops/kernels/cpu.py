@@ -1,7 +1,7 @@
 """The kernel for CPUs: C++ through XLA's FFI. Its source is in `csrc`.
 
 It keeps to the contract of `xla`, without an (N, D) intermediate: rows are summed as
-they are gathered, and the transposed product sorts the slots by row. Results are the
+they are gathered, and `spmm_transpose` sorts the slots by row. Results are the
 same from run to run and for any number of threads.
 """
 
@@ -20,7 +20,7 @@ from jbag.ops._gather import accumulation_dtype
 from jbag.ragged._slots import Ids, Offsets, Size, Slots
 
 
-def product(
+def spmm(
     table: Float[Array, "V D"],
     ids: Ids,
     offsets: Offsets,
@@ -39,7 +39,7 @@ def product(
     )
 
 
-def transposed_product(
+def spmm_transpose(
     cotangent: Float[Array, "B D"],
     ids: Ids,
     offsets: Offsets,
@@ -55,7 +55,7 @@ def transposed_product(
     return _call("transposed_product", rows, cotangent, *bags, empty=empty)
 
 
-def sampled_dots(
+def sddmm(
     table: Float[Array, "V D"],
     cotangent: Float[Array, "B D"],
     ids: Ids,
@@ -99,7 +99,7 @@ def coalesce(
     num_embeddings: Size,
     capacity: Size,
 ) -> tuple[Int[Array, " U"], Float[Array, "U D"]]:
-    """Return the rows of the transposed product that slots name: which, and their sums.
+    """Return the rows of `spmm_transpose` that slots name: which, and their sums.
 
     They come in order, each once. Behind them, up to the capacity, the index is V and
     the sum zero.

@@ -34,7 +34,7 @@ from jbag.ragged._slots import (
 )
 
 
-def product(
+def spmm(
     table: Float[Array, "V D"],
     ids: Ids,
     offsets: Offsets,
@@ -63,7 +63,7 @@ def product(
         out = jax.ops.segment_sum(rows, bags, num_bags, indices_are_sorted=True)
         out = jnp.where(malformed[:, None], jnp.nan, out)
     if average is not None:
-        out /= divisors(product, ids, offsets, out.dtype, empty=empty, average=average)
+        out /= divisors(spmm, ids, offsets, out.dtype, empty=empty, average=average)
     return out.astype(dtype)
 
 
@@ -92,7 +92,7 @@ def divisors(
     return counts if average == "mean" else jnp.sqrt(counts)
 
 
-def transposed_product(
+def spmm_transpose(
     cotangent: Float[Array, "B D"],
     ids: Ids,
     offsets: Offsets,
@@ -118,7 +118,7 @@ def transposed_product(
     return out.astype(dtype)
 
 
-def sampled_dots(
+def sddmm(
     table: Float[Array, "V D"],
     cotangent: Float[Array, "B D"],
     ids: Ids,
@@ -196,7 +196,7 @@ def coalesce(
     num_embeddings: Size,
     capacity: Size,
 ) -> tuple[Int[Array, " U"], Float[Array, "U D"]]:
-    """Return the rows of the transposed product that slots name: which, and their sums.
+    """Return the rows of `spmm_transpose` that slots name: which, and their sums.
 
     They come in order, each once. Behind them, up to the capacity, the index is V and
     the sum zero.
@@ -232,7 +232,7 @@ def update_rows(
 ) -> tuple[Array, ...]:
     """Move the rows that slots name by a rule; return the table and its states.
 
-    Their gradient is the transposed product. Other rows stay. The table is rounded
+    Their gradient is that of `spmm_transpose`. Other rows stay. The table is rounded
     once; with a `seed`, up or down at random, so that it is right on average.
     """
     num_embeddings = table.shape[0]

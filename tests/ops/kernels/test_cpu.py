@@ -44,7 +44,7 @@ def offsets_of(lengths):
 def operations(table, weights, ids, offsets, cotangent, implementation="cpu"):
     """Return the results of the four operations, by what they are."""
     options = {"empty": None, "implementation": implementation}
-    pool = lambda t, w: _spmm.product(t, ids, offsets, w, **options)
+    pool = lambda t, w: _spmm.spmm(t, ids, offsets, w, **options)
     value, pullback = jax.vjp(pool, table, weights)
     to_table, to_weights = pullback(cotangent)
     results = {"sum": value, "to_table": to_table, "to_weights": to_weights}
@@ -154,7 +154,7 @@ def test_a_row_that_20000_slots_name_gets_the_gradient_of_all(dtype, width):
     sums = "float64" if dtype == "float64" else "float32"
     weights = eighths(rng, ids.shape, sums)
     cotangent = eighths(rng, (500, width), sums)
-    to_table = _spmm.transposed_product(
+    to_table = _spmm.spmm_transpose(
         cotangent,
         jnp.asarray(ids),
         jnp.asarray(offsets_of(lengths)),
@@ -428,7 +428,7 @@ def test_every_16_bit_number_is_read_exactly(dtype, width):
     numbers = np.arange(2**16, dtype=np.uint16)
     numbers = np.resize(numbers, (-(-(2**16) // width), width))
     table = numbers.view(jnp.dtype(dtype))
-    out = _spmm.product(
+    out = _spmm.spmm(
         jnp.asarray(table),
         jnp.arange(len(table), dtype=jnp.int32)[:, None],
         None,
@@ -463,7 +463,7 @@ def float32_samples(rng, dtype):
 def test_gradients_are_rounded_as_jax_rounds(dtype, width):
     samples = float32_samples(np.random.default_rng(0), dtype)
     cotangent = np.resize(samples, (-(-samples.size // width), width))
-    out = _spmm.transposed_product(
+    out = _spmm.spmm_transpose(
         jnp.asarray(cotangent),
         jnp.arange(len(cotangent), dtype=jnp.int32)[:, None],
         None,
@@ -479,7 +479,7 @@ def test_gradients_are_rounded_as_jax_rounds(dtype, width):
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
 def transposed_in_place(used, ids, offsets, cotangent):
     """Return the transposed product, in the memory of `used`."""
-    return _spmm.transposed_product(
+    return _spmm.spmm_transpose(
         cotangent,
         ids,
         offsets,
@@ -515,7 +515,7 @@ def test_a_large_result_is_zero_where_no_slot_is_in_new_memory_and_in_used(
     table = jnp.zeros(expected.shape, dtype)
     for _ in range(3):
         value, pullback = jax.vjp(
-            lambda table: _spmm.product(
+            lambda table: _spmm.spmm(
                 table, ids, offsets, None, empty=None, implementation="cpu"
             ),
             table,
@@ -546,7 +546,7 @@ def test_averages_are_rounded_as_the_reference_rounds_them(
     results = []
     for implementation in ("cpu", "xla"):
         pool = functools.partial(
-            _spmm.product,
+            _spmm.spmm,
             ids=jnp.asarray(ids, jnp.int32),
             offsets=offsets,
             average=average,

@@ -109,7 +109,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_known():
 def test_the_kernel_is_chosen_at_lowering_not_at_tracing():
     table = jnp.ones((3, 2))
     jaxpr = str(jax.make_jaxpr(lambda t: jbag.embedding_bag(t, [[0, 1]]))(table))
-    assert "jbag_product" in jaxpr
+    assert "jbag_spmm" in jaxpr
     assert "implementation=None" in jaxpr
 
 
@@ -118,14 +118,14 @@ def test_a_primitive_is_lowered_to_the_kernel_of_its_platform(monkeypatch):
 
     class Native:
         @staticmethod
-        def product(*operands, **options):
+        def spmm(*operands, **options):
             calls.append(operands)
-            return xla.product(*operands, **options)
+            return xla.spmm(*operands, **options)
 
     native = Kernel(Native, platforms=(jax.default_backend(),))
     monkeypatch.setattr(kernels, "KERNELS", {"native": native, **KERNELS})
     primitive = _primitive.define(
-        "product", dense=["rows"], coefficients=True, outputs=["bags"]
+        "spmm", dense=["rows"], coefficients=True, outputs=["bags"]
     )
     operands = jnp.ones((3, 2)), jnp.array([[0, 1]])
     bind = lambda **params: jax.jit(
