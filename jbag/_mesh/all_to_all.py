@@ -243,7 +243,7 @@ def _ask(
                 None,
                 None,
                 dtype=shard.dtype,
-                empty=route.shard,
+                pad_id=route.shard,
                 implementation=implementation,
             )
             return rows.reshape(*ids.shape, width)
@@ -279,7 +279,7 @@ def _give(
                 None,
                 num_embeddings=route.shard,
                 dtype=wide,
-                empty=None,
+                pad_id=None,
                 implementation=implementation,
             )
 

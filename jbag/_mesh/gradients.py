@@ -19,8 +19,12 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jbag._mesh.all_to_all import router
 from jbag._mesh.partition_specs import Strategy, lay, per_device
+from jbag.ops._factored_gradient import (
+    ONE_DEVICE,
+    FactoredGradient,
+    concatenate_gradients,
+)
 from jbag.ops._gather import accumulation_dtype, take
-from jbag.ops._gradient_terms import ONE_DEVICE, Term, join_terms
 from jbag.ops._row_updates import coalesce, update_rows
 from jbag.ops._spmm import spmm_transpose
 from jbag.ops.kernels import update_rules as rules
@@ -28,11 +32,11 @@ from jbag.ops.kernels import xla
 from jbag.ragged import _slots
 from jbag.ragged._slots import PAD_ID
 
-Receive = Callable[[Any, Term], Any]
+Receive = Callable[[Any, FactoredGradient], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class LocalTerms:
+class LocalGradients:
     """Each device has all that its shard needs; also: a base of the other placements.
 
     Attributes:
@@ -53,7 +57,7 @@ class LocalTerms:
         return self.strategy.size if self.bags else 1
 
     def collect(
-        self, terms: list[Term], shape: Any, receive: Receive, carry: Any
+        self, terms: list[FactoredGradient], shape: Any, receive: Receive, carry: Any
     ) -> Any:
         """Return what `receive` makes of the carry and what is brought to this device.
 
@@ -61,14 +65,14 @@ class LocalTerms:
         them. `shape` is the shard's.
         """
         # Divided before ids of no row are taken for empty slots.
-        term = join_terms(terms, shape[1]).plain()
+        term = concatenate_gradients(terms, shape[1]).plain()
         return receive(carry, _to_local(term, self.strategy, shape[0]))
 
-    def coalesced(self) -> LocalTerms:
+    def coalesced(self) -> LocalGradients:
         """Return the placement of what has been brought."""
         return self
 
-    def max_rows(self, terms: Sequence[Term], rows: int) -> int:
+    def max_rows(self, terms: Sequence[FactoredGradient], rows: int) -> int:
         """Return how many rows of the shard the terms can name."""
         return min(rows, sum(term.ids.size for term in terms))
 
@@ -78,7 +82,7 @@ class LocalTerms:
 
     def update_rows(
         self,
-        terms: Sequence[Term],
+        terms: Sequence[FactoredGradient],
         table: Float[Array, "V D"],
         states: tuple[Array, ...],
         scalars: Sequence[Any],
@@ -94,9 +98,14 @@ class LocalTerms:
         apart = self.strategy.name == "columns" and bool(rules.RULES[rule].narrow)
 
         def move(
-            arrays: tuple[Array, ...], numbers: Array, seed: Any, terms: list[Term]
+            arrays: tuple[Array, ...],
+            numbers: Array,
+            seed: Any,
+            terms: list[FactoredGradient],
         ) -> tuple[Array, ...]:
-            def receive(arrays: tuple[Array, ...], term: Term) -> tuple[Array, ...]:
+            def receive(
+                arrays: tuple[Array, ...], term: FactoredGradient
+            ) -> tuple[Array, ...]:
                 operands = (arrays[0], arrays[1:], numbers, seed)
                 if apart:
                     return _update_columns(term, *operands, rule, table.shape[1], axes)
@@ -108,50 +117,54 @@ class LocalTerms:
         run = per_device(
             move,
             self.strategy,
-            (specs, P(), P(), self._term_specs(terms)),
+            (specs, P(), P(), self._gradient_specs(terms)),
             specs,
             check=False,
         )
         return run((table, *states), numbers, seed, list(terms))
 
     def todense(
-        self, terms: Sequence[Term], shape: tuple[int, ...], dtype: Any
+        self, terms: Sequence[FactoredGradient], shape: tuple[int, ...], dtype: Any
     ) -> Float[Array, "V D"]:
         """Return the sum of the terms as an array, in the accumulation dtype."""
         dtype = accumulation_dtype(jnp.dtype(dtype))
 
-        def add(terms: list[Term]) -> Array:
+        def add(terms: list[FactoredGradient]) -> Array:
             own = self._shard(shape)
 
-            def receive(total: Array, term: Term) -> Array:
+            def receive(total: Array, term: FactoredGradient) -> Array:
                 return total + term.apply(
                     spmm_transpose, num_embeddings=own[0], dtype=dtype
                 )
 
             return self.collect(_local(terms), own, receive, jnp.zeros(own, dtype))
 
-        specs = (self._term_specs(terms),)
+        specs = (self._gradient_specs(terms),)
         run = per_device(add, self.strategy, specs, self.strategy.table, check=False)
         return run(list(terms))
 
-    def flat(self, terms: Sequence[Term], shape: tuple[int, ...], dtype: Any) -> Term:
+    def flat(
+        self, terms: Sequence[FactoredGradient], shape: tuple[int, ...], dtype: Any
+    ) -> FactoredGradient:
         """Return the rows that are named, as bags of one: they are coalesced."""
         return self.coalesce(terms, shape, dtype)
 
     def coalesce(
-        self, terms: Sequence[Term], shape: tuple[int, ...], dtype: Any
-    ) -> Term:
+        self, terms: Sequence[FactoredGradient], shape: tuple[int, ...], dtype: Any
+    ) -> FactoredGradient:
         """Return the rows that are named, each once where it lies, and their sums."""
         del dtype
         num_embeddings, width = shape
         coalesced = self.coalesced()
 
-        def gather(terms: list[Term]) -> tuple[Array, Array]:
+        def gather(terms: list[FactoredGradient]) -> tuple[Array, Array]:
             own = self._shard((num_embeddings, width))
             terms = _local(terms)
             max_rows = self.max_rows(terms, own[0])
 
-            def receive(carry: tuple[Any, ...], term: Term) -> tuple[Any, ...]:
+            def receive(
+                carry: tuple[Any, ...], term: FactoredGradient
+            ) -> tuple[Any, ...]:
                 # Rounds go up the shard: what they bring stays in order.
                 indices, sums, count = carry
                 fresh, rows = term.apply(coalesce, num_embeddings=own[0])
@@ -175,11 +188,11 @@ class LocalTerms:
         indices, sums = per_device(
             gather,
             self.strategy,
-            (self._term_specs(terms),),
+            (self._gradient_specs(terms),),
             (coalesced.bags, coalesced.cotangent),
             check=False,
         )(list(terms))
-        return Term(
+        return FactoredGradient(
             sums,
             indices,
             implementation=terms[0].implementation,
@@ -233,7 +246,9 @@ class LocalTerms:
             columns // size if name == "columns" else columns,
         )
 
-    def _term_specs(self, terms: Sequence[Term]) -> list[Term]:
+    def _gradient_specs(
+        self, terms: Sequence[FactoredGradient]
+    ) -> list[FactoredGradient]:
         specs: dict[str, Any] = {
             "cotangent": self.cotangent,
             "ids": self.bags,
@@ -245,7 +260,7 @@ class LocalTerms:
 
 
 @dataclasses.dataclass(frozen=True)
-class AllGatheredTerms(LocalTerms):
+class AllGatheredGradients(LocalGradients):
     """The table is replicated: every device brings its sums of rows to all.
 
     Attributes:
@@ -255,29 +270,29 @@ class AllGatheredTerms(LocalTerms):
     rows: int = 0
 
     def collect(
-        self, terms: list[Term], shape: Any, receive: Receive, carry: Any
+        self, terms: list[FactoredGradient], shape: Any, receive: Receive, carry: Any
     ) -> Any:
-        """See `LocalTerms`."""
+        """See `LocalGradients`."""
         rows, indices = _distinct_rows(terms, *shape)
         if not indices.size:  # there are no bags
-            return receive(carry, Term(rows, indices[:, None]))
+            return receive(carry, FactoredGradient(rows, indices[:, None]))
         axes = self.strategy.batch
         rows = jax.lax.all_gather(rows[: self.rows], axes, tiled=True)
         indices = jax.lax.all_gather(indices[: self.rows], axes, tiled=True)
-        return receive(carry, Term(rows, indices[:, None]))
+        return receive(carry, FactoredGradient(rows, indices[:, None]))
 
-    def coalesced(self) -> LocalTerms:
-        """See `LocalTerms`."""
-        return LocalTerms(self.strategy, P(), P())
+    def coalesced(self) -> LocalGradients:
+        """See `LocalGradients`."""
+        return LocalGradients(self.strategy, P(), P())
 
-    def max_rows(self, terms: Sequence[Term], rows: int) -> int:
-        """See `LocalTerms`."""
+    def max_rows(self, terms: Sequence[FactoredGradient], rows: int) -> int:
+        """See `LocalGradients`."""
         slots = min(self.rows, sum(term.ids.size for term in terms))
         return min(rows, slots * self.strategy.size)
 
 
 @dataclasses.dataclass(frozen=True)
-class AllToAllTerms(LocalTerms):
+class AllToAllGradients(LocalGradients):
     """The rows are dealt out: one sum for each distinct row goes to the owner.
 
     Attributes:
@@ -287,9 +302,9 @@ class AllToAllTerms(LocalTerms):
     capacity: int = 0
 
     def collect(
-        self, terms: list[Term], shape: Any, receive: Receive, carry: Any
+        self, terms: list[FactoredGradient], shape: Any, receive: Receive, carry: Any
     ) -> Any:
-        """See `LocalTerms`."""
+        """See `LocalGradients`."""
         rows, width = shape
         owners = self.strategy.size
         if len(terms) == 1:  # as `fetch` has asked for them
@@ -298,21 +313,21 @@ class AllToAllTerms(LocalTerms):
             sums, unique = _distinct_rows(terms, rows * owners, width)
 
         def receive_rows(carry: Any, ids: Array, sent: Array) -> Any:
-            return receive(carry, Term(sent, ids[:, None], empty=rows))
+            return receive(carry, FactoredGradient(sent, ids[:, None], pad_id=rows))
 
         route = router(self.strategy, rows * owners, unique.size, self.capacity)
         return route.scatter_rows(unique, sums, receive_rows, carry)
 
-    def coalesced(self) -> LocalTerms:
-        """See `LocalTerms`."""
-        return LocalTerms(self.strategy, self.cotangent, self.bags)
+    def coalesced(self) -> LocalGradients:
+        """See `LocalGradients`."""
+        return LocalGradients(self.strategy, self.cotangent, self.bags)
 
-    def max_rows(self, terms: Sequence[Term], rows: int) -> int:
-        """See `LocalTerms`."""
+    def max_rows(self, terms: Sequence[FactoredGradient], rows: int) -> int:
+        """See `LocalGradients`."""
         return min(rows, sum(term.ids.size for term in terms) * self.strategy.size)
 
 
-def _local(terms: list[Term]) -> list[Term]:
+def _local(terms: list[FactoredGradient]) -> list[FactoredGradient]:
     return [dataclasses.replace(term, placement=ONE_DEVICE) for term in terms]
 
 
@@ -323,24 +338,26 @@ def _first_row(strategy: Strategy, rows: int) -> Int[Array, ""]:
     return jnp.zeros((), jnp.int32)
 
 
-def _to_local(term: Term, strategy: Strategy, rows: int) -> Term:
+def _to_local(
+    term: FactoredGradient, strategy: Strategy, rows: int
+) -> FactoredGradient:
     """Return a term whose rows are numbered as the shard's."""
     own = term.ids - _first_row(strategy, rows).astype(term.ids.dtype)
-    kept = (own >= 0) & (own < rows) & _slots.filled(term.ids, term.empty)
-    return dataclasses.replace(term, ids=jnp.where(kept, own, PAD_ID), empty=PAD_ID)
+    kept = (own >= 0) & (own < rows) & _slots.filled(term.ids, term.pad_id)
+    return dataclasses.replace(term, ids=jnp.where(kept, own, PAD_ID), pad_id=PAD_ID)
 
 
 def _distinct_rows(
-    terms: list[Term], num_embeddings: int, width: int
+    terms: list[FactoredGradient], num_embeddings: int, width: int
 ) -> tuple[Float[Array, "U D"], Int[Array, " U"]]:
-    indices, sums = join_terms(terms, width).apply(
+    indices, sums = concatenate_gradients(terms, width).apply(
         coalesce, num_embeddings=num_embeddings
     )
     return sums, indices
 
 
 def _update_columns(
-    term: Term,
+    term: FactoredGradient,
     table: Array,
     states: tuple[Array, ...],
     scalars: Array,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jbag._mesh.gradients import AllGatheredTerms, LocalTerms
+from jbag._mesh.gradients import AllGatheredGradients, LocalGradients
 from jbag._mesh.partition_specs import Strategy
 from jbag._mesh.row_layout import Lanes
 from jbag.collection._stacking import Bag, Launch, Stack, size
@@ -42,7 +42,7 @@ class Exchange:
       replicas: the axes over which the batch is cut, where a device has a part of it.
     """
 
-    placement: LocalTerms
+    placement: LocalGradients
     bags: P
     columns: Any = None
     replicas: Any = None
@@ -71,7 +71,7 @@ class _Alone(Exchange):
 
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
         super().__init__(stack, launch, strategy)
-        self.placement = LocalTerms(
+        self.placement = LocalGradients(
             strategy, P(strategy.batch, None), P(strategy.batch)
         )
 
@@ -81,7 +81,7 @@ class _Replicated(Exchange):
         super().__init__(stack, launch, strategy)
         rows = sum(table.num_embeddings for table in stack.tables)
         spec = P(strategy.batch, None)
-        self.placement = AllGatheredTerms(strategy, spec, strategy.blocks, rows)
+        self.placement = AllGatheredGradients(strategy, spec, strategy.blocks, rows)
         self.replicas = strategy.batch
 
 
@@ -90,7 +90,7 @@ class _Columns(Exchange):
 
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
         super().__init__(stack, launch, strategy)
-        self.placement = LocalTerms(strategy, strategy.table, P())
+        self.placement = LocalGradients(strategy, strategy.table, P())
         self.bags = P()
         self.columns = strategy.batch
 
@@ -120,7 +120,7 @@ class _WholeTables(Exchange):
 
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
         super().__init__(stack, launch, strategy)
-        self.placement = LocalTerms(
+        self.placement = LocalGradients(
             strategy, P(strategy.batch, None), P(strategy.batch)
         )
         assert isinstance(stack.layout, Lanes)

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jbag._mesh.all_to_all import default_capacity, distinct, fetch, router, totals
-from jbag._mesh.gradients import AllToAllTerms
+from jbag._mesh.gradients import AllToAllGradients
 from jbag._mesh.partition_specs import Strategy, per_device
 from jbag.collection._dist import Bags, exchange, own_block
 from jbag.collection._stacking import Bag, Launch, Stack, only_in_bags
@@ -227,7 +227,7 @@ def _pool_fetched(
         implementation=implementation,
     )
     if sparse:
-        placement = AllToAllTerms(strategy, mapped.rows, blocks, capacity)
+        placement = AllToAllGradients(strategy, mapped.rows, blocks, capacity)
         to_bags = mapped.run(lambda x: x[:, None], (blocks,), mapped.rows, check=False)
         rows = _pooling.mark_pooled(
             rows,
@@ -236,7 +236,7 @@ def _pool_fetched(
             None,
             None,
             average=None,
-            empty=None,
+            pad_id=None,
             implementation=implementation,
             placement=placement,
         )
@@ -292,7 +292,7 @@ def _launch_there(
             columns=there.columns,
             replicas=there.replicas,
         )
-        total, winners = _pooling.combine(table, csr, how=launch.how, empty=PAD_ID)
+        total, winners = _pooling.combine(table, csr, how=launch.how, pad_id=PAD_ID)
         ids = jnp.where(csr.ids < 0, csr.ids, csr.ids + first)
         return total, winners, csr._replace(ids=ids, value_scale=None)
 
@@ -306,7 +306,7 @@ def _launch_there(
             table,
             csr,
             how=launch.how,
-            empty=PAD_ID,
+            pad_id=PAD_ID,
             placement=there.placement,
         )
 
@@ -315,9 +315,9 @@ def _launch_there(
         like: Any = jax.ShapeDtypeStruct(stack.shape, table.dtype)
         how = launch.how._replace(scale_grad_by_freq=False)
         joined = launch.join(stack, [bags])
-        csr, empty = _pooling.prepare(like, *joined, how=how, padding_idx=PAD_ID)
+        csr, pad_id = _pooling.prepare(like, *joined, how=how, padding_idx=PAD_ID)
         total = there.output_dist(total, bags)
-        pooled = _pooling.finish(total, csr, like, how=how, empty=empty)
+        pooled = _pooling.finish(total, csr, like, how=how, pad_id=pad_id)
         return launch.split(pooled, bags)
 
     return mapped.run(finish, (spec, strategy.blocks), mapped.rows)(total, bags)

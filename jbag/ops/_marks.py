@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int
 
-from jbag.ops._gradient_terms import ONE_DEVICE, Placement
+from jbag.ops._factored_gradient import ONE_DEVICE, Placement
 from jbag.ops._primitive import equally_varying, layout
 from jbag.ragged._joining import fold_bags
 from jbag.ragged._slots import PAD_ID, Ids, Offsets, Slots, merge
@@ -100,7 +100,7 @@ def _batch_pooled(
     dims: Sequence[int | None],
     *,
     has_winners: bool,
-    empty: int | None,
+    pad_id: int | None,
     **params: Any,
 ) -> tuple[Any, Any]:
     """Mark K batches of bags as one of K * B bags, unless each has its own table."""
@@ -119,7 +119,7 @@ def _batch_pooled(
         offsets,
         coefficients,
         dense[0] if has_winners else None,
-        empty=empty,
+        pad_id=pad_id,
         num_embeddings=table.shape[1],
     )
     out = mark_pooled(
@@ -129,7 +129,7 @@ def _batch_pooled(
         offsets,
         coefficients,
         winners,
-        empty=PAD_ID,
+        pad_id=PAD_ID,
         **params,
     )
     return out.reshape(pooled.shape), 0

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jbag._validation import whole
 from jbag.ops import _spmm
 from jbag.ops._explicit_axes import partitioned, pooled_sharding
+from jbag.ops._factored_gradient import ONE_DEVICE, Placement
 from jbag.ops._gather import accumulation_dtype, take
-from jbag.ops._gradient_terms import ONE_DEVICE, Placement
 from jbag.ops._marks import mark_pooled, mark_table
 from jbag.ops._max_norm import row_scale
 from jbag.ops._segment_max import extremum
@@ -66,7 +66,7 @@ def pool(
     indices, offsets, weights, frequencies = map(
         whole, (indices, offsets, weights, frequencies)
     )
-    csr, empty = prepare(
+    csr, pad_id = prepare(
         table,
         indices,
         offsets,
@@ -78,11 +78,11 @@ def pool(
     )
     if sparse:
         table = mark_table(table)
-    combined = functools.partial(combine, how=how, empty=empty)
+    combined = functools.partial(combine, how=how, pad_id=pad_id)
     total, winners = partitioned(combined, sharding)(table, csr)
     if sparse:
-        total = mark(total, whole(winners), table, csr, how=how, empty=empty)
-    return finish(total, csr, table, how=how, empty=empty)
+        total = mark(total, whole(winners), table, csr, how=how, pad_id=pad_id)
+    return finish(total, csr, table, how=how, pad_id=pad_id)
 
 
 def prepare(
@@ -114,7 +114,7 @@ def prepare(
     """
     num_embeddings = table.shape[0]
     dtype = accumulation_dtype(table.dtype)
-    empty = padding_idx
+    pad_id = padding_idx
     counted = how.scale_grad_by_freq and frequencies is None
     if offsets is not None and (
         max_norm is not None or counted or (weights is not None and how.mode == "sqrtn")
@@ -125,32 +125,32 @@ def prepare(
         if padding_idx is not None:
             outside |= ids == padding_idx
         ids = jnp.where(ids < 0, OUT_OF_RANGE_ID, ids)
-        ids, empty = jnp.where(outside, PAD_ID, ids), PAD_ID
+        ids, pad_id = jnp.where(outside, PAD_ID, ids), PAD_ID
     if weights is not None:
         weights = weights.astype(dtype)
-        if empty is not None:
+        if pad_id is not None:
             # What stands beside an empty slot, a NaN say, must not reach the gradient.
-            weights = jnp.where(ids == empty, 0, weights)
+            weights = jnp.where(ids == pad_id, 0, weights)
     value_scale = gradient_scale = None
     if max_norm is not None:
         value_scale = row_scale(table, ids, max_norm, how.norm_type, columns)
     if counted:
         frequencies = _occurrences(
-            ids, offsets, num_embeddings, dtype, empty, how.implementation, replicas
+            ids, offsets, num_embeddings, dtype, pad_id, how.implementation, replicas
         )
     if frequencies is not None:
         gradient_scale = 1 / frequencies
-    return CsrBags(ids, offsets, weights, value_scale, gradient_scale), empty
+    return CsrBags(ids, offsets, weights, value_scale, gradient_scale), pad_id
 
 
 def combine(
-    table: Float[Array, "V D"], csr: CsrBags, *, how: PoolingOptions, empty: int | None
+    table: Float[Array, "V D"], csr: CsrBags, *, how: PoolingOptions, pad_id: int | None
 ) -> tuple[Float[Array, "B D"], Int[Array, "B D"] | None]:
     """Return what the bags' rows make together, and the winning slots of an extremum.
 
     Sums that `finish` divides are in the accumulation dtype.
     """
-    options: dict[str, Any] = {"empty": empty, "implementation": how.implementation}
+    options: dict[str, Any] = {"pad_id": pad_id, "implementation": how.implementation}
     if how.mode in ("max", "min"):
         return extremum(table, *csr, largest=how.mode == "max", **options)
     if not _is_divided(csr, how):
@@ -165,11 +165,11 @@ def mark(
     csr: CsrBags,
     *,
     how: PoolingOptions,
-    empty: int | None,
+    pad_id: int | None,
     placement: Placement = ONE_DEVICE,
 ) -> Float[Array, "B D"]:
     """Return what was combined of a marked table, marked."""
-    ids, offsets, coefficients, options = transposed(csr, how, empty)
+    ids, offsets, coefficients, options = transposed(csr, how, pad_id)
     return mark_pooled(
         total,
         table,
@@ -183,13 +183,13 @@ def mark(
 
 
 def transposed(
-    csr: CsrBags, how: PoolingOptions, empty: int | None
+    csr: CsrBags, how: PoolingOptions, pad_id: int | None
 ) -> tuple[Ids, Offsets, Slots | None, dict[str, Any]]:
     """Return the bags by which the gradient flows to the table, and their options."""
     coefficients = _spmm.times(csr.weights, csr.gradient_scale)
     options = {
         "average": _average(csr, how),
-        "empty": empty,
+        "pad_id": pad_id,
         "implementation": how.implementation,
     }
     return csr.ids, csr.offsets, coefficients, options
@@ -201,11 +201,11 @@ def finish(
     table: Float[Array, "V D"],
     *,
     how: PoolingOptions,
-    empty: int | None,
+    pad_id: int | None,
 ) -> Float[Array, "B D"]:
     """Return the pooled bags, in the dtype of the table, of which the type is read."""
     if _is_divided(csr, how):
-        total = _divide(total, csr, table.shape[0], how, empty)
+        total = _divide(total, csr, table.shape[0], how, pad_id)
     return total.astype(table.dtype)
 
 
@@ -223,7 +223,7 @@ def _divide(
     csr: CsrBags,
     num_embeddings: Size,
     how: PoolingOptions,
-    empty: int | None,
+    pad_id: int | None,
 ) -> Float[Array, "B D"]:
     """Divide the sums by their weights' sum ("mean") or root of squares ("sqrtn")."""
     ids, offsets, weights = csr[:3]
@@ -240,11 +240,11 @@ def _divide(
             rows,
             offsets,
             coefficients,
-            empty=PAD_ID,
+            pad_id=PAD_ID,
             implementation=how.implementation,
         )
 
-    filled = _slots.filled(ids, empty)
+    filled = _slots.filled(ids, pad_id)
     if how.mode == "mean":
         sizes = tally(filled, weights)
     else:
@@ -263,7 +263,7 @@ def _occurrences(
     offsets: Offsets,
     num_embeddings: Size,
     dtype: jnp.dtype,
-    empty: int | None,
+    pad_id: int | None,
     implementation: str | None,
     replicas: Any,
 ) -> Slots:
@@ -275,7 +275,7 @@ def _occurrences(
         None,
         num_embeddings=num_embeddings,
         dtype=dtype,
-        empty=empty,
+        pad_id=pad_id,
         implementation=implementation,
     )
     if replicas is not None:

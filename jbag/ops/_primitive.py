@@ -225,8 +225,8 @@ def _batch(
     )
     slots = ids[0].size
     rows = params.get("num_embeddings", dense[0].shape[0 if shared else 1])
-    ids = name_slots(ids, params["empty"], rows)
-    params["empty"] = PAD_ID
+    ids = name_slots(ids, params["pad_id"], rows)
+    params["pad_id"] = PAD_ID
     malformed = None
     if offsets is not None:
         ids, offsets, malformed = lay_end_to_end(ids, offsets)

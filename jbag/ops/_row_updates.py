@@ -32,7 +32,7 @@ def coalesce(
 
     U is N or V, whichever is less; past the last row the index is V and the sum zero.
     """
-    options["capacity"] = min(ids.size, num_embeddings)
+    options["max_unique_ids"] = min(ids.size, num_embeddings)
     options["num_embeddings"] = num_embeddings
     indices, sums = bind(
         coalesce_p, (cotangent,), ids, offsets, coefficients, **options

@@ -68,7 +68,7 @@ def _follow_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     values = _follow(*primals)
     # A negative id that won names no row, and reads as one past the last.
     known = jnp.where(ids < 0, table.shape[0], ids)
-    won = _at_slots(known, slots, empty=-1)
+    won = _at_slots(known, slots, fill=-1)
     tangent = jnp.zeros_like(values)
     if varies(tangents[2]):
         scale = times(coefficients, gradient_scale)
@@ -89,9 +89,9 @@ def _pick(table: Float[Array, "V D"], rows: Int[Array, "B D"]) -> Float[Array, "
     return jnp.where(rows < 0, 0, picked)
 
 
-def _at_slots(x: Array, slots: Int[Array, "B D"], empty: int = 0) -> Array:
-    """Return x at each flat slot, `empty` where the slot lies past the last."""
-    return _gather.take(x.reshape(-1), slots, empty)
+def _at_slots(x: Array, slots: Int[Array, "B D"], fill: int = 0) -> Array:
+    """Return x at each flat slot, `fill` where the slot lies past the last."""
+    return _gather.take(x.reshape(-1), slots, fill)
 
 
 extremum_p = define(

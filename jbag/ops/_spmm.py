@@ -45,8 +45,8 @@ def spmm(
 ) -> Float[Array, "B D"]:
     """Sum c[i] * table[ids[i]] over each bag, or average; rounded once to `dtype`.
 
-    Without a `dtype` it is the accumulation dtype. Here as below, `options` are the id
-    that is `empty`, and the `implementation`.
+    Without a `dtype` it is the accumulation dtype. Here as below, `options` are the
+    `pad_id` of empty slots and the `implementation`.
     """
     return bind(
         spmm_p,
@@ -250,7 +250,7 @@ def divided(
     dtype: jnp.dtype,
     average: str | None,
     *,
-    empty: int | None,
+    pad_id: int | None,
     implementation: str | None,
 ) -> Float[Array, "B D"]:
     """Divide by what the average divided by, in the accumulation dtype."""
@@ -259,7 +259,7 @@ def divided(
     if average is None:
         return back
     pool = functools.partial(spmm, implementation=implementation)
-    options: dict[str, Any] = {"empty": empty, "average": average}
+    options: dict[str, Any] = {"pad_id": pad_id, "average": average}
     return back / xla.divisors(pool, ids, offsets, wide, **options)
 
 

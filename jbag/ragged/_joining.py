@@ -80,7 +80,7 @@ def fold_bags(
     coefficients: Float[Array, "K *slots"] | None,
     winners: Int[Array, "K B D"] | None,
     *,
-    empty: int | None,
+    pad_id: int | None,
     num_embeddings: Any,
 ) -> tuple[Ids, Offsets, Slots | None, Int[Array, "K*B D"] | None]:
     """Return K batches of bags of one table as one; its empty slots are `PAD_ID`.
@@ -88,7 +88,7 @@ def fold_bags(
     Winners, flat slots, are numbered anew; N, of a bag without one, stays the end.
     """
     size, slots = ids.shape[0], ids[0].size
-    ids = name_slots(ids, empty, num_embeddings)
+    ids = name_slots(ids, pad_id, num_embeddings)
     if offsets is not None:
         ids, offsets, _ = lay_end_to_end(ids, offsets)
     if winners is not None:

@@ -20,9 +20,9 @@ PAD_ID = -1
 OUT_OF_RANGE_ID = -2
 
 
-def filled(ids: Ids, empty: int | None) -> Bool[Array, "*slots"]:
+def filled(ids: Ids, pad_id: int | None) -> Bool[Array, "*slots"]:
     """Return which slots are not empty."""
-    return jnp.ones(ids.shape, bool) if empty is None else ids != empty
+    return jnp.ones(ids.shape, bool) if pad_id is None else ids != pad_id
 
 
 def bag_bounds(
@@ -49,14 +49,14 @@ def merge(x: Shaped[Array, "K first ..."]) -> Shaped[Array, "K*first ..."]:
 
 
 def name_slots(
-    ids: Int[Array, "..."], empty: int | None, rows: Any
+    ids: Int[Array, "..."], pad_id: int | None, rows: Any
 ) -> Int[Array, "..."]:
     """Return ids of which those in [0, V) are rows, and the negative ones tell why not.
 
     Rows may then be numbered anew, and slots emptied.
     """
     named = jnp.where((ids < 0) | (ids >= rows), OUT_OF_RANGE_ID, ids)
-    return named if empty is None else jnp.where(ids == empty, PAD_ID, named)
+    return named if pad_id is None else jnp.where(ids == pad_id, PAD_ID, named)
 
 
 def lay_end_to_end(

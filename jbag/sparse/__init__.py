@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from jbag._validation import Floats, Integers
 from jbag.ops import _pooling
 from jbag.ops._embedding_bag import check_call
-from jbag.ops._gradient_terms import fold
+from jbag.ops._factored_gradient import fold
 from jbag.ragged._bags import Bags
 from jbag.sparse._pullback import pull_back
 from jbag.sparse._row_sparse import RowSparse, is_rows
@@ -90,11 +90,11 @@ def pool(
     )
     how = options["how"]
     ids, ends, own_weights = jax.tree.map(jnp.asarray, bags)
-    csr, empty = _pooling.prepare(table, ids, ends, own_weights, max_norm, **options)
+    csr, pad_id = _pooling.prepare(table, ids, ends, own_weights, max_norm, **options)
     total, winners = _pooling.combine(
-        jax.lax.stop_gradient(table), csr, how=how, empty=empty
+        jax.lax.stop_gradient(table), csr, how=how, pad_id=pad_id
     )
-    pullback = _Pullback(how, empty, table.shape, table.dtype)
+    pullback = _Pullback(how, pad_id, table.shape, table.dtype)
     out = pullback.finish(total, csr)
     return out, jax.tree_util.Partial(pullback, total, winners, csr)
 
@@ -104,13 +104,13 @@ class _Pullback:
     """What is known of a pullback when a program is traced."""
 
     how: _pooling.PoolingOptions
-    empty: int | None
+    pad_id: int | None
     shape: tuple[int, ...]
     dtype: Any
 
     def finish(self, total: Array, csr: _pooling.CsrBags) -> Float[Array, "B D"]:
         table: Any = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        return _pooling.finish(total, csr, table, how=self.how, empty=self.empty)
+        return _pooling.finish(total, csr, table, how=self.how, pad_id=self.pad_id)
 
     def __call__(
         self,
@@ -123,7 +123,7 @@ class _Pullback:
         _, to_total = jax.vjp(lambda total: self.finish(total, csr), total)
         (own,) = to_total(jnp.asarray(cotangent, self.dtype))
         ids, offsets, coefficients, options = _pooling.transposed(
-            csr, self.how, self.empty
+            csr, self.how, self.pad_id
         )
         bags = (ids, offsets, coefficients, winners)
         return pull_back(own, *bags, shape=self.shape, dtype=self.dtype, **options)

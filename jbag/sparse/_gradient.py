@@ -8,8 +8,8 @@ From `sparse=True` to a row that an optimizer moved:
 3. `_interpreter.run` runs the program with zeros added to what each of them pooled, the
    tables held constant; JAX differentiates it with respect to these zeros.
 4. `_pullback.pull_back`, as in `jbag.sparse.pool`, makes a `RowSparse` of each of these
-   gradients: a `Term`, A.T @ cotangent, that isn't multiplied out. Its `Placement`
-   knows how a table lies over a mesh; `_sealed` guards its leaves.
+   gradients: a `FactoredGradient`, A.T @ cotangent, that isn't multiplied out. Its
+   `Placement` knows how a table lies over a mesh; `_sealed` guards its leaves.
 5. `RowSparse.move`, called by the optimizers of `jbag.optim`, sums the rows and moves
    them by a rule, in place; a `RowUpdate` hands the moved table to `apply_updates`.
 

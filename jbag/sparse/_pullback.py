@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from jbag.ops._factored_gradient import FactoredGradient
 from jbag.ops._gather import accumulation_dtype
-from jbag.ops._gradient_terms import Term
 from jbag.ragged._slots import Ids, Offsets, Slots
 from jbag.sparse._row_sparse import RowSparse
 
@@ -25,8 +25,10 @@ def pull_back(
 ) -> RowSparse:
     """Return the gradient of a table, A.T @ cotangent, not multiplied out.
 
-    A holds the coefficients of the bags; see `Term` for the options.
+    A holds the coefficients of the bags; see `FactoredGradient` for the options.
     """
     cotangent = cotangent.astype(accumulation_dtype(cotangent.dtype))
-    term = Term(cotangent, ids, offsets, coefficients, winners=winners, **options)
+    term = FactoredGradient(
+        cotangent, ids, offsets, coefficients, winners=winners, **options
+    )
     return RowSparse((term,), shape, dtype)

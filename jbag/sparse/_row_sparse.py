@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jbag._validation import check_integer, check_integers, to_index_dtype
 from jbag.ops import _gather
-from jbag.ops._gradient_terms import ONE_DEVICE, Placement, Term, fold
-from jbag.sparse._sealed import SealedTerms
+from jbag.ops._factored_gradient import ONE_DEVICE, FactoredGradient, Placement, fold
+from jbag.sparse._sealed import SealedGradients
 
 
 class _RowSparseType(type):
@@ -85,17 +85,17 @@ class RowSparse(metaclass=_RowSparseType):
 
     def __init__(
         self,
-        terms: Sequence[Term],
+        terms: Sequence[FactoredGradient],
         shape: tuple[int, ...],
         dtype: Any,
         is_coalesced: bool = False,
     ) -> None:
         self.shape, self.dtype, self.is_coalesced = shape, dtype, is_coalesced
-        self._fresh: tuple[Term, ...] | None = tuple(terms)
-        self._sealed: SealedTerms | None = None
+        self._fresh: tuple[FactoredGradient, ...] | None = tuple(terms)
+        self._sealed: SealedGradients | None = None
 
     @property
-    def terms(self) -> tuple[Term, ...]:
+    def terms(self) -> tuple[FactoredGradient, ...]:
         """The products that it is the sum of."""
         if self._fresh is not None:
             return self._fresh
@@ -115,7 +115,9 @@ class RowSparse(metaclass=_RowSparseType):
 
     def tree_flatten(self) -> tuple[Any, Any]:
         """Return the leaves, of which all but the cotangents are sealed."""
-        sealed = SealedTerms.close(self.terms) if self._sealed is None else self._sealed
+        sealed = (
+            SealedGradients.close(self.terms) if self._sealed is None else self._sealed
+        )
         aux = (sealed.structure, self.shape, self.dtype, self.is_coalesced)
         return (sealed.leaves, sealed.guard), aux
 
@@ -126,7 +128,7 @@ class RowSparse(metaclass=_RowSparseType):
         rows = cls.__new__(cls)
         RowSparse.__init__(rows, (), shape, dtype, is_coalesced)
         rows._fresh = None
-        rows._sealed = SealedTerms(children[0], structure, children[1])
+        rows._sealed = SealedGradients(children[0], structure, children[1])
         return rows
 
     @classmethod
@@ -154,7 +156,9 @@ class RowSparse(metaclass=_RowSparseType):
                 "`indices` must be [N], and `values` [N, D]; "
                 f"got {ids.shape} and {rows.shape}."
             )
-        term = Term(rows.astype(_gather.accumulation_dtype(rows.dtype)), ids[:, None])
+        term = FactoredGradient(
+            rows.astype(_gather.accumulation_dtype(rows.dtype)), ids[:, None]
+        )
         return cls((term,), (num_embeddings, rows.shape[1]), rows.dtype)
 
     @property
@@ -358,7 +362,7 @@ class RowSparse(metaclass=_RowSparseType):
     # NumPy's arrays and numbers then leave arithmetic to these methods, as JAX's do.
     __array_ufunc__ = None
 
-    def _flat(self) -> Term:
+    def _flat(self) -> FactoredGradient:
         """Return the rows of all slots as bags of one."""
         if self.is_coalesced:
             return self.terms[0]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from jbag.ops._gradient_terms import Term
+from jbag.ops._factored_gradient import FactoredGradient
 from jbag.sparse._row_sparse import RowSparse
 
 
@@ -32,7 +32,7 @@ class RowUpdate(RowSparse):
         self._table, self._moved, self._difference = table, moved, difference
 
     @property
-    def terms(self) -> tuple[Term, ...]:
+    def terms(self) -> tuple[FactoredGradient, ...]:
         """The products that it is the sum of."""
         if self._sealed is not None:
             return super().terms

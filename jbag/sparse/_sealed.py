@@ -27,7 +27,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend import random
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jbag.ops._gradient_terms import Term
+from jbag.ops._factored_gradient import FactoredGradient
 from jbag.ragged._slots import filled
 
 # Powers of two, and so exact under any scale. They aren't sorted, nor of one sign, nor
@@ -131,8 +131,8 @@ def _fingerprint(sealed: Sequence[Array], batch_ndim: int) -> Float[Array, "... 
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-class SealedTerms(NamedTuple):
-    """Terms as the leaves of a pytree: the cotangents, and sealed arrays.
+class SealedGradients(NamedTuple):
+    """Factored gradients as the leaves of a pytree: cotangents, and sealed arrays.
 
     Attributes:
       leaves: of each term the cotangent, ids, offsets, coefficients and winners.
@@ -145,7 +145,7 @@ class SealedTerms(NamedTuple):
     guard: tuple[Any, ...]
 
     @classmethod
-    def close(cls, terms: Sequence[Term]) -> SealedTerms:
+    def close(cls, terms: Sequence[FactoredGradient]) -> SealedGradients:
         leaves, structure = [], []
         for term in terms:
             # Inverted, ids that a function fills with zeros or ones name no row.
@@ -156,7 +156,7 @@ class SealedTerms(NamedTuple):
             )
             sealed = tuple(x if x is None else seal(x) for x in arrays)
             leaves.append((term.cotangent, *sealed))
-            options = (term.empty, term.implementation, term.average, term.placement)
+            options = (term.pad_id, term.implementation, term.average, term.placement)
             structure.append((types, *options))
         guard = (*_numbers(leaves, batch_ndim=0), np.zeros((), jax.dtypes.float0))
         closed = cls(tuple(leaves), tuple(structure), guard)
@@ -168,7 +168,7 @@ class SealedTerms(NamedTuple):
         """The axes that the cotangents have in front, () of one gradient."""
         return self.leaves[0][0].shape[:-2] if self.leaves else ()
 
-    def open(self, num_embeddings: int) -> tuple[Term, ...]:
+    def open(self, num_embeddings: int) -> tuple[FactoredGradient, ...]:
         """Return the terms; of a batch, every array has its axes in front.
 
         Where the guard is traced and changed, every slot names a row, and that is NaN.
@@ -191,13 +191,13 @@ class SealedTerms(NamedTuple):
                 x if known is None else unseal(x, known[0])
                 for x, known in zip(sealed, types[1:], strict=True)
             )
-            empty, implementation, average, placement = options
-            term = Term(
+            pad_id, implementation, average, placement = options
+            term = FactoredGradient(
                 cotangent,
                 ~inverted,
                 offsets,
                 coefficients,
-                empty,
+                pad_id,
                 implementation,
                 winners,
                 average,
@@ -253,7 +253,9 @@ def _is_as_made(opened: SealedTerms) -> bool:
     )
 
 
-def _nan_unless(intact: Bool[Array, "..."], term: Term, num_embeddings: int) -> Term:
+def _nan_unless(
+    intact: Bool[Array, "..."], term: FactoredGradient, num_embeddings: int
+) -> FactoredGradient:
     """Return the term, or one of the same shapes in which each slot's row is NaN."""
 
     def select(x: Any, otherwise: Any) -> Any:
@@ -263,17 +265,17 @@ def _nan_unless(intact: Bool[Array, "..."], term: Term, num_embeddings: int) -> 
         return jnp.where(jnp.expand_dims(intact, axes), x, otherwise)
 
     ids = term.ids
-    is_row = (ids >= 0) & (ids < num_embeddings) & filled(ids, term.empty)
+    is_row = (ids >= 0) & (ids < num_embeddings) & filled(ids, term.pad_id)
     return dataclasses.replace(
         term,
         cotangent=select(term.cotangent, jnp.nan),
-        ids=select(ids, jnp.where(is_row, ids, int(term.empty == 0))),
+        ids=select(ids, jnp.where(is_row, ids, int(term.pad_id == 0))),
         offsets=select(term.offsets, _offsets_of_first_bag(term)),
         winners=select(term.winners, 0),
     )
 
 
-def _offsets_of_first_bag(term: Term) -> Int[Array, " ends"] | None:
+def _offsets_of_first_bag(term: FactoredGradient) -> Int[Array, " ends"] | None:
     """Return offsets by which the first bag of each device's block has every slot."""
     if term.offsets is None:
         return None

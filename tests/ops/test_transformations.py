@@ -308,7 +308,7 @@ def test_vmap_over_more_rows_than_ids_can_name_runs_one_by_one(implementation):
     assert "scan" in str(jax.make_jaxpr(pool)(tables, ids))
 
 
-@pytest.mark.parametrize("empty", [None, 4])
+@pytest.mark.parametrize("pad_id", [None, 4])
 @pytest.mark.parametrize(
     ("primitive", "outputs", "options"),
     [
@@ -321,10 +321,10 @@ def test_vmap_over_more_rows_than_ids_can_name_runs_one_by_one(implementation):
     ],
 )
 def test_batches_run_one_by_one_give_the_same(
-    primitive, outputs, options, empty, implementation
+    primitive, outputs, options, pad_id, implementation
 ):
     operands = make_table(3, 5, 2), jnp.arange(12).reshape(3, 2, 2) % 5
-    options = {"empty": empty, "implementation": implementation, **options}
+    options = {"pad_id": pad_id, "implementation": implementation, **options}
     joint = _primitive._batch(
         primitive, ("rows",), outputs, operands, (0, 0), **options
     )

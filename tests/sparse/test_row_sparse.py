@@ -9,8 +9,8 @@ import pytest
 from jax.experimental.sparse import BCOO
 
 import jbag
+from jbag.ops._factored_gradient import FactoredGradient
 from jbag.ops._gather import accumulation_dtype
-from jbag.ops._gradient_terms import Term
 
 V, D = 9, 3
 RNG = np.random.default_rng(0)
@@ -39,21 +39,21 @@ def terms(implementation):
         (ids, np.array([0, 4, 3, 6], np.int32), [0, 0, 0, 0, None, None]),
         (ids.reshape(3, 2), None, [0, 0, 1, 1, 2, 2]),
     ]
-    for (own, offsets, bags), weighted, empty in itertools.product(
+    for (own, offsets, bags), weighted, pad_id in itertools.product(
         layouts, [False, True], [None, 1]
     ):
-        slots = [i for i in range(6) if bags[i] is not None and ids[i] != empty]
+        slots = [i for i in range(6) if bags[i] is not None and ids[i] != pad_id]
         scale = coefficients if weighted else np.ones(6)
         values = [scale[i] * cotangent[bags[i]] for i in slots]
         expected = dense(ids[slots], np.reshape(values, (-1, D)))
         shaped = jnp.asarray(coefficients.reshape(own.shape)) if weighted else None
         yield (
-            Term(
+            FactoredGradient(
                 jnp.asarray(cotangent),
                 jnp.asarray(own),
                 None if offsets is None else jnp.asarray(offsets),
                 shaped,
-                empty,
+                pad_id,
                 implementation,
             ),
             expected,
@@ -98,7 +98,7 @@ def test_corners_of_coalescing(indices, implementation):
     values = RNG.normal(size=(indices.size, D)).astype(np.float32)
     rows = jbag.RowSparse.from_rows(indices, values, V)
     (term,) = rows.terms
-    terms = (Term(term.cotangent, term.ids, implementation=implementation),)
+    terms = (FactoredGradient(term.cotangent, term.ids, implementation=implementation),)
     rows = jbag.RowSparse(terms, rows.shape, rows.dtype)
     named = sorted({i for i in indices if 0 <= i < V})
     assert rows.coalesce().indices.shape == (min(len(indices), V),)
@@ -171,7 +171,7 @@ def test_dtypes(dtype, implementation):
     values = jnp.asarray(VALUES, dtype)
     rows = jbag.RowSparse.from_rows(INDICES.astype(np.int64), values, V)
     (term,) = rows.terms
-    terms = (Term(term.cotangent, term.ids, implementation=implementation),)
+    terms = (FactoredGradient(term.cotangent, term.ids, implementation=implementation),)
     rows = jbag.RowSparse(terms, rows.shape, rows.dtype)
     expected = dense(values=jnp.asarray(VALUES, dtype))
     assert rows.dtype == rows.todense().dtype == dtype

@@ -26,7 +26,7 @@ def spmm(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    empty: int | None,
+    pad_id: int | None,
     average: str | None,
     dtype: jnp.dtype,
 ) -> Float[Array, "B D"]:
@@ -35,7 +35,7 @@ def spmm(
     pooled = jax.ShapeDtypeStruct(shape, dtype)
     bags = _bags(table, ids, offsets, coefficients)
     return _call(
-        "product", pooled, table, *bags, empty=empty, average=average or "none"
+        "product", pooled, table, *bags, pad_id=pad_id, average=average or "none"
     )
 
 
@@ -45,14 +45,14 @@ def spmm_transpose(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    empty: int | None,
+    pad_id: int | None,
     num_embeddings: Size,
     dtype: jnp.dtype,
 ) -> Float[Array, "V D"]:
     """Return out[v] = sum of c[i] * cotangent[bag of i] where ids[i] = v."""
     rows = jax.ShapeDtypeStruct((num_embeddings, cotangent.shape[1]), dtype)
     bags = _bags(cotangent, ids, offsets, coefficients)
-    return _call("transposed_product", rows, cotangent, *bags, empty=empty)
+    return _call("transposed_product", rows, cotangent, *bags, pad_id=pad_id)
 
 
 def sddmm(
@@ -61,12 +61,12 @@ def sddmm(
     ids: Ids,
     offsets: Offsets,
     *,
-    empty: int | None,
+    pad_id: int | None,
 ) -> Slots:
     """Return out[i] = <table[ids[i]], cotangent[bag of i]>, zero at empty slots."""
     dots = jax.ShapeDtypeStruct(ids.shape, accumulation_dtype(table.dtype))
     bags = _bags(table, ids, offsets, None)[:-1]
-    return _call("sampled_dots", dots, table, cotangent, *bags, empty=empty)
+    return _call("sampled_dots", dots, table, cotangent, *bags, pad_id=pad_id)
 
 
 def extremum(
@@ -75,7 +75,7 @@ def extremum(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    empty: int | None,
+    pad_id: int | None,
     largest: bool,
 ) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
     """Return the largest (or smallest) c[i] * table[ids[i]], and the first winner."""
@@ -84,7 +84,7 @@ def extremum(
     winners = jax.ShapeDtypeStruct(shape, jnp.int32)
     bags = _bags(table, ids, offsets, coefficients)
     best = _call(
-        "extremum", (values, winners), table, *bags, empty=empty, largest=largest
+        "extremum", (values, winners), table, *bags, pad_id=pad_id, largest=largest
     )
     return best[0], best[1]
 
@@ -95,21 +95,21 @@ def coalesce(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    empty: int | None,
+    pad_id: int | None,
     num_embeddings: Size,
-    capacity: Size,
+    max_unique_ids: Size,
 ) -> tuple[Int[Array, " U"], Float[Array, "U D"]]:
     """Return the rows of `spmm_transpose` that slots name: which, and their sums.
 
-    They come in order, each once. Behind them, up to the capacity, the index is V and
-    the sum zero.
+    They come in order, each once. Behind them, up to `max_unique_ids`, the index is V
+    and the sum zero.
     """
-    indices = jax.ShapeDtypeStruct((capacity,), ids.dtype)
-    sums = jax.ShapeDtypeStruct((capacity, cotangent.shape[1]), cotangent.dtype)
+    indices = jax.ShapeDtypeStruct((max_unique_ids,), ids.dtype)
+    sums = jax.ShapeDtypeStruct((max_unique_ids, cotangent.shape[1]), cotangent.dtype)
     bags = _bags(cotangent, ids, offsets, coefficients)
     # An operand, as a symbolic size can't be an attribute.
     size = jnp.asarray(num_embeddings, ids.dtype)
-    found = _call("coalesce", (indices, sums), cotangent, *bags, size, empty=empty)
+    found = _call("coalesce", (indices, sums), cotangent, *bags, size, pad_id=pad_id)
     return found[0], found[1]
 
 
@@ -123,7 +123,7 @@ def update_rows(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    empty: int | None,
+    pad_id: int | None,
     rule: str,
 ) -> tuple[Array, ...]:
     """Move the rows that slots name by a rule; return the table and its states.
@@ -143,7 +143,7 @@ def update_rows(
             moved,
             *operands,
             *states,
-            empty=empty,
+            pad_id=pad_id,
             aliases=aliases,
             rule=rule,
         )
@@ -175,12 +175,12 @@ def _call(
     name: str,
     results: Any,
     *operands: Array,
-    empty: int | None,
+    pad_id: int | None,
     aliases: dict[int, int] | None = None,
     **attributes: bool | str,
 ) -> Any:
     call = jax.ffi.ffi_call(f"jbag_cpu_{name}", results, input_output_aliases=aliases)
-    marked = {"has_empty": empty is not None, "empty": np.int64(empty or 0)}
+    marked = {"has_empty": pad_id is not None, "empty": np.int64(pad_id or 0)}
     return call(*operands, **marked, **attributes)
 
 

@@ -5,9 +5,9 @@ Every operation reads the bags in one of two layouts:
 - ragged: `ids` [N] with `offsets` [B + 1]; bag b is `ids[offsets[b]:offsets[b + 1]]`;
 - rectangular: `ids` [B, L] with `offsets` None; bag b is `ids[b]`.
 
-An id that equals `empty` is an empty slot, which adds nothing; `empty` None means that
-there are none. Any other id in [0, V) is a row. One outside names no row: it reads as
-NaN and receives nothing. Slots outside every bag are empty. A bag whose offsets are
+An id that equals `pad_id` is an empty slot, which adds nothing; `pad_id` None means
+that there are none. Any other id in [0, V) is a row. One outside names no row: it reads
+as NaN and receives nothing. Slots outside every bag are empty. A bag whose offsets are
 malformed (see `bag_bounds`) is NaN and receives nothing.
 
 `coefficients` has the shape of `ids` and the accumulation dtype; None means ones.
@@ -40,7 +40,7 @@ def spmm(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    empty: int | None,
+    pad_id: int | None,
     average: str | None,
     dtype: jnp.dtype,
 ) -> Float[Array, "B D"]:
@@ -52,8 +52,8 @@ def spmm(
     rows = _rows(table, ids)
     if coefficients is not None:
         rows = coefficients[..., None] * rows
-    if empty is not None:
-        rows = jnp.where((ids == empty)[..., None], 0, rows)
+    if pad_id is not None:
+        rows = jnp.where((ids == pad_id)[..., None], 0, rows)
     if offsets is None:
         out = rows.sum(1)
     else:
@@ -63,7 +63,7 @@ def spmm(
         out = jax.ops.segment_sum(rows, bags, num_bags, indices_are_sorted=True)
         out = jnp.where(malformed[:, None], jnp.nan, out)
     if average is not None:
-        out /= divisors(spmm, ids, offsets, out.dtype, empty=empty, average=average)
+        out /= divisors(spmm, ids, offsets, out.dtype, pad_id=pad_id, average=average)
     return out.astype(dtype)
 
 
@@ -73,17 +73,17 @@ def divisors(
     offsets: Offsets,
     dtype: jnp.dtype,
     *,
-    empty: int | None,
+    pad_id: int | None,
     average: str,
 ) -> Float[Array, "#B 1"]:
     """Return what an average divides by: counts of filled slots, or their roots.
 
     A bag that has none divides by 1. `pool` is the product, which counts.
     """
-    if empty is not None:
+    if pad_id is not None:
         one = jnp.ones((1, 1), dtype)
-        rows = jnp.where(ids == empty, -1, 0)
-        counts = pool(one, rows, offsets, None, empty=-1, average=None, dtype=dtype)
+        rows = jnp.where(ids == pad_id, -1, 0)
+        counts = pool(one, rows, offsets, None, pad_id=-1, average=None, dtype=dtype)
     elif offsets is None:
         counts = jnp.full((1, 1), ids.shape[1], dtype)
     else:
@@ -98,7 +98,7 @@ def spmm_transpose(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    empty: int | None,
+    pad_id: int | None,
     num_embeddings: Size,
     dtype: jnp.dtype,
 ) -> Float[Array, "V D"]:
@@ -111,7 +111,7 @@ def spmm_transpose(
         rows = coefficients[..., None] * rows
     # A 64-bit id must not wrap round to a row: see `take`.
     named = jnp.minimum(ids, num_embeddings)
-    kept &= (ids >= 0) & filled(ids, empty)
+    kept &= (ids >= 0) & filled(ids, pad_id)
     kept_ids = jnp.where(kept, named, num_embeddings)
     rows = rows.reshape(ids.size, cotangent.shape[1])
     out = jax.ops.segment_sum(rows, kept_ids.reshape(-1), num_embeddings)
@@ -124,12 +124,12 @@ def sddmm(
     ids: Ids,
     offsets: Offsets,
     *,
-    empty: int | None,
+    pad_id: int | None,
 ) -> Slots:
     """Return out[i] = <table[ids[i]], cotangent[bag of i]>, zero at empty slots."""
     rows, kept = bag_rows(cotangent, ids, offsets)
     dots = (_rows(table, ids) * rows).sum(-1)
-    return jnp.where(kept & filled(ids, empty), dots, 0)
+    return jnp.where(kept & filled(ids, pad_id), dots, 0)
 
 
 def extremum(
@@ -138,7 +138,7 @@ def extremum(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    empty: int | None,
+    pad_id: int | None,
     largest: bool,
 ) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
     """Return the largest (or smallest) c[i] * table[ids[i]] of each bag and feature.
@@ -150,7 +150,7 @@ def extremum(
     if coefficients is not None:
         rows = coefficients[..., None] * rows
     worst = jnp.array(-jnp.inf if largest else jnp.inf, rows.dtype)
-    present = jnp.broadcast_to(filled(ids, empty)[..., None], rows.shape)
+    present = jnp.broadcast_to(filled(ids, pad_id)[..., None], rows.shape)
     rows = jnp.where(present, rows, worst)
     none = ids.size
     slots = jnp.arange(none, dtype=jnp.int32).reshape((*ids.shape, 1))
@@ -192,28 +192,28 @@ def coalesce(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    empty: int | None,
+    pad_id: int | None,
     num_embeddings: Size,
-    capacity: Size,
+    max_unique_ids: Size,
 ) -> tuple[Int[Array, " U"], Float[Array, "U D"]]:
     """Return the rows of `spmm_transpose` that slots name: which, and their sums.
 
-    They come in order, each once. Behind them, up to the capacity, the index is V and
-    the sum zero.
+    They come in order, each once. Behind them, up to `max_unique_ids`, the index is V
+    and the sum zero.
     """
     rows, kept = bag_rows(cotangent, ids, offsets)
     if coefficients is not None:
         rows = coefficients[..., None] * rows
     named = jnp.minimum(ids, num_embeddings)
-    kept &= (ids >= 0) & filled(ids, empty)
+    kept &= (ids >= 0) & filled(ids, pad_id)
     named = jnp.where(kept, named, num_embeddings).reshape(-1)
     order = jnp.argsort(named, stable=True)
     named = named[order]
     is_first = jnp.diff(named, prepend=-1) > 0
-    place = jnp.where(named < num_embeddings, jnp.cumsum(is_first) - 1, capacity)
+    place = jnp.where(named < num_embeddings, jnp.cumsum(is_first) - 1, max_unique_ids)
     rows = rows.reshape(ids.size, cotangent.shape[1])[order]
-    sums = jax.ops.segment_sum(rows, place, capacity, indices_are_sorted=True)
-    indices = jnp.full(capacity, num_embeddings, ids.dtype)
+    sums = jax.ops.segment_sum(rows, place, max_unique_ids, indices_are_sorted=True)
+    indices = jnp.full(max_unique_ids, num_embeddings, ids.dtype)
     return indices.at[place].set(named, mode="drop"), sums
 
 
@@ -227,7 +227,7 @@ def update_rows(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    empty: int | None,
+    pad_id: int | None,
     rule: str,
 ) -> tuple[Array, ...]:
     """Move the rows that slots name by a rule; return the table and its states.
@@ -241,9 +241,9 @@ def update_rows(
         ids,
         offsets,
         coefficients,
-        empty=empty,
+        pad_id=pad_id,
         num_embeddings=num_embeddings,
-        capacity=min(ids.size, num_embeddings),
+        max_unique_ids=min(ids.size, num_embeddings),
     )
     return move_rows(table, states, scalars, seed, indices, gradient, rule=rule)
 

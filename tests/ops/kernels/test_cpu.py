@@ -43,7 +43,7 @@ def offsets_of(lengths):
 @functools.partial(jax.jit, static_argnames="implementation")
 def operations(table, weights, ids, offsets, cotangent, implementation="cpu"):
     """Return the results of the four operations, by what they are."""
-    options = {"empty": None, "implementation": implementation}
+    options = {"pad_id": None, "implementation": implementation}
     pool = lambda t, w: _spmm.spmm(t, ids, offsets, w, **options)
     value, pullback = jax.vjp(pool, table, weights)
     to_table, to_weights = pullback(cotangent)
@@ -161,7 +161,7 @@ def test_a_row_that_20000_slots_name_gets_the_gradient_of_all(dtype, width):
         weights,
         num_embeddings=9,
         dtype=jnp.dtype(dtype),
-        empty=None,
+        pad_id=None,
         implementation="cpu",
     )
     slots = np.repeat(np.asarray(cotangent, float), lengths, axis=0)
@@ -433,7 +433,7 @@ def test_every_16_bit_number_is_read_exactly(dtype, width):
         jnp.arange(len(table), dtype=jnp.int32)[:, None],
         None,
         None,
-        empty=None,
+        pad_id=None,
         implementation="cpu",
     )
     wide = table.astype(np.float32)
@@ -470,7 +470,7 @@ def test_gradients_are_rounded_as_jax_rounds(dtype, width):
         None,
         num_embeddings=len(cotangent),
         dtype=jnp.dtype(dtype),
-        empty=None,
+        pad_id=None,
         implementation="cpu",
     )
     check_bits(out, jnp.asarray(cotangent).astype(dtype), cotangent)
@@ -486,7 +486,7 @@ def transposed_in_place(used, ids, offsets, cotangent):
         None,
         num_embeddings=used.shape[0],
         dtype=used.dtype,
-        empty=None,
+        pad_id=None,
         implementation="cpu",
     )
 
@@ -516,7 +516,7 @@ def test_a_large_result_is_zero_where_no_slot_is_in_new_memory_and_in_used(
     for _ in range(3):
         value, pullback = jax.vjp(
             lambda table: _spmm.spmm(
-                table, ids, offsets, None, empty=None, implementation="cpu"
+                table, ids, offsets, None, pad_id=None, implementation="cpu"
             ),
             table,
         )
@@ -527,10 +527,10 @@ def test_a_large_result_is_zero_where_no_slot_is_in_new_memory_and_in_used(
 
 @pytest.mark.parametrize("layout", ["ragged", "rectangular"])
 @pytest.mark.parametrize("average", [None, "mean", "sqrtn"])
-@pytest.mark.parametrize("empty", [None, 3])
+@pytest.mark.parametrize("pad_id", [None, 3])
 @pytest.mark.parametrize("dtype", ["bfloat16", *slow("float32", "float16")])
 def test_averages_are_rounded_as_the_reference_rounds_them(
-    dtype, empty, average, layout
+    dtype, pad_id, average, layout
 ):
     rng = np.random.default_rng(5)
     table = jnp.asarray(rng.normal(size=(9, 70)), dtype)
@@ -551,7 +551,7 @@ def test_averages_are_rounded_as_the_reference_rounds_them(
             offsets=offsets,
             average=average,
             dtype=jnp.dtype(dtype),
-            empty=empty,
+            pad_id=pad_id,
             implementation=implementation,
         )
         value, pullback = jax.vjp(

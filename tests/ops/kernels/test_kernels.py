@@ -131,7 +131,7 @@ def test_a_primitive_is_lowered_to_the_kernel_of_its_platform(monkeypatch):
     bind = lambda **params: jax.jit(
         functools.partial(
             primitive.bind,
-            empty=None,
+            pad_id=None,
             average=None,
             dtype=jnp.dtype("float32"),
             **params,

@@ -1,4 +1,4 @@
-"""Transposed products that are not multiplied out: the terms of row-sparse arrays."""
+"""Gradients of tables as factors, A.T @ cotangent: the terms of row-sparse arrays."""
 
 from __future__ import annotations
 
@@ -34,17 +34,21 @@ class Placement(Protocol):
     @property
     def num_blocks(self) -> int: ...
 
-    def coalesce(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term: ...
+    def coalesce(
+        self, terms: Sequence[FactoredGradient], shape: Shape, dtype: Any
+    ) -> FactoredGradient: ...
 
-    def flat(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term: ...
+    def flat(
+        self, terms: Sequence[FactoredGradient], shape: Shape, dtype: Any
+    ) -> FactoredGradient: ...
 
     def todense(
-        self, terms: Sequence[Term], shape: Shape, dtype: Any
+        self, terms: Sequence[FactoredGradient], shape: Shape, dtype: Any
     ) -> Float[Array, "V D"]: ...
 
     def update_rows(
         self,
-        terms: Sequence[Term],
+        terms: Sequence[FactoredGradient],
         table: Float[Array, "V D"],
         states: tuple[Array, ...],
         scalars: Sequence[Any],
@@ -74,26 +78,32 @@ class OneDevice:
     over_mesh: ClassVar[bool] = False
     num_blocks: ClassVar[int] = 1
 
-    def coalesce(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term:
+    def coalesce(
+        self, terms: Sequence[FactoredGradient], shape: Shape, dtype: Any
+    ) -> FactoredGradient:
         """Return the rows that are named, each once, in order, and their sums."""
         term = self._join(terms, shape, dtype)
         indices, sums = term.apply(coalesce, num_embeddings=shape[0])
-        return Term(sums, indices[:, None], implementation=term.implementation)
+        return FactoredGradient(
+            sums, indices[:, None], implementation=term.implementation
+        )
 
-    def flat(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term:
+    def flat(
+        self, terms: Sequence[FactoredGradient], shape: Shape, dtype: Any
+    ) -> FactoredGradient:
         """Return the rows of all slots as bags of one."""
         term = self._join(terms, shape, dtype).plain()
         rows, kept = _gather.bag_rows(term.cotangent, term.ids, term.offsets)
         if term.coefficients is not None:
             rows = term.coefficients[..., None] * rows
         kept &= (term.ids >= 0) & (term.ids < shape[0])
-        kept &= _slots.filled(term.ids, term.empty)
+        kept &= _slots.filled(term.ids, term.pad_id)
         indices = jnp.where(kept, term.ids, shape[0]).reshape(-1, 1)
         rows = jnp.where(kept[..., None], rows, 0).reshape(indices.size, shape[1])
-        return Term(rows, indices, implementation=term.implementation)
+        return FactoredGradient(rows, indices, implementation=term.implementation)
 
     def todense(
-        self, terms: Sequence[Term], shape: Shape, dtype: Any
+        self, terms: Sequence[FactoredGradient], shape: Shape, dtype: Any
     ) -> Float[Array, "V D"]:
         """Return the sum of the terms as an array."""
         return self._join(terms, shape, dtype).apply(
@@ -102,7 +112,7 @@ class OneDevice:
 
     def update_rows(
         self,
-        terms: Sequence[Term],
+        terms: Sequence[FactoredGradient],
         table: Float[Array, "V D"],
         states: tuple[Array, ...],
         scalars: Sequence[Any],
@@ -133,8 +143,12 @@ class OneDevice:
         """Return zeros that lie as a cotangent does."""
         return jnp.zeros(shape, dtype)
 
-    def _join(self, terms: Sequence[Term], shape: Shape, dtype: Any) -> Term:
-        return join_terms(terms, shape[1], _gather.accumulation_dtype(jnp.dtype(dtype)))
+    def _join(
+        self, terms: Sequence[FactoredGradient], shape: Shape, dtype: Any
+    ) -> FactoredGradient:
+        return concatenate_gradients(
+            terms, shape[1], _gather.accumulation_dtype(jnp.dtype(dtype))
+        )
 
 
 ONE_DEVICE = OneDevice()
@@ -143,11 +157,11 @@ ONE_DEVICE = OneDevice()
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["cotangent", "ids", "offsets", "coefficients", "winners"],
-    meta_fields=["empty", "implementation", "average", "placement"],
+    meta_fields=["pad_id", "implementation", "average", "placement"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class Term:
-    """A transposed product that isn't multiplied out: A.T @ cotangent.
+class FactoredGradient:
+    """A gradient of a table in factors that aren't multiplied: A.T @ cotangent.
 
     A holds the bags' coefficients, divided as an `average` divides. With `winners`, a
     feature goes to the one slot that won it. The `placement` tells how the arrays lie
@@ -158,7 +172,7 @@ class Term:
     ids: Ids
     offsets: Offsets = None
     coefficients: Slots | None = None
-    empty: int | None = None
+    pad_id: int | None = None
     implementation: str | None = None
     winners: Int[Array, "B D"] | None = None
     average: str | None = None
@@ -173,15 +187,15 @@ class Term:
             term.ids,
             term.offsets,
             term.coefficients,
-            empty=term.empty,
+            pad_id=term.pad_id,
             implementation=term.implementation,
             **params,
         )
 
-    def plain(self) -> Term:
+    def plain(self) -> FactoredGradient:
         """Return the same without an average and winners."""
         options: dict[str, Any] = {
-            "empty": self.empty,
+            "pad_id": self.pad_id,
             "implementation": self.implementation,
         }
         if self.average is not None:
@@ -203,23 +217,23 @@ class Term:
         rows = jnp.where(own == slots.reshape((*self.ids.shape, 1)), rows, 0)
         if self.coefficients is not None:
             rows = rows * self.coefficients[..., None]
-        ids = jnp.where(kept & _slots.filled(self.ids, self.empty), self.ids, PAD_ID)
-        return Term(
+        ids = jnp.where(kept & _slots.filled(self.ids, self.pad_id), self.ids, PAD_ID)
+        return FactoredGradient(
             rows.reshape(ids.size, -1),
             ids.reshape(-1, 1),
-            empty=PAD_ID,
+            pad_id=PAD_ID,
             implementation=self.implementation,
         )
 
 
-def fold(batch: Term, num_embeddings: int) -> Term:
+def fold(batch: FactoredGradient, num_embeddings: int) -> FactoredGradient:
     """Return the sum of a batch of terms, whose arrays have one axis more, in front."""
     ids, offsets, coefficients, winners = fold_bags(
         batch.ids,
         batch.offsets,
         batch.coefficients,
         batch.winners,
-        empty=batch.empty,
+        pad_id=batch.pad_id,
         num_embeddings=num_embeddings,
     )
     return dataclasses.replace(
@@ -229,18 +243,22 @@ def fold(batch: Term, num_embeddings: int) -> Term:
         offsets=offsets,
         coefficients=coefficients,
         winners=winners,
-        empty=PAD_ID,
+        pad_id=PAD_ID,
     )
 
 
-def join_terms(terms: Sequence[Term], width: int, dtype: Any = jnp.float32) -> Term:
-    """Return one term that is the sum of all: their bags laid end to end.
+def concatenate_gradients(
+    terms: Sequence[FactoredGradient], width: int, dtype: Any = jnp.float32
+) -> FactoredGradient:
+    """Return one factored gradient, the sum of all: their bags are concatenated.
 
     Without any, it is zeros of that width and dtype.
     """
     terms = [t for t in terms if t.ids.size and t.cotangent.shape[0]]
     if not terms:
-        return Term(jnp.zeros((0, width), dtype), jnp.zeros((0, 1), jnp.int32))
+        return FactoredGradient(
+            jnp.zeros((0, width), dtype), jnp.zeros((0, 1), jnp.int32)
+        )
     if len(terms) == 1:
         return terms[0]
     terms = [term.plain() for term in terms]
@@ -248,8 +266,8 @@ def join_terms(terms: Sequence[Term], width: int, dtype: Any = jnp.float32) -> T
     parts = []
     for term in terms:
         ids = term.ids
-        if term.empty is not None:
-            ids = jnp.where(ids == term.empty, PAD_ID, ids)
+        if term.pad_id is not None:
+            ids = jnp.where(ids == term.pad_id, PAD_ID, ids)
         elif jnp.issubdtype(ids.dtype, jnp.signedinteger):
             ids = jnp.maximum(ids, OUT_OF_RANGE_ID)  # -1 is an empty slot from here on
         parts.append((ids.astype(dtype), term.offsets))
@@ -266,11 +284,11 @@ def join_terms(terms: Sequence[Term], width: int, dtype: Any = jnp.float32) -> T
             ],
         )
     ids, offsets = join(parts)
-    return Term(
+    return FactoredGradient(
         jnp.concatenate([term.cotangent.astype(wide) for term in terms]),
         ids,
         offsets,
         coefficients,
-        empty=PAD_ID,
+        pad_id=PAD_ID,
         implementation=terms[0].implementation,
     )
