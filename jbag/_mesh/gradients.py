@@ -95,7 +95,7 @@ class LocalGradients:
         numbers = jnp.stack([jnp.asarray(x, dtype) for x in scalars])
         specs = tuple(self._spec(x) for x in (table, *states))
         # Each device has some columns of a row, whose squares are averaged over all.
-        apart = self.strategy.name == "columns" and bool(rules.RULES[rule].narrow)
+        apart = self.strategy.name == "columns" and bool(rules.RULES[rule].per_row)
 
         def move(
             arrays: tuple[Array, ...],
@@ -232,7 +232,7 @@ class LocalGradients:
 
     def _spec(self, array: Array) -> P:
         """Return the spec of a table, or of a state of it."""
-        return self.strategy.table if array.ndim == 2 else self.strategy.narrow
+        return self.strategy.table if array.ndim == 2 else self.strategy.per_row
 
     def _rows_spec(self, array: Array) -> P:
         return P(*self.cotangent[: array.ndim]) if self.cotangent else P()

@@ -73,7 +73,7 @@ class Strategy:
         return specs[self.name]
 
     @property
-    def narrow(self) -> P:
+    def per_row(self) -> P:
         """The spec of a state of one number a row."""
         return P(*self.table[:1])
 

@@ -306,7 +306,7 @@ def collection_shardings(module: Any, tree: Any) -> Any:
         for stack in stacks:
             if stack.name in names and x.shape[:1] == stack.shape[:1]:
                 own = found[stack.name]
-                return NamedSharding(mesh, own.table if x.ndim == 2 else own.narrow)
+                return NamedSharding(mesh, own.table if x.ndim == 2 else own.per_row)
         return NamedSharding(mesh, P())
 
     return jax.tree.map_with_path(one, tree)

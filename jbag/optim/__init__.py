@@ -94,9 +94,9 @@ def sgd(
         raise ValueError(f"`dampening` must be at most 1; got {dampening}.")
     numbers = {
         "momentum": momentum,
-        "fresh": 1 - dampening,
-        "direct": 1.0 if nesterov else 0.0,
-        "through": momentum if nesterov else 1.0,
+        "gradient_to_trace": 1 - dampening,
+        "gradient_to_step": 1.0 if nesterov else 0.0,
+        "trace_to_step": momentum if nesterov else 1.0,
     }
     return transformation(
         "momentum", learning_rate, numbers, weight_decay, stochastic_rounding
@@ -132,7 +132,7 @@ def adagrad(
 
     Example:
       >>> state = jbag.optim.adagrad(0.5).init(jnp.ones((5, 2)))
-      >>> state.states["total"].shape
+      >>> state.states["sum_of_squares"].shape
       (5, 2)
     """
     return transformation(
@@ -141,7 +141,7 @@ def adagrad(
         {"eps": eps},
         weight_decay,
         stochastic_rounding,
-        initial={"total": initial_accumulator_value},
+        initial={"sum_of_squares": initial_accumulator_value},
     )
 
 
@@ -166,7 +166,7 @@ def rowwise_adagrad(
 
     Example:
       >>> state = jbag.optim.rowwise_adagrad(0.5).init(jnp.ones((5, 2)))
-      >>> state.states["total"].shape
+      >>> state.states["sum_of_squares"].shape
       (5,)
     """
     return transformation(
@@ -175,7 +175,7 @@ def rowwise_adagrad(
         {"eps": eps},
         weight_decay,
         stochastic_rounding,
-        initial={"total": initial_accumulator_value},
+        initial={"sum_of_squares": initial_accumulator_value},
     )
 
 
@@ -240,7 +240,7 @@ def rowwise_adam(
     Example:
       >>> state = jbag.optim.rowwise_adam(0.01, b1=0).init(jnp.ones((5, 2)))
       >>> {name: x.shape for name, x in state.states.items()}
-      {'v': (5,)}
+      {'nu': (5,)}
     """
     numbers = {"eps": eps, "b1": b1, "b2": b2}
     rule = "rowwise_rmsprop" if is_zero(b1) else "rowwise_adam"

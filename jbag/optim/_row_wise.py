@@ -47,7 +47,7 @@ def transformation(
     initial: dict[str, Any] | None = None,
 ) -> optax.GradientTransformation:
     """Make the optimizer that moves rows, and whole arrays, by a rule."""
-    narrow = RULES[rule].narrow
+    per_row = RULES[rule].per_row
     first = {name: (initial or {}).get(name, 0.0) for name in RULES[rule].states}
     check_at_least_zero(**constants, weight_decay=weight_decay)
     for start in first.values():
@@ -64,7 +64,7 @@ def transformation(
             dtype = accumulation_dtype(jnp.asarray(parameter).dtype)
             if callable(first[name]):
                 return first[name](jnp.asarray(parameter).astype(dtype))
-            if name in narrow:
+            if name in per_row:
                 shape, device = jnp.shape(parameter)[:-1], _device_of_rows(parameter)
                 return jnp.full(shape, first[name], dtype, device=device)
             return jnp.full_like(parameter, first[name], dtype)
@@ -134,8 +134,8 @@ def _move_rows(
         delta, _ = _step_rows(rule, gradient, table, states, scalars)
         if noise is None:
             return delta
-        wide = [delta.rows_of(x).astype(jnp.float32) for x in (table, moved)]
-        return delta.with_values(wide[1] - wide[0])
+        old, new = (delta.rows_of(x).astype(jnp.float32) for x in (table, moved))
+        return delta.with_values(new - old)
 
     return RowUpdate(table, moved, difference), tuple(moved_states)
 
@@ -169,14 +169,16 @@ def _move(
 ) -> tuple[Array, tuple[Array, ...]]:
     """Return what is added to a dense parameter, all rows of it, and the new states."""
     dtype = scalars[0].dtype
-    wide = gradient.astype(dtype)
-    rows = jnp.zeros_like(wide) if parameter is None else parameter.astype(dtype)
-    shape = wide.shape
+    values = gradient.astype(dtype)
+    rows = jnp.zeros_like(values) if parameter is None else parameter.astype(dtype)
+    shape = values.shape
     if not shape:  # a number is a row of one
-        wide, rows = wide[None], rows[None]
-        num_wide = len(RULES[rule].wide)
-        states = tuple(x[None] if i < num_wide else x for i, x in enumerate(states))
-    delta, moved = step(rule, rows, wide, states, jnp.stack(scalars))
+        values, rows = values[None], rows[None]
+        num_per_element = len(RULES[rule].per_element)
+        states = tuple(
+            x[None] if i < num_per_element else x for i, x in enumerate(states)
+        )
+    delta, moved = step(rule, rows, values, states, jnp.stack(scalars))
     if not shape:
         moved = tuple(x.reshape(()) for x in moved)
     return delta.reshape(shape).astype(gradient.dtype), moved

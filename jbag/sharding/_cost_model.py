@@ -46,9 +46,10 @@ class Site(NamedTuple):
         P, D, n, f = self.devices, asked.width, asked.slots, asked.features
         V = asked.rows if strategy == "whole" else self.padded(asked)
         e, a = asked.dtype.itemsize, accumulation_dtype(asked.dtype).itemsize
-        wide, narrow = D * (e + len(self.rule.wide) * a), len(self.rule.narrow) * a
+        per_element = D * (e + len(self.rule.per_element) * a)
+        per_row = len(self.rule.per_row) * a
         ids, pooled, times = 4 * n + a * asked.weights, f * self.bags * D, P - 1
-        rows, held = min(P * n, V), V * (wide + narrow)
+        rows, held = min(P * n, V), V * (per_element + per_row)
         there, back = ids + 4 * f * self.bags + pooled * a, pooled * a
         if strategy == "replicated":
             rows = min(n, asked.rows)
@@ -58,9 +59,9 @@ class Site(NamedTuple):
             C, rounds = self.routing(asked)
             there, back, times = C * (4 + e * D), C * (4 + a * D), times * rounds
         elif strategy == "columns":
-            D, held = D // P, V * (wide // P + narrow)
+            D, held = D // P, V * (per_element // P + per_row)
             there = ids + 4 * f * (self.bags + 1) + pooled // P * e
-            back = pooled // P * a + (2 * rows * a // P if narrow else 0)
+            back = pooled // P * a + (2 * rows * a // P if per_row else 0)
         held += 2 * P * (there + back) + 3 * rows * a * D
         return times * there, times * back, held
 

@@ -261,13 +261,13 @@ def test_groups_are_trained_in_different_ways():
                     args = (formulas.sgd, w, {}, named, gradient, 0.2, t)
                     formulas.move(*args, weight_decay=0.1)
                 else:
-                    kept = {"total": totals[name]}
+                    kept = {"sum_of_squares": totals[name]}
                     args = (formulas.rowwise_adagrad, w, kept, named, gradient, 0.3, t)
                     formulas.move(*args, eps=1e-3)
     for name, x in collection.export_tables(params).items():
         oracle.assert_close(x, rows[name])
     # What an optimizer keeps of tables is exported like them.
-    inner = state.inner_states["rows"].inner_state.states["total"]
+    inner = state.inner_states["rows"].inner_state.states["sum_of_squares"]
     own = make({k: tables[k] for k in "ab"}, {k: features[k] for k in "ab"}, grid=4)
     for name, x in own.export_tables(inner).items():
         oracle.assert_close(x, totals[name])
@@ -286,7 +286,7 @@ def test_tables_and_states_are_exported_and_imported(grid):
     }
     own = collection.import_tables(narrow)
     assert jax.tree.map(jnp.shape, own) == jax.tree.map(
-        jnp.shape, state.states["total"]
+        jnp.shape, state.states["sum_of_squares"]
     )
     for name, x in collection.export_tables(own).items():
         np.testing.assert_array_equal(x, narrow[name])

@@ -30,23 +30,28 @@ DECAY = {"weight_decay": 0.1}
 VELOCITY = {"momentum": 0.9, "dampening": 0.3}
 ADAM = {"b1": 0.8, "b2": 0.9, "eps": 1e-3}
 FTRL = {"l1": 0.2, "l2": 0.1, "beta": 0.5}
-MOMENTS = {"m": 0.0, "v": 0.0}
+MOMENTS = {"mu": 0.0, "nu": 0.0}
 from_more = functools.partial(optim.rowwise_adagrad, initial_accumulator_value=0.2)
 # By name: the optimizer, its formula, what that keeps and starts from, its numbers.
 CASES = {
     "sgd": (optim.sgd, formulas.sgd, {}, {}),
-    "momentum": (optim.sgd, formulas.momentum, {"m": 0.0}, VELOCITY | DECAY),
+    "momentum": (optim.sgd, formulas.momentum, {"trace": 0.0}, VELOCITY | DECAY),
     "nesterov": (
         optim.sgd,
         formulas.momentum,
-        {"m": 0.0},
+        {"trace": 0.0},
         VELOCITY | {"nesterov": True},
     ),
-    "adagrad": (optim.adagrad, formulas.adagrad, {"total": 0.0}, DECAY | {"eps": 1e-3}),
+    "adagrad": (
+        optim.adagrad,
+        formulas.adagrad,
+        {"sum_of_squares": 0.0},
+        DECAY | {"eps": 1e-3},
+    ),
     "rowwise_adagrad": (
         from_more,
         formulas.rowwise_adagrad,
-        {"total": 0.2},
+        {"sum_of_squares": 0.2},
         {"eps": 1e-8},
     ),
     "adam": (optim.adam, formulas.adam, MOMENTS, ADAM | DECAY),
@@ -54,7 +59,7 @@ CASES = {
     "rowwise_rmsprop": (
         optim.rowwise_adam,
         formulas.rowwise_adam,
-        {"v": 0.0},
+        {"nu": 0.0},
         ADAM | DECAY | {"b1": 0},
     ),
     "ftrl": (optim.ftrl, formulas.ftrl, {"z": 0.0, "n": 0.1}, FTRL),
@@ -385,7 +390,7 @@ def test_a_batch_that_names_no_row_moves_none(shape, implementation):
     gradient = squares_gradient(table, jnp.full(shape, PADDING), implementation)
     updates, state = jax.jit(optimizer.update)(gradient, optimizer.init(table), table)
     np.testing.assert_array_equal(table + updates, table)
-    np.testing.assert_array_equal(state.states["v"], 0)
+    np.testing.assert_array_equal(state.states["nu"], 0)
     assert state.count == 1
 
 

@@ -12,34 +12,34 @@ def sgd(_w, g, _kept, rate, _t):
 
 
 def momentum(_w, g, kept, rate, _t, momentum, dampening=0.0, nesterov=False):
-    kept["m"] = momentum * kept["m"] + (1 - dampening) * g
-    return -rate * (g + momentum * kept["m"] if nesterov else kept["m"])
+    kept["trace"] = momentum * kept["trace"] + (1 - dampening) * g
+    return -rate * (g + momentum * kept["trace"] if nesterov else kept["trace"])
 
 
 def adagrad(_w, g, kept, rate, _t, eps):
-    kept["total"] = kept["total"] + g**2
-    return -rate * g / (np.sqrt(kept["total"]) + eps)
+    kept["sum_of_squares"] = kept["sum_of_squares"] + g**2
+    return -rate * g / (np.sqrt(kept["sum_of_squares"]) + eps)
 
 
 def rowwise_adagrad(_w, g, kept, rate, _t, eps):
-    kept["total"] = kept["total"] + (g**2).mean(-1)
-    return -rate * g / (np.sqrt(kept["total"]) + eps)[:, None]
+    kept["sum_of_squares"] = kept["sum_of_squares"] + (g**2).mean(-1)
+    return -rate * g / (np.sqrt(kept["sum_of_squares"]) + eps)[:, None]
 
 
 def adam(_w, g, kept, rate, t, b1, b2, eps):
-    kept["m"] = b1 * kept["m"] + (1 - b1) * g
-    kept["v"] = b2 * kept["v"] + (1 - b2) * g**2
+    kept["mu"] = b1 * kept["mu"] + (1 - b1) * g
+    kept["nu"] = b2 * kept["nu"] + (1 - b2) * g**2
     rate = rate * np.sqrt(1 - b2**t) / (1 - b1**t)
-    return -rate * kept["m"] / (np.sqrt(kept["v"]) + eps)
+    return -rate * kept["mu"] / (np.sqrt(kept["nu"]) + eps)
 
 
 def rowwise_adam(_w, g, kept, rate, t, b1, b2, eps):
-    m = (1 - b1) * g
+    mu = (1 - b1) * g
     if b1:
-        m = kept["m"] = b1 * kept["m"] + m
-    kept["v"] = b2 * kept["v"] + (1 - b2) * (g**2).mean(-1)
+        mu = kept["mu"] = b1 * kept["mu"] + mu
+    kept["nu"] = b2 * kept["nu"] + (1 - b2) * (g**2).mean(-1)
     rate = rate * np.sqrt(1 - b2**t) / (1 - b1**t)
-    return -rate * m / (np.sqrt(kept["v"]) + eps)[:, None]
+    return -rate * mu / (np.sqrt(kept["nu"]) + eps)[:, None]
 
 
 def ftrl(w, g, kept, rate, _t, l1, l2, beta):

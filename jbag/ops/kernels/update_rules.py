@@ -2,8 +2,8 @@
 
 A rule is a function of the rows w, the gradient's rows g, the rows of the state, and
 numbers that hold for all rows. It returns what is added to w, and the new state. Rows
-are indexed by all axes but the last; w, g and the wide states are alike in shape, the
-narrow states lack the last axis. All are in the accumulation dtype.
+are indexed by all axes but the last; w, g and the states per element are alike in
+shape, the states per row lack the last axis. All are in the accumulation dtype.
 
 In each, `decay` draws the rows to zero by themselves: w += delta - decay w.
 """
@@ -23,17 +23,24 @@ Step = tuple[Rows, States]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A rule: `scalars` are its numbers in order, `wide` and `narrow` its states."""
+    """A rule.
+
+    Attributes:
+      step: the function.
+      scalars: its numbers, in order.
+      per_element: its states of the shape of the table.
+      per_row: its states of one number a row.
+    """
 
     step: Callable[..., Step]
     scalars: tuple[str, ...]
-    wide: tuple[str, ...] = ()
-    narrow: tuple[str, ...] = ()
+    per_element: tuple[str, ...] = ()
+    per_row: tuple[str, ...] = ()
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The names of the states in order, the wide ones first."""
-        return self.wide + self.narrow
+        """The names of the states in order, those per element first."""
+        return self.per_element + self.per_row
 
 
 def step(
@@ -46,11 +53,11 @@ def step(
 ) -> Step:
     """Return what the rule adds to the rows, and their new state.
 
-    Rules with a narrow state read the gradient's mean square, of each row, which is
+    Rules with a state per row read the gradient's mean square, of each row, which is
     given where the rows aren't whole.
     """
     options = {}
-    if RULES[rule].narrow:
+    if RULES[rule].per_row:
         options["square"] = (
             _mean_square(gradient) if mean_square is None else mean_square
         )
@@ -64,61 +71,63 @@ def _sgd(w: Rows, g: Rows, rate: Array, decay: Array) -> Step:
 def _momentum(
     w: Rows,
     g: Rows,
-    m: Rows,
+    trace: Rows,
     rate: Array,
     decay: Array,
     momentum: Array,
-    fresh: Array,
-    direct: Array,
-    through: Array,
+    gradient_to_trace: Array,
+    gradient_to_step: Array,
+    trace_to_step: Array,
 ) -> Step:
-    m = momentum * m + fresh * g
-    return _decayed(-rate * (direct * g + through * m), w, decay), (m,)
+    trace = momentum * trace + gradient_to_trace * g
+    step = gradient_to_step * g + trace_to_step * trace
+    return _decayed(-rate * step, w, decay), (trace,)
 
 
 def _adagrad(
-    w: Rows, g: Rows, total: Rows, rate: Array, decay: Array, eps: Array
+    w: Rows, g: Rows, sum_of_squares: Rows, rate: Array, decay: Array, eps: Array
 ) -> Step:
-    total = total + g * g
-    return _decayed(-rate * _ratio(g, jnp.sqrt(total) + eps), w, decay), (total,)
+    sum_of_squares = sum_of_squares + g * g
+    step = _ratio(g, jnp.sqrt(sum_of_squares) + eps)
+    return _decayed(-rate * step, w, decay), (sum_of_squares,)
 
 
 def _rowwise_adagrad(
     w: Rows,
     g: Rows,
-    total: Array,
+    sum_of_squares: Array,
     rate: Array,
     decay: Array,
     eps: Array,
     *,
     square: Array,
 ) -> Step:
-    total = total + square
-    divisor = (jnp.sqrt(total) + eps)[..., None]
-    return _decayed(-rate * _ratio(g, divisor), w, decay), (total,)
+    sum_of_squares = sum_of_squares + square
+    divisor = (jnp.sqrt(sum_of_squares) + eps)[..., None]
+    return _decayed(-rate * _ratio(g, divisor), w, decay), (sum_of_squares,)
 
 
 def _adam(
     w: Rows,
     g: Rows,
-    m: Rows,
-    v: Rows,
+    mu: Rows,
+    nu: Rows,
     rate: Array,
     decay: Array,
     eps: Array,
     b1: Array,
     b2: Array,
 ) -> Step:
-    m = b1 * m + (1 - b1) * g
-    v = b2 * v + (1 - b2) * (g * g)
-    return _decayed(-rate * _ratio(m, jnp.sqrt(v) + eps), w, decay), (m, v)
+    mu = b1 * mu + (1 - b1) * g
+    nu = b2 * nu + (1 - b2) * (g * g)
+    return _decayed(-rate * _ratio(mu, jnp.sqrt(nu) + eps), w, decay), (mu, nu)
 
 
 def _rowwise_adam(
     w: Rows,
     g: Rows,
-    m: Rows,
-    v: Array,
+    mu: Rows,
+    nu: Array,
     rate: Array,
     decay: Array,
     eps: Array,
@@ -127,16 +136,16 @@ def _rowwise_adam(
     *,
     square: Array,
 ) -> Step:
-    m = b1 * m + (1 - b1) * g
-    v = b2 * v + (1 - b2) * square
-    divisor = (jnp.sqrt(v) + eps)[..., None]
-    return _decayed(-rate * _ratio(m, divisor), w, decay), (m, v)
+    mu = b1 * mu + (1 - b1) * g
+    nu = b2 * nu + (1 - b2) * square
+    divisor = (jnp.sqrt(nu) + eps)[..., None]
+    return _decayed(-rate * _ratio(mu, divisor), w, decay), (mu, nu)
 
 
 def _rowwise_rmsprop(
     w: Rows,
     g: Rows,
-    v: Array,
+    nu: Array,
     rate: Array,
     decay: Array,
     eps: Array,
@@ -144,9 +153,9 @@ def _rowwise_rmsprop(
     *,
     square: Array,
 ) -> Step:
-    v = b2 * v + (1 - b2) * square
-    divisor = (jnp.sqrt(v) + eps)[..., None]
-    return _decayed(-rate * _ratio(g, divisor), w, decay), (v,)
+    nu = b2 * nu + (1 - b2) * square
+    divisor = (jnp.sqrt(nu) + eps)[..., None]
+    return _decayed(-rate * _ratio(g, divisor), w, decay), (nu,)
 
 
 def _ftrl(
@@ -180,18 +189,26 @@ def _mean_square(g: Rows) -> Array:
 
 
 _COMMON = ("rate", "decay")
+_MOMENTUM_WEIGHTS = ("gradient_to_trace", "gradient_to_step", "trace_to_step")
 
 RULES: dict[str, Rule] = {
     "sgd": Rule(_sgd, _COMMON),
     "momentum": Rule(
-        _momentum, (*_COMMON, "momentum", "fresh", "direct", "through"), wide=("m",)
+        _momentum,
+        (*_COMMON, "momentum", *_MOMENTUM_WEIGHTS),
+        per_element=("trace",),
     ),
-    "adagrad": Rule(_adagrad, (*_COMMON, "eps"), wide=("total",)),
-    "rowwise_adagrad": Rule(_rowwise_adagrad, (*_COMMON, "eps"), narrow=("total",)),
-    "adam": Rule(_adam, (*_COMMON, "eps", "b1", "b2"), wide=("m", "v")),
+    "adagrad": Rule(_adagrad, (*_COMMON, "eps"), per_element=("sum_of_squares",)),
+    "rowwise_adagrad": Rule(
+        _rowwise_adagrad, (*_COMMON, "eps"), per_row=("sum_of_squares",)
+    ),
+    "adam": Rule(_adam, (*_COMMON, "eps", "b1", "b2"), per_element=("mu", "nu")),
     "rowwise_adam": Rule(
-        _rowwise_adam, (*_COMMON, "eps", "b1", "b2"), wide=("m",), narrow=("v",)
+        _rowwise_adam,
+        (*_COMMON, "eps", "b1", "b2"),
+        per_element=("mu",),
+        per_row=("nu",),
     ),
-    "rowwise_rmsprop": Rule(_rowwise_rmsprop, (*_COMMON, "eps", "b2"), narrow=("v",)),
-    "ftrl": Rule(_ftrl, ("rate", "beta", "l1", "l2"), wide=("z", "n")),
+    "rowwise_rmsprop": Rule(_rowwise_rmsprop, (*_COMMON, "eps", "b2"), per_row=("nu",)),
+    "ftrl": Rule(_ftrl, ("rate", "beta", "l1", "l2"), per_element=("z", "n")),
 }
