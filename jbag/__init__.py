@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from jbag._files import atomic_write as atomic_write
 from jbag.collection._stacking import Feature as Feature
 from jbag.collection._stacking import Table as Table
-from jbag.interop._table_files import load_table as load_table
+from jbag.interop._load_table import load_table as load_table
 from jbag.ops._embedding_bag import embedding_bag as embedding_bag
 from jbag.ops._max_norm import renorm as renorm
 from jbag.ops.kernels.memory_pages import to_huge_pages as to_huge_pages
 from jbag.ragged._bags import Bags as Bags
+from jbag.ragged._bucket import bucket as bucket
 from jbag.ragged._offsets import offsets_to_segment_ids as offsets_to_segment_ids
 from jbag.ragged._offsets import segment_ids_to_offsets as segment_ids_to_offsets
-from jbag.ragged._packing import bucket as bucket
 from jbag.sparse._gradient import DenseGradientWarning as DenseGradientWarning
 from jbag.sparse._gradient import grad as grad
 from jbag.sparse._gradient import value_and_grad as value_and_grad

@@ -27,7 +27,7 @@ from jbag.collection._lookup import Traffic
 from jbag.collection._stacking import Feature, Table
 from jbag.interop import _flax_state as _flax_state  # registers pytrees with Flax
 from jbag.interop import _torch
-from jbag.ops._modules import (
+from jbag.ops._embedding_bag_module import (
     Initializer,
     check_options,
     default_embedding_init,

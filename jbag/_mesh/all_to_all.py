@@ -28,9 +28,9 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jbag._mesh.partition_specs import Strategy, per_device
 from jbag.ops import _spmm
-from jbag.ops._gather import accumulation_dtype, take
 from jbag.ops._primitive import evaluate_compiled
-from jbag.ragged._slots import OUT_OF_RANGE_ID
+from jbag.ops._row_gather import accumulation_dtype, take
+from jbag.ragged._csr import OUT_OF_RANGE_ID
 
 
 def default_capacity(slots: int, owners: int) -> int:

@@ -24,13 +24,13 @@ from jbag.ops._factored_gradient import (
     FactoredGradient,
     concatenate_gradients,
 )
-from jbag.ops._gather import accumulation_dtype, take
+from jbag.ops._row_gather import accumulation_dtype, take
 from jbag.ops._row_updates import coalesce, update_rows
 from jbag.ops._spmm import spmm_transpose
 from jbag.ops.kernels import update_rules as rules
 from jbag.ops.kernels import xla
-from jbag.ragged import _slots
-from jbag.ragged._slots import PAD_ID
+from jbag.ragged import _csr
+from jbag.ragged._csr import PAD_ID
 
 Receive = Callable[[Any, FactoredGradient], Any]
 
@@ -343,7 +343,7 @@ def _to_local(
 ) -> FactoredGradient:
     """Return a term whose rows are numbered as the shard's."""
     own = term.ids - _first_row(strategy, rows).astype(term.ids.dtype)
-    kept = (own >= 0) & (own < rows) & _slots.filled(term.ids, term.pad_id)
+    kept = (own >= 0) & (own < rows) & _csr.filled(term.ids, term.pad_id)
     return dataclasses.replace(term, ids=jnp.where(kept, own, PAD_ID), pad_id=PAD_ID)
 
 

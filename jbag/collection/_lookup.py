@@ -23,12 +23,12 @@ from jaxtyping import Array, Float, Int
 from jbag._mesh.all_to_all import default_capacity, distinct, fetch, router, totals
 from jbag._mesh.gradients import AllToAllGradients
 from jbag._mesh.partition_specs import Strategy, per_device
-from jbag.collection._dist import Bags, exchange, own_block
+from jbag.collection._bag_dist import Bags, exchange, own_block
 from jbag.collection._stacking import Bag, Launch, Stack, only_in_bags
 from jbag.ops import _pooling
-from jbag.ops._marks import mark_table
 from jbag.ops._pooling import CsrBags
-from jbag.ragged._slots import OUT_OF_RANGE_ID, PAD_ID
+from jbag.ops._sparse_marks import mark_table
+from jbag.ragged._csr import OUT_OF_RANGE_ID, PAD_ID
 
 Pooled = dict[str, Float[Array, "B D"]]
 

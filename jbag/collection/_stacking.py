@@ -15,15 +15,15 @@ from jaxtyping import Array, Float, Shaped
 from jbag._mesh.partition_specs import Whole
 from jbag._mesh.row_layout import Lanes, Layout, place
 from jbag._validation import TABLE_DTYPES, check_flag, check_integer
-from jbag.ops import _gather
+from jbag.ops import _row_gather
 from jbag.ops._embedding_bag import check_mode, check_padding_idx
-from jbag.ops._gather import accumulation_dtype
+from jbag.ops._embedding_bag_module import Initializer, default_embedding_init
 from jbag.ops._max_norm import check_norm
-from jbag.ops._modules import Initializer, default_embedding_init
 from jbag.ops._pooling import PoolingOptions
-from jbag.ragged import _slots
-from jbag.ragged._joining import join, join_slots, num_bags
-from jbag.ragged._slots import PAD_ID, Ids, Offsets, Slots
+from jbag.ops._row_gather import accumulation_dtype
+from jbag.ragged import _csr
+from jbag.ragged._concatenate import concatenate_bags, concatenate_slots, num_bags
+from jbag.ragged._csr import PAD_ID, Ids, Offsets, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,15 +219,15 @@ class Launch(NamedTuple):
                 parts.append((ids, bag.offsets))
                 if bag.weights is not None:
                     values.append(bag.weights.astype(wide))
-        ids, offsets = join(parts)
-        return ids, offsets, join_slots(parts, values) if values else None
+        ids, offsets = concatenate_bags(parts)
+        return ids, offsets, concatenate_slots(parts, values) if values else None
 
     def _place_keyed(self, stack: Stack, bag: Bag) -> Ids:
         """Return the array's row of each slot; those of other launches are empty."""
         assert bag.offsets is not None
         count = self.sizes({KEYED: bag})[self.features[0]]
-        bounds, _ = _slots.bag_bounds(bag.offsets, bag.ids.size)
-        key = _slots.segment_ids(bounds, bag.ids.size) // max(count, 1)
+        bounds, _ = _csr.bag_bounds(bag.offsets, bag.ids.size)
+        key = _csr.segment_ids(bounds, bag.ids.size) // max(count, 1)
         rows = jnp.full_like(bag.ids, PAD_ID)
         for feature, table in zip(self.features, self.tables, strict=True):
             own = stack.place(table, bag.ids)
@@ -269,9 +269,9 @@ def only_in_bags(ids: Ids, offsets: Offsets) -> Ids:
     """Return ids of which those in no well-formed bag are `PAD_ID`."""
     if offsets is None:
         return ids
-    bounds, malformed = _slots.bag_bounds(offsets, ids.size)
-    bags = _slots.segment_ids(bounds, ids.size)
-    return jnp.where(_gather.take(malformed, bags, True), PAD_ID, ids)
+    bounds, malformed = _csr.bag_bounds(offsets, ids.size)
+    bags = _csr.segment_ids(bounds, ids.size)
+    return jnp.where(_row_gather.take(malformed, bags, True), PAD_ID, ids)
 
 
 def make_stacks(

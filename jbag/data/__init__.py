@@ -50,7 +50,7 @@ from jbag.data._batches import Batch as Batch
 from jbag.data._collate import Collate as Collate
 from jbag.data._collate import Example as Example
 from jbag.data._collate import Source as Source
-from jbag.data._epochs import permutation, schedule, usual_capacity
+from jbag.data._sampler import batch_positions, epoch_capacity, permutation
 
 
 def batches(
@@ -183,18 +183,18 @@ class Batches:
         epoch = check_integer("epoch", epoch, low=0)
         self._examples, self._options = examples, options
         index, num_shards = options.shard
-        everyone = schedule(
+        all_positions = batch_positions(
             permutation(examples.size, options.seed, epoch),
             batch_size=options.batch_size,
             steps=options.steps,
             num_shards=num_shards,
             drop_remainder=options.drop_remainder,
         )
-        self._start = check_integer("start", start, low=0, high=len(everyone) + 1)
-        self._positions = everyone[:, :, index]
+        self._start = check_integer("start", start, low=0, high=len(all_positions) + 1)
+        self._positions = all_positions[:, :, index]
         # Of all processes, as their shapes must be the same.
         self._used = [
-            _batches.sizes(bags, everyone).max((1, 2), initial=0)
+            _batches.sizes(bags, all_positions).max((1, 2), initial=0)
             for bags in examples.bags
         ]
         self._capacities = list(map(self._capacity, range(len(examples.bags))))
@@ -231,7 +231,7 @@ class Batches:
         largest = int(self._used[leaf].max(initial=0))
         if capacity is None:
             lengths, shuffled = np.asarray(bags.lengths), options.seed is not None
-            return usual_capacity(lengths, options.batch_size, largest, shuffled)
+            return epoch_capacity(lengths, options.batch_size, largest, shuffled)
         if not callable(capacity):
             _batches.fit(self._examples.names[leaf], capacity, largest)
         return capacity

@@ -13,7 +13,7 @@ import numpy as np
 from jbag._validation import check_integer
 from jbag.data._batches import Batch, check_capacities, check_examples, fit
 from jbag.ragged._bags import Bags
-from jbag.ragged._packing import bucket
+from jbag.ragged._bucket import bucket
 
 
 class Example(NamedTuple):

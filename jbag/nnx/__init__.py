@@ -32,7 +32,7 @@ from jbag.interop import _flax_state as _flax_state  # registers pytrees with Fl
 from jbag.interop import _torch
 from jbag.nnx._gradient import grad as grad
 from jbag.nnx._gradient import value_and_grad as value_and_grad
-from jbag.ops._modules import (
+from jbag.ops._embedding_bag_module import (
     Initializer,
     check_options,
     default_embedding_init,

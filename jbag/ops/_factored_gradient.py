@@ -11,12 +11,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jbag.ops import _gather
+from jbag.ops import _row_gather
 from jbag.ops._row_updates import coalesce, update_rows
 from jbag.ops._spmm import divided, spmm_transpose
-from jbag.ragged import _slots
-from jbag.ragged._joining import fold_bags, join, join_slots, ones
-from jbag.ragged._slots import OUT_OF_RANGE_ID, PAD_ID, Ids, Offsets, Slots, merge
+from jbag.ragged import _csr
+from jbag.ragged._concatenate import (
+    concatenate_bags,
+    concatenate_slots,
+    merge_batches,
+    unit_weights,
+)
+from jbag.ragged._csr import OUT_OF_RANGE_ID, PAD_ID, Ids, Offsets, Slots, merge_axes
 
 Shape = tuple[int, ...]
 
@@ -93,11 +98,11 @@ class OneDevice:
     ) -> FactoredGradient:
         """Return the rows of all slots as bags of one."""
         term = self._join(terms, shape, dtype).plain()
-        rows, kept = _gather.bag_rows(term.cotangent, term.ids, term.offsets)
+        rows, kept = _row_gather.bag_rows(term.cotangent, term.ids, term.offsets)
         if term.coefficients is not None:
             rows = term.coefficients[..., None] * rows
         kept &= (term.ids >= 0) & (term.ids < shape[0])
-        kept &= _slots.filled(term.ids, term.pad_id)
+        kept &= _csr.filled(term.ids, term.pad_id)
         indices = jnp.where(kept, term.ids, shape[0]).reshape(-1, 1)
         rows = jnp.where(kept[..., None], rows, 0).reshape(indices.size, shape[1])
         return FactoredGradient(rows, indices, implementation=term.implementation)
@@ -128,7 +133,7 @@ class OneDevice:
         self, array: Shaped[Array, "V ..."], indices: Int[Array, " N"]
     ) -> Shaped[Array, "N ..."]:
         """Return an array's rows at the indices, zeros where these name none."""
-        return _gather.take(array, indices, 0)
+        return _row_gather.take(array, indices, 0)
 
     def put(
         self,
@@ -147,7 +152,7 @@ class OneDevice:
         self, terms: Sequence[FactoredGradient], shape: Shape, dtype: Any
     ) -> FactoredGradient:
         return concatenate_gradients(
-            terms, shape[1], _gather.accumulation_dtype(jnp.dtype(dtype))
+            terms, shape[1], _row_gather.accumulation_dtype(jnp.dtype(dtype))
         )
 
 
@@ -211,13 +216,13 @@ class FactoredGradient:
         if self.winners is None:
             return self
         # Each slot is a bag of its own, of the features that it won.
-        rows, kept = _gather.bag_rows(self.cotangent, self.ids, self.offsets)
-        own, _ = _gather.bag_rows(self.winners, self.ids, self.offsets)
+        rows, kept = _row_gather.bag_rows(self.cotangent, self.ids, self.offsets)
+        own, _ = _row_gather.bag_rows(self.winners, self.ids, self.offsets)
         slots = jnp.arange(self.ids.size, dtype=own.dtype)
         rows = jnp.where(own == slots.reshape((*self.ids.shape, 1)), rows, 0)
         if self.coefficients is not None:
             rows = rows * self.coefficients[..., None]
-        ids = jnp.where(kept & _slots.filled(self.ids, self.pad_id), self.ids, PAD_ID)
+        ids = jnp.where(kept & _csr.filled(self.ids, self.pad_id), self.ids, PAD_ID)
         return FactoredGradient(
             rows.reshape(ids.size, -1),
             ids.reshape(-1, 1),
@@ -226,9 +231,9 @@ class FactoredGradient:
         )
 
 
-def fold(batch: FactoredGradient, num_embeddings: int) -> FactoredGradient:
+def sum_batch(batch: FactoredGradient, num_embeddings: int) -> FactoredGradient:
     """Return the sum of a batch of terms, whose arrays have one axis more, in front."""
-    ids, offsets, coefficients, winners = fold_bags(
+    ids, offsets, coefficients, winners = merge_batches(
         batch.ids,
         batch.offsets,
         batch.coefficients,
@@ -238,7 +243,7 @@ def fold(batch: FactoredGradient, num_embeddings: int) -> FactoredGradient:
     )
     return dataclasses.replace(
         batch,
-        cotangent=merge(batch.cotangent),
+        cotangent=merge_axes(batch.cotangent),
         ids=ids,
         offsets=offsets,
         coefficients=coefficients,
@@ -274,16 +279,16 @@ def concatenate_gradients(
     wide = jnp.result_type(*(term.cotangent.dtype for term in terms))
     coefficients = None
     if any(term.coefficients is not None for term in terms):
-        coefficients = join_slots(
+        coefficients = concatenate_slots(
             parts,
             [
-                ones(term.ids, wide)
+                unit_weights(term.ids, wide)
                 if term.coefficients is None
                 else term.coefficients.astype(wide)
                 for term in terms
             ],
         )
-    ids, offsets = join(parts)
+    ids, offsets = concatenate_bags(parts)
     return FactoredGradient(
         jnp.concatenate([term.cotangent.astype(wide) for term in terms]),
         ids,

@@ -21,7 +21,7 @@ from jbag._validation import (
     on_host,
     to_index_dtype,
 )
-from jbag.ops._gather import accumulation_dtype, take
+from jbag.ops._row_gather import accumulation_dtype, take
 from jbag.ragged._bags import Bags
 
 # PyTorch adds this to the norm that it divides by.

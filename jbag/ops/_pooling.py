@@ -17,13 +17,13 @@ from jbag._validation import whole
 from jbag.ops import _spmm
 from jbag.ops._explicit_axes import partitioned, pooled_sharding
 from jbag.ops._factored_gradient import ONE_DEVICE, Placement
-from jbag.ops._gather import accumulation_dtype, take
-from jbag.ops._marks import mark_pooled, mark_table
 from jbag.ops._max_norm import row_scale
+from jbag.ops._row_gather import accumulation_dtype, take
 from jbag.ops._segment_max import extremum
-from jbag.ragged import _slots
-from jbag.ragged._joining import num_bags
-from jbag.ragged._slots import OUT_OF_RANGE_ID, PAD_ID, Ids, Offsets, Size, Slots
+from jbag.ops._sparse_marks import mark_pooled, mark_table
+from jbag.ragged import _csr
+from jbag.ragged._concatenate import num_bags
+from jbag.ragged._csr import OUT_OF_RANGE_ID, PAD_ID, Ids, Offsets, Size, Slots
 
 
 class PoolingOptions(NamedTuple):
@@ -58,7 +58,7 @@ def pool(
     padding_idx: int | None,
     sparse: bool,
 ) -> Float[Array, "B D"]:
-    """Pool the bags of one array; with `sparse`, leave marks: see `_marks`.
+    """Pool the bags of one array; with `sparse`, leave marks: see `_sparse_marks`.
 
     `frequencies` are how often the batch names each slot's row, if that is known.
     """
@@ -244,7 +244,7 @@ def _divide(
             implementation=how.implementation,
         )
 
-    filled = _slots.filled(ids, pad_id)
+    filled = _csr.filled(ids, pad_id)
     if how.mode == "mean":
         sizes = tally(filled, weights)
     else:

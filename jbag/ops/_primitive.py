@@ -18,8 +18,8 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Int
 
 from jbag.ops.kernels import KERNELS, Kernel, choose, special_platforms
-from jbag.ragged import _slots
-from jbag.ragged._slots import PAD_ID, lay_end_to_end, merge, name_slots
+from jbag.ragged import _csr
+from jbag.ragged._csr import PAD_ID, canonicalize_ids, concatenate_ragged, merge_axes
 
 
 def define(
@@ -160,9 +160,9 @@ def _vmap(
 def bind(
     primitive: Primitive,
     dense: Sequence[Array],
-    ids: _slots.Ids,
-    offsets: _slots.Offsets,
-    coefficients: _slots.Slots | None,
+    ids: _csr.Ids,
+    offsets: _csr.Offsets,
+    coefficients: _csr.Slots | None,
     **params: Any,
 ) -> Any:
     """Apply a primitive to its operands, None for those that are absent."""
@@ -225,11 +225,11 @@ def _batch(
     )
     slots = ids[0].size
     rows = params.get("num_embeddings", dense[0].shape[0 if shared else 1])
-    ids = name_slots(ids, params["pad_id"], rows)
+    ids = canonicalize_ids(ids, params["pad_id"], rows)
     params["pad_id"] = PAD_ID
     malformed = None
     if offsets is not None:
-        ids, offsets, malformed = lay_end_to_end(ids, offsets)
+        ids, offsets, malformed = concatenate_ragged(ids, offsets)
     if not shared:
         total = size * rows
         # A size that is symbolic, under `jax.export`, is taken to fit.
@@ -241,10 +241,10 @@ def _batch(
 
     outputs = bind(
         primitive,
-        shared + [merge(x) for x in dense[len(shared) :]],
-        merge(ids),
+        shared + [merge_axes(x) for x in dense[len(shared) :]],
+        merge_axes(ids),
         offsets,
-        None if weights is None else merge(weights),
+        None if weights is None else merge_axes(weights),
         **params,
     )
     split = []

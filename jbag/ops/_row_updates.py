@@ -12,11 +12,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from jbag.ops._gather import accumulation_dtype
 from jbag.ops._primitive import bind, dispatch, equally_varying, layout
+from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels import Kernel
 from jbag.ops.kernels.update_rules import RULES
-from jbag.ragged._slots import Ids, Offsets, Size, Slots
+from jbag.ragged._csr import Ids, Offsets, Size, Slots
 
 
 def coalesce(

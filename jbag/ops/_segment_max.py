@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jbag.ops import _gather
+from jbag.ops import _row_gather
 from jbag.ops._primitive import bind, define
 from jbag.ops._spmm import times, varies
-from jbag.ragged._slots import Ids, Offsets, Slots
+from jbag.ragged._csr import Ids, Offsets, Slots
 
 
 def extremum(
@@ -83,15 +83,15 @@ def _follow_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
 def _pick(table: Float[Array, "V D"], rows: Int[Array, "B D"]) -> Float[Array, "B D"]:
     """Return table[rows[b, d], d]: zero at a negative row, NaN past the last."""
     # Cast first: the transpose then accumulates in float32 and rounds once.
-    wide = table.astype(_gather.accumulation_dtype(table.dtype))
-    pick = functools.partial(_gather.take, fill=jnp.nan)
+    wide = table.astype(_row_gather.accumulation_dtype(table.dtype))
+    pick = functools.partial(_row_gather.take, fill=jnp.nan)
     picked = jax.vmap(pick, in_axes=1, out_axes=1)(wide, rows)
     return jnp.where(rows < 0, 0, picked)
 
 
 def _at_slots(x: Array, slots: Int[Array, "B D"], fill: int = 0) -> Array:
     """Return x at each flat slot, `fill` where the slot lies past the last."""
-    return _gather.take(x.reshape(-1), slots, fill)
+    return _row_gather.take(x.reshape(-1), slots, fill)
 
 
 extremum_p = define(

@@ -23,14 +23,14 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad
 from jaxtyping import Array, Float
 
-from jbag.ops import _gather
+from jbag.ops import _row_gather
 from jbag.ops._primitive import bind, define, equally_varying, layout
 from jbag.ops.kernels import xla
-from jbag.ragged import _slots
+from jbag.ragged import _csr
 
-Ids = _slots.Ids
-Offsets = _slots.Offsets
-Slots = _slots.Slots
+Ids = _csr.Ids
+Offsets = _csr.Offsets
+Slots = _csr.Slots
 
 
 def spmm(
@@ -55,7 +55,7 @@ def spmm(
         offsets,
         coefficients,
         average=average,
-        dtype=jnp.dtype(dtype or _gather.accumulation_dtype(table.dtype)),
+        dtype=jnp.dtype(dtype or _row_gather.accumulation_dtype(table.dtype)),
         **options,
     )
 
@@ -66,7 +66,7 @@ def spmm_transpose(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    num_embeddings: _slots.Size,
+    num_embeddings: _csr.Size,
     dtype: jnp.dtype,
     **options: Any,
 ) -> Float[Array, "V D"]:
@@ -136,7 +136,7 @@ def _spmm_scaled_jvp(
     table, ids, offsets, coefficients, value_scale, gradient_scale = primals
     value = _spmm_scaled(pool, *primals)
     pool = functools.partial(pool, dtype=None)  # rounded when all is added up
-    tangent = jnp.zeros(value.shape, _gather.accumulation_dtype(table.dtype))
+    tangent = jnp.zeros(value.shape, _row_gather.accumulation_dtype(table.dtype))
     if varies(tangents[0]):
         scaled = times(coefficients, gradient_scale)
         tangent += pool(tangents[0], ids, offsets, scaled)
@@ -176,7 +176,7 @@ def _jvp(
     if not moving:
         return value, ad.Zero(jax.typeof(value).to_tangent_aval())
     if len(moving) > 1 and "dtype" in params:  # rounded when all is added up
-        params["dtype"] = _gather.accumulation_dtype(value.dtype)
+        params["dtype"] = _row_gather.accumulation_dtype(value.dtype)
     tangent = None
     for position, moved in moving:
         operands = [*primals[:position], moved, *primals[position + 1 :]]
@@ -254,7 +254,7 @@ def divided(
     implementation: str | None,
 ) -> Float[Array, "B D"]:
     """Divide by what the average divided by, in the accumulation dtype."""
-    wide = _gather.accumulation_dtype(dtype)
+    wide = _row_gather.accumulation_dtype(dtype)
     back = back.astype(wide)
     if average is None:
         return back
@@ -267,7 +267,7 @@ def _spmm_transpose_to_cotangent(
     back: Array,
     _: Any,
     *bags: Any,
-    num_embeddings: _slots.Size,
+    num_embeddings: _csr.Size,
     dtype: jnp.dtype,
     **options: Any,
 ) -> Array:
@@ -282,7 +282,7 @@ def _spmm_transpose_to_coefficients(
     offsets: Offsets,
     _: Any,
     *,
-    num_embeddings: _slots.Size,
+    num_embeddings: _csr.Size,
     dtype: jnp.dtype,
     **options: Any,
 ) -> Array:

@@ -39,8 +39,8 @@ import optax
 from jaxtyping import Array
 
 from jbag.optim._accumulation import accumulate_gradients as accumulate_gradients
-from jbag.optim._row_wise import Rate, is_zero, rate_at, transformation
-from jbag.optim._row_wise import RowState as RowState
+from jbag.optim._rule_optimizer import Rate, is_zero, optimizer_from_rule, rate_at
+from jbag.optim._rule_optimizer import RowState as RowState
 from jbag.optim._transforms import add_decayed_weights as add_decayed_weights
 from jbag.optim._transforms import apply_if_finite as apply_if_finite
 from jbag.optim._transforms import clip_by_global_norm as clip_by_global_norm
@@ -87,7 +87,7 @@ def sgd(
       Array([1. , 1. , 1. , 0.5, 1. ], dtype=float32)
     """
     if is_zero(momentum):
-        return transformation(
+        return optimizer_from_rule(
             "sgd", learning_rate, {}, weight_decay, stochastic_rounding
         )
     if isinstance(dampening, int | float) and not dampening <= 1:
@@ -98,7 +98,7 @@ def sgd(
         "gradient_to_step": 1.0 if nesterov else 0.0,
         "trace_to_step": momentum if nesterov else 1.0,
     }
-    return transformation(
+    return optimizer_from_rule(
         "momentum", learning_rate, numbers, weight_decay, stochastic_rounding
     )
 
@@ -135,7 +135,7 @@ def adagrad(
       >>> state.states["sum_of_squares"].shape
       (5, 2)
     """
-    return transformation(
+    return optimizer_from_rule(
         "adagrad",
         learning_rate,
         {"eps": eps},
@@ -169,7 +169,7 @@ def rowwise_adagrad(
       >>> state.states["sum_of_squares"].shape
       (5,)
     """
-    return transformation(
+    return optimizer_from_rule(
         "rowwise_adagrad",
         learning_rate,
         {"eps": eps},
@@ -215,7 +215,7 @@ def adam(
       >>> optimizer = jbag.optim.adam(schedule, weight_decay=0.1)
     """
     numbers = {"eps": eps, "b1": b1, "b2": b2}
-    return transformation(
+    return optimizer_from_rule(
         "adam", learning_rate, numbers, weight_decay, stochastic_rounding
     )
 
@@ -244,7 +244,7 @@ def rowwise_adam(
     """
     numbers = {"eps": eps, "b1": b1, "b2": b2}
     rule = "rowwise_rmsprop" if is_zero(b1) else "rowwise_adam"
-    return transformation(
+    return optimizer_from_rule(
         rule, learning_rate, numbers, weight_decay, stochastic_rounding
     )
 
@@ -289,7 +289,7 @@ def ftrl(
         root = jnp.sqrt(jnp.asarray(initial_accumulator_value, w.dtype))
         return -w * (beta + root + rate * l2) - jnp.sign(w) * rate * l1
 
-    return transformation(
+    return optimizer_from_rule(
         "ftrl",
         learning_rate,
         {"beta": beta, "l1": l1, "l2": l2},

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jbag.ops._gather import accumulation_dtype
-from jbag.optim._row_wise import check_at_least_zero
+from jbag.ops._row_gather import accumulation_dtype
+from jbag.optim._rule_optimizer import check_at_least_zero
 from jbag.sparse._row_sparse import RowSparse, is_rows
 
 

@@ -26,7 +26,7 @@ from jbag._validation import (
     on_host,
     to_index_dtype,
 )
-from jbag.ragged import _packing, _padding
+from jbag.ragged import _packing, _padded
 from jbag.ragged._offsets import offsets_to_segment_ids, segment_ids_to_offsets
 
 
@@ -228,7 +228,7 @@ class Bags:
           >>> bags.to_lists()
           [[5, 6], [7]]
         """
-        indices, lengths, weights = _padding.unpad(ids, mask, weights, pad_id)
+        indices, lengths, weights = _padded.from_padded(ids, mask, weights, pad_id)
         return cls.from_lengths(indices, lengths, weights)
 
     @property
@@ -318,7 +318,7 @@ class Bags:
         ends = check_offsets(offsets, len(ids), include_last_offset=True).tolist()
         return [ids[start:end] for start, end in itertools.pairwise(ends)]
 
-    def to_padded(self, length: int) -> _padding.Padded:
+    def to_padded(self, length: int) -> _padded.Padded:
         """Return ids, mask and weights [B, length]; `from_padded` takes them back.
 
         Empty slots hold id 0 and weight 0. On a device, where it can't be checked, a
@@ -335,7 +335,7 @@ class Bags:
         """
         self.check_single()
         length = check_integer("length", length, low=1)
-        return _padding.spread(self.indices, self.offsets, self.weights, length)
+        return _padded.to_padded(self.indices, self.offsets, self.weights, length)
 
     def validate(self, num_embeddings: int) -> Bags:
         """Check everything by value, copying from the device if need be; return self.

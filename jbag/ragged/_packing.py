@@ -1,4 +1,4 @@
-"""Lists of ids, packed end to end on the host, and the capacities to pack them in."""
+"""Lists of ids, concatenated on the host."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-
-from jbag._validation import check_integer
 
 
 def pack(name: str, lists: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +37,9 @@ def pack(name: str, lists: Any) -> tuple[np.ndarray, np.ndarray]:
     if not any(
         jnp.issubdtype(flat.dtype, kind) for kind in (jnp.integer, jnp.floating)
     ):
-        raise TypeError(f"`{name}` must hold numbers; got {_stranger(name, lists)}.")
+        raise TypeError(
+            f"`{name}` must hold numbers; got {_describe_non_number(name, lists)}."
+        )
     return flat, lengths
 
 
@@ -54,33 +54,6 @@ def describe_mismatch(lengths: np.ndarray, own: np.ndarray) -> str:
     )
 
 
-def bucket(n: int, minimum: int = 64) -> int:
-    """Round a capacity up to one of few: 4, 5, 6 or 7 times a power of two.
-
-    At most a quarter is added, and a stream of batches of sizes up to N meets about
-    4 * log2(N / minimum) shapes, each of which is compiled once.
-
-    Args:
-      n: the number of slots needed, at least 0.
-      minimum: the smallest capacity, a power of two, at least 4.
-
-    Raises:
-      TypeError, ValueError: `n` or `minimum` is no such number.
-
-    Example:
-      >>> [jbag.bucket(n) for n in (3, 65, 1000, 1025)]
-      [64, 80, 1024, 1280]
-    """
-    n = check_integer("n", n, low=0)
-    minimum = check_integer("minimum", minimum, low=4)
-    if minimum & (minimum - 1):
-        raise ValueError(f"`minimum` must be a power of two; got {minimum}.")
-    if n <= minimum:
-        return minimum
-    step = 1 << ((n - 1).bit_length() - 3)
-    return -(-n // step) * step
-
-
 def _concatenate(lists: list) -> np.ndarray:
     if all(isinstance(row, list | tuple) for row in lists):
         return np.array(list(itertools.chain.from_iterable(lists)))
@@ -89,7 +62,7 @@ def _concatenate(lists: list) -> np.ndarray:
     return np.concatenate([row for row in rows if row.size])
 
 
-def _stranger(name: str, lists: list) -> str:
+def _describe_non_number(name: str, lists: list) -> str:
     for bag, row in enumerate(lists):
         for at, value in enumerate(row):
             if isinstance(value, bool | np.bool_) or not isinstance(

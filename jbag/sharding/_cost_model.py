@@ -12,7 +12,7 @@ import numpy as np
 
 from jbag._mesh.all_to_all import default_capacity
 from jbag._mesh.row_layout import Lanes
-from jbag.ops._gather import accumulation_dtype
+from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels.update_rules import Rule
 
 STRATEGIES = ("replicated", "columns", "whole", "rows")

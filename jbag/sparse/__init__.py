@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from jbag._validation import Floats, Integers
 from jbag.ops import _pooling
 from jbag.ops._embedding_bag import check_call
-from jbag.ops._factored_gradient import fold
+from jbag.ops._factored_gradient import sum_batch
 from jbag.ragged._bags import Bags
 from jbag.sparse._pullback import pull_back
 from jbag.sparse._row_sparse import RowSparse, is_rows
@@ -157,7 +157,7 @@ def psum(tree: Any, axis_name: AxisName) -> Any:
                 "The gradient of a table over a mesh is summed already: `psum` takes "
                 "those of tables that each device holds."
             )
-        summed = [fold(term, x.shape[0]) for term in terms]
+        summed = [sum_batch(term, x.shape[0]) for term in terms]
         return RowSparse(summed, x.shape, x.dtype)
 
     return jax.tree.map(one, tree, is_leaf=is_rows)

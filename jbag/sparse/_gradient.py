@@ -2,14 +2,16 @@
 
 From `sparse=True` to a row that an optimizer moved:
 
-1. `ops._marks`: a sparse bag marks its table and what it pooled; both are identities.
-2. The loss is traced. `_traced_program.find` finds the marks: a `PooledCall` for each
-   bag that pools from a leaf of the arguments that the loss uses in no other way.
-3. `_interpreter.run` runs the program with zeros added to what each of them pooled, the
-   tables held constant; JAX differentiates it with respect to these zeros.
+1. `ops._sparse_marks`: a sparse bag marks its table and its result; both marks are
+   identities.
+2. The loss is traced. `_jaxpr_analysis.find_marked_bags` returns a `PooledCall` for
+   each bag that pools from a leaf of the arguments that the loss uses in no other
+   way.
+3. `_jaxpr_interpreter.run` runs the program with zeros added to what each of them
+   pooled, the tables held constant; JAX differentiates it with respect to these zeros.
 4. `_pullback.pull_back`, as in `jbag.sparse.pool`, makes a `RowSparse` of each of these
    gradients: a `FactoredGradient`, A.T @ cotangent, that isn't multiplied out. Its
-   `Placement` knows how a table lies over a mesh; `_sealed` guards its leaves.
+   `Placement` knows how a table lies over a mesh; `_guard` guards its leaves.
 5. `RowSparse.move`, called by the optimizers of `jbag.optim`, sums the rows and moves
    them by a rule, in place; a `RowUpdate` hands the moved table to `apply_updates`.
 
@@ -31,10 +33,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jbag._validation import check_flag
-from jbag.sparse._interpreter import run
+from jbag.sparse._jaxpr_analysis import Path, PooledCall, find_marked_bags
+from jbag.sparse._jaxpr_interpreter import run
 from jbag.sparse._pullback import pull_back
 from jbag.sparse._row_sparse import RowSparse
-from jbag.sparse._traced_program import Path, PooledCall, find
 
 
 class DenseGradientWarning(UserWarning):
@@ -267,7 +269,7 @@ def _differentiate(
     `sparse=True` and get a dense gradient all the same.
     """
     closed = jax.make_jaxpr(function)(leaves)
-    found = find(closed)
+    found = find_marked_bags(closed)
     pooled = {call.leaf for call in found.calls.values()} - found.dense
     if (
         found.has_refs or not closed.jaxpr.outvars

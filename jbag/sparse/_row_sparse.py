@@ -17,9 +17,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from jbag._validation import check_integer, check_integers, to_index_dtype
-from jbag.ops import _gather
-from jbag.ops._factored_gradient import ONE_DEVICE, FactoredGradient, Placement, fold
-from jbag.sparse._sealed import SealedGradients
+from jbag.ops import _row_gather
+from jbag.ops._factored_gradient import (
+    ONE_DEVICE,
+    FactoredGradient,
+    Placement,
+    sum_batch,
+)
+from jbag.sparse._guard import SealedGradients
 
 
 class _RowSparseType(type):
@@ -106,7 +111,7 @@ class RowSparse(metaclass=_RowSparseType):
                 "and `scan` return it: add it up with `rows.sum()`, or call this under "
                 "`jax.vmap`."
             )
-        return self._sealed.open(self.shape[0])
+        return self._sealed.to_terms(self.shape[0])
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -116,7 +121,9 @@ class RowSparse(metaclass=_RowSparseType):
     def tree_flatten(self) -> tuple[Any, Any]:
         """Return the leaves, of which all but the cotangents are sealed."""
         sealed = (
-            SealedGradients.close(self.terms) if self._sealed is None else self._sealed
+            SealedGradients.from_terms(self.terms)
+            if self._sealed is None
+            else self._sealed
         )
         aux = (sealed.structure, self.shape, self.dtype, self.is_coalesced)
         return (sealed.leaves, sealed.guard), aux
@@ -157,7 +164,7 @@ class RowSparse(metaclass=_RowSparseType):
                 f"got {ids.shape} and {rows.shape}."
             )
         term = FactoredGradient(
-            rows.astype(_gather.accumulation_dtype(rows.dtype)), ids[:, None]
+            rows.astype(_row_gather.accumulation_dtype(rows.dtype)), ids[:, None]
         )
         return cls((term,), (num_embeddings, rows.shape[1]), rows.dtype)
 
@@ -234,12 +241,12 @@ class RowSparse(metaclass=_RowSparseType):
             inner = functools.partial(RowSparse.sum, axis=max(axis % axes - 1, 0))
             return jax.vmap(inner, in_axes=rest)(self)
         assert self._sealed is not None
-        terms = self._sealed.open(self.shape[0])
+        terms = self._sealed.to_terms(self.shape[0])
         if any(term.placement.over_mesh for term in terms):
             size = self.batch_shape[0]
             parts = [jax.tree.map(operator.itemgetter(k), self) for k in range(size)]
             return functools.reduce(operator.add, parts)
-        terms = tuple(fold(term, self.shape[0]) for term in terms)
+        terms = tuple(sum_batch(term, self.shape[0]) for term in terms)
         return RowSparse(terms, self.shape, self.dtype)
 
     def todense(self) -> Float[Array, "V D"]:

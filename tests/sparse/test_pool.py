@@ -7,7 +7,7 @@ import pytest
 from slow import slow
 
 import jbag
-from jbag.sparse import _traced_program
+from jbag.sparse import _jaxpr_analysis
 
 V, D = 12, 3
 IDS = np.array([0, 1, 2, 3, 4, 5, 6, 0, 7, 8, 3, 3], np.int32)
@@ -155,7 +155,7 @@ def test_the_names_of_jaxs_primitives_are_still_theirs():
                 yield from names(inner)
 
     found = set(names(jax.make_jaxpr(program)(jnp.ones(3)).jaxpr))
-    known = _traced_program
+    known = _jaxpr_analysis
     assert {known.SCAN, known.COND, known.STOP_GRADIENT} <= found
     assert found & set(known.CALLS)
     assert found & set(known.CHECKPOINTS)

@@ -10,7 +10,7 @@ from jax.experimental.sparse import BCOO
 
 import jbag
 from jbag.ops._factored_gradient import FactoredGradient
-from jbag.ops._gather import accumulation_dtype
+from jbag.ops._row_gather import accumulation_dtype
 
 V, D = 9, 3
 RNG = np.random.default_rng(0)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from jbag.ops._gather import accumulation_dtype
-from jbag.ragged._slots import Ids, Offsets, Size, Slots
+from jbag.ops._row_gather import accumulation_dtype
+from jbag.ragged._csr import Ids, Offsets, Size, Slots
 
 
 def spmm(

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float32, Int, UInt32
 
-from jbag.ops._gather import accumulation_dtype, bag_rows, take
+from jbag.ops._row_gather import accumulation_dtype, bag_rows, take
 from jbag.ops.kernels import update_rules as rules
-from jbag.ragged._slots import (
+from jbag.ragged._csr import (
     Ids,
     Offsets,
     Size,

@@ -1,4 +1,4 @@
-"""Which examples make up each batch of an epoch, on every process, and how large."""
+"""The sampler: which examples each batch of an epoch holds, and its capacity."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import numpy as np
 from jaxtyping import Int
 
-from jbag.ragged._packing import bucket
+from jbag.ragged._bucket import bucket
 
 
-def schedule(
+def batch_positions(
     order: Int[np.ndarray, " n"],
     *,
     batch_size: int,
@@ -47,7 +47,7 @@ def permutation(size: int, seed: int | None, epoch: int) -> Int[np.ndarray, " n"
     return np.random.default_rng((seed, epoch)).permutation(size)
 
 
-def usual_capacity(
+def epoch_capacity(
     lengths: Int[np.ndarray, " n"], batch_size: int, largest: int, shuffled: bool
 ) -> int:
     """Return one capacity for batches of every epoch, and no less than `largest`."""

@@ -1,4 +1,4 @@
-"""The slots of bags: their types, which are empty, and the bags that they lie in."""
+"""Bags as CSR arrays: ids, offsets and coefficients; empty slots and segment ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Ids = Int[Array, "*slots"]
 Offsets = Int[Array, " ends"] | None
 Slots = Float[Array, "*slots"]
 
-# What `name_slots` calls an empty slot, and an id that names no row.
+# What `canonicalize_ids` calls an empty slot, and an id that names no row.
 PAD_ID = -1
 OUT_OF_RANGE_ID = -2
 
@@ -44,11 +44,12 @@ def segment_ids(bounds: Int[Array, " ends"], capacity: Size) -> Int[Array, " N"]
     return jnp.cumsum(ends[:capacity])
 
 
-def merge(x: Shaped[Array, "K first ..."]) -> Shaped[Array, "K*first ..."]:
+def merge_axes(x: Shaped[Array, "K first ..."]) -> Shaped[Array, "K*first ..."]:
+    """Return x with its two leading axes as one."""
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-def name_slots(
+def canonicalize_ids(
     ids: Int[Array, "..."], pad_id: int | None, rows: Any
 ) -> Int[Array, "..."]:
     """Return ids of which those in [0, V) are rows, and the negative ones tell why not.
@@ -59,7 +60,7 @@ def name_slots(
     return named if pad_id is None else jnp.where(ids == pad_id, PAD_ID, named)
 
 
-def lay_end_to_end(
+def concatenate_ragged(
     ids: Int[Array, "K N"], offsets: Int[Array, "K ends"]
 ) -> tuple[Int[Array, "K N"], Int[Array, " all_ends"], Bool[Array, "K B"]]:
     """Return the offsets of K ragged batches laid end to end, and the malformed bags.

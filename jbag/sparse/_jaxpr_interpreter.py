@@ -1,4 +1,4 @@
-"""Running a traced program with zeros added to what its marked bags pool."""
+"""The interpreter of a jaxpr that adds zeros to what its marked bags pool."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Array
 
-from jbag.ops._marks import read
-from jbag.sparse._traced_program import (
+from jbag.ops._sparse_marks import read
+from jbag.sparse._jaxpr_analysis import (
     CHECKPOINTS,
     COND,
     SCAN,
-    Found,
+    MarkedBags,
     Path,
     body,
     scan_sizes,
@@ -28,7 +28,7 @@ from jbag.sparse._traced_program import (
 def run(
     closed: core.ClosedJaxpr,
     operands: Sequence[Any],
-    found: Found,
+    found: MarkedBags,
     zeros: dict[Path, Array],
     tables: Sequence[Array],
 ) -> tuple[list[Any], dict[Path, Any]]:
@@ -49,7 +49,7 @@ def run(
 
 
 class _Runner(NamedTuple):
-    found: Found
+    found: MarkedBags
     tables: Sequence[Array]
 
     def run(
@@ -71,10 +71,14 @@ class _Runner(NamedTuple):
             ]
 
         for number, equation in enumerate(jaxpr.eqns):
-            here = (*path, number)
+            equation_path = (*path, number)
             ins = read_all(equation.invars)
             outs, inner = self._run_equation(
-                equation, ins, here, _within(here, zeros), jaxpr.debug_info
+                equation,
+                ins,
+                equation_path,
+                _within(equation_path, zeros),
+                jaxpr.debug_info,
             )
             bags |= inner
             values |= zip(equation.outvars, outs, strict=True)

@@ -1,6 +1,6 @@
-"""Arrays on which arithmetic is impossible: the indices of a row-sparse array.
+"""Guards against functions that map over the leaves of a row-sparse array.
 
-A pytree is open to every function that maps over its leaves. Multiplied or summed, the
+Any function may map over the leaves of a pytree. Multiplied or summed, the
 ids of a gradient would name other rows. Sealed, they are arrays of an extended dtype,
 as keys are: copying, stacking, selecting and `lax.scan` work, arithmetic is a TypeError
 that says what to use. Compiled, sealing is nothing: the bits stay as they are.
@@ -28,7 +28,7 @@ from jax.extend import random
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jbag.ops._factored_gradient import FactoredGradient
-from jbag.ragged._slots import filled
+from jbag.ragged._csr import filled
 
 # Powers of two, and so exact under any scale. They aren't sorted, nor of one sign, nor
 # whole; the two leaves differ in norm. The first goes on with a fingerprint.
@@ -145,7 +145,7 @@ class SealedGradients(NamedTuple):
     guard: tuple[Any, ...]
 
     @classmethod
-    def close(cls, terms: Sequence[FactoredGradient]) -> SealedGradients:
+    def from_terms(cls, terms: Sequence[FactoredGradient]) -> SealedGradients:
         leaves, structure = [], []
         for term in terms:
             # Inverted, ids that a function fills with zeros or ones name no row.
@@ -168,7 +168,7 @@ class SealedGradients(NamedTuple):
         """The axes that the cotangents have in front, () of one gradient."""
         return self.leaves[0][0].shape[:-2] if self.leaves else ()
 
-    def open(self, num_embeddings: int) -> tuple[FactoredGradient, ...]:
+    def to_terms(self, num_embeddings: int) -> tuple[FactoredGradient, ...]:
         """Return the terms; of a batch, every array has its axes in front.
 
         Where the guard is traced and changed, every slot names a row, and that is NaN.

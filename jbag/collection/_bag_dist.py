@@ -14,8 +14,8 @@ from jbag._mesh.gradients import AllGatheredGradients, LocalGradients
 from jbag._mesh.partition_specs import Strategy
 from jbag._mesh.row_layout import Lanes
 from jbag.collection._stacking import Bag, Launch, Stack, size
-from jbag.ragged._joining import join, join_slots, ragged
-from jbag.ragged._slots import PAD_ID
+from jbag.ragged._concatenate import concatenate_bags, concatenate_slots, to_ragged
+from jbag.ragged._csr import PAD_ID
 
 Bags = Mapping[str, Bag]
 
@@ -139,7 +139,7 @@ class _WholeTables(Exchange):
             for at in own:
                 bag = bags[launch.features[at]]
                 ids = self.stack.place(launch.tables[at], bag.ids)
-                parts.append(ragged(ids, bag.offsets))
+                parts.append(to_ragged(ids, bag.offsets))
                 if bag.weights is not None:
                     values.append(bag.weights.reshape(-1))
             like = bags[launch.features[0]]
@@ -147,8 +147,8 @@ class _WholeTables(Exchange):
                 parts.append(_no_bags(like))
                 if like.weights is not None:
                     values.append(jnp.zeros(0, like.weights.dtype))
-            ids, offsets = join(parts)
-            weights = join_slots(parts, values) if values else None
+            ids, offsets = concatenate_bags(parts)
+            weights = concatenate_slots(parts, values) if values else None
             sending.append(Bag(ids, offsets, weights))
         room = max(bag.ids.size for bag in sending)
         sending = [
@@ -164,10 +164,10 @@ class _WholeTables(Exchange):
         sources = range(self.strategy.size)
         assert got.offsets is not None
         parts = [(got.ids[p], got.offsets[p]) for p in sources]
-        ids, offsets = join(parts)
+        ids, offsets = concatenate_bags(parts)
         if got.weights is None:
             return ids, offsets, None
-        return ids, offsets, join_slots(parts, [got.weights[p] for p in sources])
+        return ids, offsets, concatenate_slots(parts, [got.weights[p] for p in sources])
 
     def first_row(self, rows: int) -> Array | int:
         return jax.lax.axis_index(self.strategy.batch) * rows

@@ -1,4 +1,4 @@
-"""Rectangles of ids with empty slots, taken into flat slots and back."""
+"""Padded ids [B, L] from and to flat slots: `Bags.from_padded`, `Bags.to_padded`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jbag._validation import (
     on_host,
     to_index_dtype,
 )
-from jbag.ragged import _slots
+from jbag.ragged import _csr
 
 
 class Padded(NamedTuple):
@@ -32,7 +32,7 @@ class Padded(NamedTuple):
 jax.export.register_namedtuple_serialization(Padded, serialized_name="jbag.Padded")
 
 
-def unpad(
+def from_padded(
     ids: Any, mask: Any, weights: Any, pad_id: Any
 ) -> tuple[AnyArray, AnyArray, AnyArray | None]:
     """Check a rectangle; return ids [B * L], lengths [B] and weights [B * L].
@@ -59,7 +59,7 @@ def unpad(
         )
     if weights is not None:
         weights = check_weights(weights, ids.shape, like="ids")
-    numpy = _home(ids, mask, weights)
+    numpy = _array_module(ids, mask, weights)
     if numpy is jnp:
         ids, mask = jnp.asarray(to_index_dtype(ids)), jnp.asarray(mask)
     # A stable sort moves the empty slots, in their order, behind the others.
@@ -69,7 +69,7 @@ def unpad(
     return ids.reshape(-1)[order], mask.sum(1), weights
 
 
-def spread(
+def to_padded(
     indices: Int[AnyArray, " N"],
     offsets: Int[AnyArray, " ends"],
     weights: Float[AnyArray, " N"] | None,
@@ -81,7 +81,7 @@ def spread(
     """
     capacity, offsets = indices.size, to_index_dtype(offsets)
     lengths = offsets[1:] - offsets[:-1]
-    numpy = _home(indices, offsets, weights)
+    numpy = _array_module(indices, offsets, weights)
     if numpy is np and (lengths > length).any():
         raise ValueError(
             f"`length` must be at least the longest bag, {lengths.max()}; got {length}."
@@ -97,13 +97,13 @@ def spread(
 
     ids = fill(indices)
     if numpy is jnp:
-        _, malformed = _slots.bag_bounds(jnp.asarray(offsets), capacity)
+        _, malformed = _csr.bag_bounds(jnp.asarray(offsets), capacity)
         lost = (malformed | (lengths > length))[:, None]
         ids = jnp.where(lost, jnp.iinfo(ids.dtype).max, ids)
         mask |= lost
     return Padded(ids, mask, None if weights is None else fill(weights))
 
 
-def _home(*arrays: AnyArray | None) -> ModuleType:
+def _array_module(*arrays: AnyArray | None) -> ModuleType:
     """Return NumPy if every array is on the host, else JAX's."""
     return np if all(x is None or on_host(x) for x in arrays) else jnp

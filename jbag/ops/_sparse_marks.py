@@ -1,4 +1,4 @@
-"""Marks that a sparse bag leaves in a program, for `value_and_grad` to find.
+"""Marks of `sparse=True` in a traced program, which `value_and_grad` finds.
 
 The table passes through one before it is pooled, the pooled rows pass through another
 after, which also takes what the gradient to the table is made of. Both are identities:
@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from jbag.ops._factored_gradient import ONE_DEVICE, Placement
 from jbag.ops._primitive import equally_varying, layout
-from jbag.ragged._joining import fold_bags
-from jbag.ragged._slots import PAD_ID, Ids, Offsets, Slots, merge
+from jbag.ragged._concatenate import merge_batches
+from jbag.ragged._csr import PAD_ID, Ids, Offsets, Slots, merge_axes
 
 
 def mark_table(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
@@ -114,7 +114,7 @@ def _batch_pooled(
     if dims[1] is not None or size == 0 or params["placement"].over_mesh:
         return pooled, 0  # none of them is marked
     dense, ids, offsets, coefficients = layout(int(has_winners), rest, batch_ndim=1)
-    ids, offsets, coefficients, winners = fold_bags(
+    ids, offsets, coefficients, winners = merge_batches(
         ids,
         offsets,
         coefficients,
@@ -123,7 +123,7 @@ def _batch_pooled(
         num_embeddings=table.shape[1],
     )
     out = mark_pooled(
-        merge(pooled),
+        merge_axes(pooled),
         operands[1],
         ids,
         offsets,

@@ -1,4 +1,4 @@
-"""How an optimizer moves the rows that a gradient names, and dense arrays alike."""
+"""The optimizer of an update rule, for row-sparse gradients and dense arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jbag._validation import check_integer
-from jbag.ops._gather import accumulation_dtype
+from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels.memory_pages import to_huge_pages
 from jbag.ops.kernels.update_rules import RULES, step
 from jbag.sparse._row_sparse import RowSparse, is_rows
@@ -38,7 +38,7 @@ class RowState(NamedTuple):
     states: dict[str, Any]
 
 
-def transformation(
+def optimizer_from_rule(
     rule: str,
     learning_rate: Rate,
     constants: dict[str, Any],

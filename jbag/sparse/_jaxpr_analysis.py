@@ -1,7 +1,7 @@
-"""The marked bags of a traced program: where they are, and from what they pool.
+"""The analysis of a jaxpr: its marked bags, and the tables that they pool from.
 
 Calls, checkpoints, `scan` and `cond` that hold marks are walked through; anything else
-is one operation. `_interpreter` runs the program so.
+is one operation. `_jaxpr_interpreter` runs the program so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jaxtyping import Array
 
-from jbag.ops._marks import pooled_mark, table_mark
+from jbag.ops._sparse_marks import pooled_mark, table_mark
 
 # JAX's primitives that are walked through, by name, and the parameter that holds their
 # program. (`closed_call` is what `jax.jit` leaves in a program that was exported.)
@@ -51,7 +51,7 @@ class PooledCall(NamedTuple):
         return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
 
 
-class Found(NamedTuple):
+class MarkedBags(NamedTuple):
     """What is to be differentiated, and how.
 
     Attributes:
@@ -84,7 +84,7 @@ class _Value(NamedTuple):
     table: Path | None = None
 
 
-def find(closed: core.ClosedJaxpr) -> Found:
+def find_marked_bags(closed: core.ClosedJaxpr) -> MarkedBags:
     """Find the marked bags of a program, and which operands are used otherwise."""
     search = _Search()
     operands = [_Value(frozenset([k]), k) for k in range(len(closed.jaxpr.invars))]
@@ -92,11 +92,11 @@ def find(closed: core.ClosedJaxpr) -> Found:
     first = results[0] if results else _Value()
     # A table that goes round its mark, as in a derivative that the loss itself takes,
     # is an ordinary array: cut off, it would lose a part of its gradient.
-    around = {search.tables[x] for x in first.sources if isinstance(x, tuple)}
-    dense = around | {x for x in first.sources if isinstance(x, int)}
-    return Found(
-        {p: call for p, call in search.calls.items() if call.leaf not in around},
-        {p: leaf for p, leaf in search.tables.items() if leaf not in around},
+    bypassed = {search.tables[x] for x in first.sources if isinstance(x, tuple)}
+    dense = bypassed | {x for x in first.sources if isinstance(x, int)}
+    return MarkedBags(
+        {p: call for p, call in search.calls.items() if call.leaf not in bypassed},
+        {p: leaf for p, leaf in search.tables.items() if leaf not in bypassed},
         frozenset(dense),
         frozenset(search.requested),
         search.has_refs,

@@ -1,4 +1,4 @@
-"""Tables from the files of other libraries: PyTorch, safetensors, NumPy.
+"""`load_table`: tables from the files of PyTorch, safetensors and NumPy.
 
 Those libraries are imported where a file of theirs is to be read, not before.
 """

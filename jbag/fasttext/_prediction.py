@@ -1,4 +1,4 @@
-"""What fastText makes of a text's pooled embedding: probabilities, and the best labels.
+"""fastText's predictions: probabilities of a text's labels, and the best labels.
 
 Its own roundings are kept, down to the sigmoid, which it reads from a table, and to the
 order of equal labels, which its heap decides: its predictions are met exactly.
@@ -59,13 +59,13 @@ def huffman(counts: Sequence[int]) -> Tree:
             parents[child] = new
             edges[child] = new - num + side * (num - 1)
         nodes[new] = nodes[children[new, 0]] + nodes[children[new, 1]]
-    order, ahead = [], [2 * num - 2]
-    while ahead:
-        here = ahead.pop()
-        if here < num:
-            order.append(here)
+    order, pending = [], [2 * num - 2]
+    while pending:
+        node_at = pending.pop()
+        if node_at < num:
+            order.append(node_at)
         else:
-            ahead += children[here, ::-1].tolist()
+            pending += children[node_at, ::-1].tolist()
     jumps = [parents]
     while (jumps[-1] != 2 * num - 2).any():
         jumps.append(jumps[-1][jumps[-1]])
@@ -113,7 +113,7 @@ def largest(x: Float[Array, "B L"], k: int) -> tuple[Array, Array]:
 def best_labels(
     p: Float[Array, "B L"],
     best: tuple[Array, Array],
-    there: np.ndarray,
+    has_rows: np.ndarray,
     *,
     k: int,
     least: np.float32,
@@ -124,7 +124,7 @@ def best_labels(
     Args:
       p: what `values` returned.
       best: the k + 1 largest of each row, where there are so many, by `largest`.
-      there: [B], whether a text has rows. There may be fewer of them than of `p`.
+      has_rows: [B], whether a text has rows. There may be fewer of them than of `p`.
       k: how many labels.
       least: the least probability.
       tree: of hierarchical softmax, or None.
@@ -135,7 +135,7 @@ def best_labels(
     logarithm = _guarded_log if tree is None else np.asarray
     order = np.arange(p.shape[1]) if tree is None else np.asarray(tree.order)
     least = least if tree is None else np.float32(_guarded_log(least))
-    top, labels = (np.array(x)[: len(there)] for x in best)
+    top, labels = (np.array(x)[: len(has_rows)] for x in best)
     if np.isnan(top).any():
         raise ValueError("`table` and `output` must hold numbers; got NaN from them.")
     scores = logarithm(top)
@@ -150,7 +150,7 @@ def best_labels(
         labels[at] = -1
         labels[at, : len(first)] = own[first]
         scores[at, : len(first)] = own_scores[first]
-    labels[~there] = -1
+    labels[~has_rows] = -1
     return labels[:, :k], scores[:, :k]
 
 
@@ -169,16 +169,16 @@ def _first_of_equals(scores: np.ndarray, k: int) -> list[int]:
         if len(heap) == k and score < heap[0][0]:
             continue
         heap.append((score, at))
-        _rise(heap, len(heap) - 1, 0)
+        _sift_up(heap, len(heap) - 1, 0)
         if len(heap) > k:
-            _pop(heap, len(heap))
+            _pop_heap(heap, len(heap))
             heap.pop()
     for end in range(len(heap), 1, -1):
-        _pop(heap, end)
+        _pop_heap(heap, end)
     return [at for _, at in heap]
 
 
-def _rise(heap: list[tuple[float, int]], hole: int, top: int) -> None:
+def _sift_up(heap: list[tuple[float, int]], hole: int, top: int) -> None:
     """Move what is at `hole` up past all that is larger."""
     moved = heap[hole]
     while hole > top and heap[(hole - 1) // 2][0] > moved[0]:
@@ -187,7 +187,7 @@ def _rise(heap: list[tuple[float, int]], hole: int, top: int) -> None:
     heap[hole] = moved
 
 
-def _pop(heap: list[tuple[float, int]], end: int) -> None:
+def _pop_heap(heap: list[tuple[float, int]], end: int) -> None:
     """Move the top of the heap of `end` to its end, and mend the rest."""
     last = end - 1
     if not last:
@@ -207,4 +207,4 @@ def _pop(heap: list[tuple[float, int]], end: int) -> None:
         hole = last - 1
     # ... and up again.
     heap[hole] = moved
-    _rise(heap, hole, 0)
+    _sift_up(heap, hole, 0)

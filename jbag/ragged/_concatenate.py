@@ -1,4 +1,4 @@
-"""Several batches of bags laid end to end, as one."""
+"""Concatenation of several batches of bags to one."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jbag.ragged import _slots
-from jbag.ragged._slots import (
+from jbag.ragged import _csr
+from jbag.ragged._csr import (
     OUT_OF_RANGE_ID,
     PAD_ID,
     Ids,
     Offsets,
     Slots,
-    lay_end_to_end,
-    merge,
-    name_slots,
+    canonicalize_ids,
+    concatenate_ragged,
+    merge_axes,
 )
 
 
-def join(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets]:
+def concatenate_bags(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets]:
     """Return the ids and offsets of all bags, in order.
 
     Slots in no bag, of which all but the last part's now lie between bags, become
@@ -37,10 +37,10 @@ def join(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets]:
     dtype = max((ids.dtype for ids, _ in parts), key=lambda dtype: dtype.itemsize)
     first = 0
     for part in parts:
-        own, ends = ragged(*part)
+        own, ends = to_ragged(*part)
         if ends.size == 1:  # no bags
             continue
-        bounds, _ = _slots.bag_bounds(ends, own.size)
+        bounds, _ = _csr.bag_bounds(ends, own.size)
         # One more slot on either side tells of the outer bounds, which parts share: of
         # a bag that is malformed by them, the id there alone is left.
         is_moved = bounds != ends
@@ -58,10 +58,10 @@ def join(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets]:
     return jnp.concatenate(ids), jnp.concatenate([*offsets, jnp.full(1, first, dtype)])
 
 
-def join_slots(
+def concatenate_slots(
     parts: Sequence[tuple[Ids, Offsets]], values: Sequence[Shaped[Array, "*slots"]]
 ) -> Shaped[Array, "*slots"]:
-    """Return what each slot holds, by the slots of what `join` makes of the parts."""
+    """Return the values of all slots, in the order of `concatenate_bags`."""
     if len(parts) == 1:
         return values[0]
     if _is_rectangle(parts):
@@ -74,7 +74,7 @@ def join_slots(
     return jnp.concatenate(kept) if kept else jnp.zeros(0, values[0].dtype)
 
 
-def fold_bags(
+def merge_batches(
     ids: Int[Array, "K *slots"],
     offsets: Int[Array, "K ends"] | None,
     coefficients: Float[Array, "K *slots"] | None,
@@ -88,21 +88,23 @@ def fold_bags(
     Winners, flat slots, are numbered anew; N, of a bag without one, stays the end.
     """
     size, slots = ids.shape[0], ids[0].size
-    ids = name_slots(ids, pad_id, num_embeddings)
+    ids = canonicalize_ids(ids, pad_id, num_embeddings)
     if offsets is not None:
-        ids, offsets, _ = lay_end_to_end(ids, offsets)
+        ids, offsets, _ = concatenate_ragged(ids, offsets)
     if winners is not None:
         shift = slots * jnp.arange(size, dtype=winners.dtype)[:, None, None]
-        winners = merge(jnp.where(winners == slots, size * slots, winners + shift))
+        winners = merge_axes(jnp.where(winners == slots, size * slots, winners + shift))
     return (
-        merge(ids),
+        merge_axes(ids),
         offsets,
-        coefficients if coefficients is None else merge(coefficients),
+        coefficients if coefficients is None else merge_axes(coefficients),
         winners,
     )
 
 
-def ragged(ids: Ids, offsets: Offsets) -> tuple[Int[Array, " N"], Int[Array, " ends"]]:
+def to_ragged(
+    ids: Ids, offsets: Offsets
+) -> tuple[Int[Array, " N"], Int[Array, " ends"]]:
     """Return bags with offsets, as which a rectangle can be written, too."""
     if offsets is not None:
         return ids, offsets
@@ -115,7 +117,7 @@ def num_bags(ids: Ids, offsets: Offsets) -> int:
     return ids.shape[0] if offsets is None else offsets.size - 1
 
 
-def ones(ids: Ids, dtype: jnp.dtype) -> Float[Array, "*slots"]:
+def unit_weights(ids: Ids, dtype: jnp.dtype) -> Float[Array, "*slots"]:
     """Return weights that change nothing."""
     return jnp.ones(ids.shape, dtype)
 

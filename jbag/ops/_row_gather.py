@@ -1,11 +1,11 @@
-"""Rows of tables and of bags: how they are read, and in which dtype they add up."""
+"""Gathers of rows of tables and cotangents, and the dtype in which they add up."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
-from jbag.ragged._slots import Ids, Offsets, bag_bounds, segment_ids
+from jbag.ragged._csr import Ids, Offsets, bag_bounds, segment_ids
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -1,4 +1,4 @@
-"""What the Linen and the NNX module share: how a table starts, and how it is used."""
+"""The `EmbeddingBag` modules of Linen and NNX: options, initialization, the call."""
 
 from __future__ import annotations
 
