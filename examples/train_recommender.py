@@ -71,7 +71,11 @@ LEARNING_RATES = {
     "ftrl": 0.2,
 }
 # How the large table can lie over the devices.
-STRATEGIES = {"rows": P("x", None), "columns": P(None, "x"), "replicated": P()}
+STRATEGIES = {
+    "row_wise": P("x", None),
+    "column_wise": P(None, "x"),
+    "data_parallel": P(),
+}
 
 
 class Batch(NamedTuple):
@@ -527,7 +531,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--optimizer", choices=LEARNING_RATES, default="rowwise_adagrad")
     add("--learning-rate", type=float, help="of the tables, at first (see the program)")
     add("--seed", type=int, default=0, help="of the teacher, examples and model (0)")
-    add("--strategy", choices=STRATEGIES, default="rows", help="of the large table")
+    add("--strategy", choices=STRATEGIES, default="row_wise", help="of the large table")
     add("--devices", type=int, help="CPU devices of each process (what JAX finds)")
     add("--processes", type=int, default=1, help="how many are started (1)")
     add("--process", type=int, default=0, help="which of them this one is (0)")

@@ -164,11 +164,12 @@ class EmbeddingBagCollection(nn.Module):
     Attributes:
       tables: a `jbag.Table` by name.
       features: a `jbag.Feature` by name, in the order of the outputs.
-      specs: by group, a `PartitionSpec` or a `jbag.sharding.Whole`; groups that aren't
-        named are replicated.
+      specs: by group, a `PartitionSpec` or a `jbag.sharding.TableWise`; groups that
+        aren't named are replicated.
       mesh: the mesh; None is that of `jax.set_mesh`, if there are specs.
       batch_axis: along which batches are cut, where all tables are replicated.
-      capacity: C, how many rows a device asks of one owner in a round, or None.
+      rows_per_round: C, how many rows a device requests of one owner in a round, or
+        None.
       grid: K of the layouts. None is 20160 if there are specs; and 1, the rows of one
         table after another's, if there are none.
       sparse: ask for row-sparse gradients.
@@ -203,7 +204,7 @@ class EmbeddingBagCollection(nn.Module):
     specs: Mapping[str, Any] = FrozenDict()
     mesh: Any = None
     batch_axis: Any = None
-    capacity: int | None = None
+    rows_per_round: int | None = None
     grid: int | None = None
     sparse: bool = False
     concatenate: bool = False
@@ -256,7 +257,7 @@ class EmbeddingBagCollection(nn.Module):
         return validate_batch(self, batch)
 
     def traffic(self, batch: Any) -> dict[str, Traffic]:
-        """Return, for each parameter whose rows are dealt out, how a batch's travel."""
+        """Return the traffic of a batch for each parameter that is row-wise."""
         return collection_traffic(self, batch)
 
     def shardings(self, tree: Any) -> Any:

@@ -46,7 +46,7 @@ import jbag
 RING = 4  # batches made beforehand
 TABLES = 26
 OPTIMIZER = jbag.optim.rowwise_adagrad(0.01)
-SPECS = {"rows": P("x", None), "columns": P(None, "x"), "replicated": P()}
+SPECS = {"row_wise": P("x", None), "column_wise": P(None, "x"), "data_parallel": P()}
 COLLECTIVE = r"= (.*?) (all-to-all|all-gather|all-reduce|reduce-scatter)(?:-start)?\("
 
 Step = Callable[..., Any]  # of (table, state, batch); returns the first two moved
@@ -101,17 +101,17 @@ def sides_of(args: argparse.Namespace, mesh: Any, ids: jax.Array) -> Iterator[Si
             options: Any = {"sparse": not dense, "implementation": "xla"}
             return jbag.embedding_bag(table, ids, mode="sum", **options)
 
-        cases.append((name, SPECS["rows"], layout.num_rows, plain, dense))
+        cases.append((name, SPECS["row_wise"], layout.num_rows, plain, dense))
     for name, spec, rows, pooled, dense in cases:
         lie = NamedSharding(mesh, spec)
-        narrow = NamedSharding(mesh, P(*spec[:1]))
+        per_row = NamedSharding(mesh, P(*spec[:1]))
         draw = jax.jit(
             lambda key, rows=rows: jax.random.normal(key, (rows, args.features)),
             out_shardings=lie,
         )
         table = draw(jax.random.key(0, impl="rbg"))
         start = jax.eval_shape(OPTIMIZER.init, table)
-        where = jax.tree.map(lambda x, s=narrow: s if x.ndim else None, start)
+        where = jax.tree.map(lambda x, s=per_row: s if x.ndim else None, start)
         state = jax.jit(OPTIMIZER.init, out_shardings=where)(table)
         step = jax.jit(
             make_step(pooled, dense),
@@ -147,7 +147,7 @@ def measure_steps(args: argparse.Namespace) -> list[dict[str, str]]:
             {
                 "side": name,
                 "step (ms)": f"{1e3 * medians[name]:.1f}",
-                "x rows": f"{medians[name] / medians['rows']:.2f}",
+                "x row_wise": f"{medians[name] / medians['row_wise']:.2f}",
                 "sent (MB)": f"{bytes_sent(step.as_text(), args.devices) / 1e6:.2f}",
                 "extra (MB)": f"{extra / 1e6:.2f}",
             }

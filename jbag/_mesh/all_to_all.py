@@ -33,7 +33,7 @@ from jbag.ops._row_gather import accumulation_dtype, take
 from jbag.ragged._csr import OUT_OF_RANGE_ID
 
 
-def default_capacity(slots: int, owners: int) -> int:
+def default_rows_per_round(slots: int, owners: int) -> int:
     r"""Return C for n slots a device: :math:`n / P + 6 \sqrt{n / P} + 8`, in eights.
 
     If n distinct ids fall on owners evenly, as the grid makes them, no bucket overflows
@@ -44,12 +44,12 @@ def default_capacity(slots: int, owners: int) -> int:
     return min(slots, wanted)
 
 
-def distinct(
+def deduplicate(
     ids: Int[Array, " N"], num_rows: int
 ) -> tuple[Int[Array, " U"], Int[Array, " N"]]:
     """Return the rows that ids name, in order, and where each id stands among them.
 
-    There is room for U = min(N, V') rows; the rest is V'. Ids outside [0, V') name none
+    The result has U = min(N, V') rows; the rest is V'. Ids outside [0, V') name none
     and stand for themselves if negative, and at `OUT_OF_RANGE_ID` otherwise.
     """
     size = ids.size
@@ -59,12 +59,14 @@ def distinct(
     named = named[order]
     is_first = jnp.diff(named, prepend=-1) > 0
     rank = jnp.cumsum(is_first, dtype=ids.dtype) - 1
-    room = min(size, num_rows)
-    slots = jnp.where(is_first & (named < num_rows), rank, room)
-    unique = jnp.full(room, num_rows, ids.dtype).at[slots].set(named, mode="drop")
+    max_unique_ids = min(size, num_rows)
+    slots = jnp.where(is_first & (named < num_rows), rank, max_unique_ids)
+    unique = (
+        jnp.full(max_unique_ids, num_rows, ids.dtype).at[slots].set(named, mode="drop")
+    )
     places = jnp.zeros_like(ids).at[order].set(rank, unique_indices=True)
-    strangers = jnp.where(ids < 0, ids, OUT_OF_RANGE_ID)
-    return unique, jnp.where(known, places, strangers)
+    out_of_range = jnp.where(ids < 0, ids, OUT_OF_RANGE_ID)
+    return unique, jnp.where(known, places, out_of_range)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,18 +77,18 @@ class Router:
       axis: of the mesh.
       owners: P.
       shard: S, the rows that an owner has.
-      capacity: C.
+      rows_per_round: C.
     """
 
     axis: tuple[str, ...]
     owners: int
     shard: int
-    capacity: int
+    rows_per_round: int
 
     def rounds(self, unique: Int[Array, " U"]) -> Int[Array, ""] | int:
         """Return how many rounds all devices need, a power of two."""
-        capacity = self.capacity
-        if capacity >= min(unique.size, self.shard):
+        rows_per_round = self.rows_per_round
+        if rows_per_round >= min(unique.size, self.shard):
             return 1
         owner, row = unique // self.shard, unique % self.shard
         known = unique < self.owners * self.shard
@@ -94,7 +96,10 @@ class Router:
         def overflows(rounds: Int[Array, ""]) -> Array:
             width = -(-self.shard // rounds)
             bucket = owner * rounds + row // width
-            return ((bucket[capacity:] == bucket[:-capacity]) & known[capacity:]).any()
+            return (
+                (bucket[rows_per_round:] == bucket[:-rows_per_round])
+                & known[rows_per_round:]
+            ).any()
 
         one = jnp.ones((), unique.dtype)
         own = jax.lax.while_loop(overflows, lambda rounds: 2 * rounds, one)
@@ -128,7 +133,7 @@ class Router:
         starts, ends = jnp.searchsorted(unique, jnp.stack([low, high])).astype(
             unique.dtype
         )
-        places = starts[:, None] + jnp.arange(self.capacity, dtype=unique.dtype)
+        places = starts[:, None] + jnp.arange(self.rows_per_round, dtype=unique.dtype)
         is_filled = places < ends[:, None]
         places = jnp.where(is_filled, places, unique.size)
         ids = take(unique, places, 0) - begin[:, None]
@@ -143,13 +148,13 @@ class Router:
     def gather_rows(
         self,
         unique: Int[Array, " U"],
-        answer: Callable[..., Shaped[Array, "P C ..."]],
+        lookup: Callable[..., Shaped[Array, "P C ..."]],
         out: Shaped[Array, "U ..."],
         *arrays: Shaped[Array, "U ..."],
     ) -> Shaped[Array, "U ..."]:
-        """Return the owners' answers for each row, `out` where no row is named.
+        """Return what the owners look up for each row, `out` where no row is named.
 
-        `answer` takes a round's ids [P, C] and the elements of `arrays` for each id.
+        `lookup` takes a round's ids [P, C] and the elements of `arrays` for each id.
         """
         rounds = self.rounds(unique)
         owner, row = unique // self.shard, unique % self.shard
@@ -158,12 +163,12 @@ class Router:
         def body(number: Any, out: Array) -> Array:
             ids, places, starts = self.bucket(unique, number, rounds)
             sent = [self.all_to_all(take(x, places, 0)) for x in arrays]
-            answers = self.all_to_all(answer(self.all_to_all(ids), *sent))
-            answers = answers.reshape(-1, *answers.shape[2:])
+            received = self.all_to_all(lookup(self.all_to_all(ids), *sent))
+            received = received.reshape(-1, *received.shape[2:])
             requested = row // -(-self.shard // rounds) == number
             requested &= owner < self.owners
-            place = slots - take(starts, owner, 0) + self.capacity * owner
-            found = take(answers, jnp.where(requested, place, -1), 0)
+            place = slots - take(starts, owner, 0) + self.rows_per_round * owner
+            found = take(received, jnp.where(requested, place, -1), 0)
             requested = requested.reshape(-1, *[1] * (out.ndim - 1))
             return jnp.where(requested, found.astype(out.dtype), out)
 
@@ -191,10 +196,14 @@ class Router:
         return self.each_round(body, carry, rounds)
 
 
-def router(strategy: Strategy, num_rows: int, slots: int, capacity: int) -> Router:
+def router(
+    strategy: Strategy, num_rows: int, slots: int, rows_per_round: int
+) -> Router:
     """Return the router for a table of V' rows and that many distinct ids."""
     owners = strategy.size
-    return Router(strategy.batch, owners, num_rows // owners, min(capacity, slots))
+    return Router(
+        strategy.batch, owners, num_rows // owners, min(rows_per_round, slots)
+    )
 
 
 def fetch(
@@ -202,40 +211,40 @@ def fetch(
     unique: Int[Array, " all_U"],
     *,
     strategy: Strategy,
-    capacity: int,
+    rows_per_round: int,
     implementation: str | None,
 ) -> Float[Array, "all_U D"]:
-    """Return the rows that each device asks for, zeros where it names none.
+    """Return the rows that each device requests, zeros where it names none.
 
     `unique` has a block for each device, in order, each row once. It is linear in the
     table; its transpose sends one row for each distinct id back to the owner.
     """
-    return _fetch.bind(
+    return fetch_p.bind(
         table,
         unique,
         num_rows=table.shape[0],
         strategy=strategy,
-        capacity=capacity,
+        rows_per_round=rows_per_round,
         implementation=implementation,
     )
 
 
-def _ask(
+def _fetch_impl(
     table: Float[Array, "rows D"],
     unique: Int[Array, " all_U"],
     *,
     num_rows: int,
     strategy: Strategy,
-    capacity: int,
+    rows_per_round: int,
     implementation: str | None,
 ) -> Float[Array, "all_U D"]:
     width, slots = table.shape[1], unique.size // strategy.size
-    route = router(strategy, num_rows, slots, capacity)
+    route = router(strategy, num_rows, slots, rows_per_round)
 
-    def ask(
+    def fetch_shard(
         shard: Float[Array, "S D"], unique: Int[Array, " U"]
     ) -> Float[Array, "U D"]:
-        def answer(ids: Int[Array, "P C"]) -> Float[Array, "P C D"]:
+        def lookup(ids: Int[Array, "P C"]) -> Float[Array, "P C D"]:
             # Each id is a bag of its own.
             rows = _spmm.spmm(
                 shard,
@@ -249,28 +258,28 @@ def _ask(
             return rows.reshape(*ids.shape, width)
 
         return route.gather_rows(
-            unique, answer, jnp.zeros((unique.size, width), shard.dtype)
+            unique, lookup, jnp.zeros((unique.size, width), shard.dtype)
         )
 
     rows = P(strategy.batch, None)
     specs = (rows, strategy.blocks)
-    return per_device(ask, strategy, specs, rows, check=False)(table, unique)
+    return per_device(fetch_shard, strategy, specs, rows, check=False)(table, unique)
 
 
-def _give(
+def _scatter_add_impl(
     rows: Float[Array, "all_U D"],
     unique: Int[Array, " all_U"],
     *,
     num_rows: int,
     strategy: Strategy,
-    capacity: int,
+    rows_per_round: int,
     implementation: str | None,
 ) -> Float[Array, "rows D"]:
-    """Return the array of which each owner's rows are the sums of what it is given."""
+    """Return the array of which each owner's rows are the sums of what it receives."""
     wide = accumulation_dtype(rows.dtype)
-    route = router(strategy, num_rows, unique.size // strategy.size, capacity)
+    route = router(strategy, num_rows, unique.size // strategy.size, rows_per_round)
 
-    def give(rows: Float[Array, "U D"], unique: Int[Array, " U"]) -> Array:
+    def scatter_add_shard(rows: Float[Array, "U D"], unique: Int[Array, " U"]) -> Array:
         def receive(total: Array, ids: Array, sent: Array) -> Array:
             return total + _spmm.spmm_transpose(
                 sent,
@@ -289,7 +298,9 @@ def _give(
 
     spec = P(strategy.batch, None)
     specs = (spec, strategy.blocks)
-    return per_device(give, strategy, specs, spec, check=False)(rows, unique)
+    return per_device(scatter_add_shard, strategy, specs, spec, check=False)(
+        rows, unique
+    )
 
 
 def _define(name: str, function: Callable) -> Primitive:
@@ -325,20 +336,23 @@ def _differentiate(primitive: Primitive, transposed: Primitive) -> None:
     ad.primitive_transposes[primitive] = transpose
 
 
-_fetch, _given = _define("fetch", _ask), _define("give", _give)
-_differentiate(_fetch, _given)
-_differentiate(_given, _fetch)
+fetch_p, scatter_add_p = (
+    _define("fetch", _fetch_impl),
+    _define("scatter_add", _scatter_add_impl),
+)
+_differentiate(fetch_p, scatter_add_p)
+_differentiate(scatter_add_p, fetch_p)
 
 
-def totals(
+def sum_counts(
     counts: Float[Array, " U"], unique: Int[Array, " U"], route: Router
 ) -> Float[Array, " U"]:
     """Return each row's count summed over all devices. Runs on one device."""
 
-    def answer(
+    def lookup(
         ids: Int[Array, "P C"], counts: Float[Array, "P C"]
     ) -> Float[Array, "P C"]:
         sums = jnp.zeros(route.shard, counts.dtype).at[ids].add(counts, mode="drop")
         return take(sums, ids, 0)
 
-    return route.gather_rows(unique, answer, jnp.zeros_like(counts), counts)
+    return route.gather_rows(unique, lookup, jnp.zeros_like(counts), counts)

@@ -1,8 +1,8 @@
-"""Gradients of a table over a mesh: how they come to the shards that they move.
+"""Gradients of a table over a mesh: how they are sent to the shards that they update.
 
 A `RowSparse` of such a table holds terms whose arrays have a block for each device. A
-placement knows how these blocks lie, and brings each device what its shard needs; there
-the operation runs, on the shard alone. Rows are numbered as the whole table's, unless
+placement knows how these blocks lie, and sends each device what its shard needs; the
+operation runs there, on the shard alone. Rows are numbered as the whole table's, unless
 said otherwise.
 """
 
@@ -18,7 +18,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
 from jbag._mesh.all_to_all import router
-from jbag._mesh.partition_specs import Strategy, lay, per_device
+from jbag._mesh.partition_specs import (
+    ROWS_ARE_CUT,
+    ShardingType,
+    Strategy,
+    lay,
+    per_device,
+)
 from jbag.ops._factored_gradient import (
     ONE_DEVICE,
     FactoredGradient,
@@ -59,7 +65,7 @@ class LocalGradients:
     def collect(
         self, terms: list[FactoredGradient], shape: Any, receive: Receive, carry: Any
     ) -> Any:
-        """Return what `receive` makes of the carry and what is brought to this device.
+        """Return what `receive` makes of the carry and what this device receives.
 
         It is called with terms whose rows are the shard's; every row is whole in one of
         them. `shape` is the shard's.
@@ -69,7 +75,7 @@ class LocalGradients:
         return receive(carry, _to_local(term, self.strategy, shape[0]))
 
     def coalesced(self) -> LocalGradients:
-        """Return the placement of what has been brought."""
+        """Return the placement of what has been received."""
         return self
 
     def max_rows(self, terms: Sequence[FactoredGradient], rows: int) -> int:
@@ -95,7 +101,8 @@ class LocalGradients:
         numbers = jnp.stack([jnp.asarray(x, dtype) for x in scalars])
         specs = tuple(self._spec(x) for x in (table, *states))
         # Each device has some columns of a row, whose squares are averaged over all.
-        apart = self.strategy.name == "columns" and bool(rules.RULES[rule].per_row)
+        columns_are_cut = self.strategy.sharding_type == ShardingType.COLUMN_WISE
+        sums_squares = columns_are_cut and bool(rules.RULES[rule].per_row)
 
         def move(
             arrays: tuple[Array, ...],
@@ -107,7 +114,7 @@ class LocalGradients:
                 arrays: tuple[Array, ...], term: FactoredGradient
             ) -> tuple[Array, ...]:
                 operands = (arrays[0], arrays[1:], numbers, seed)
-                if apart:
+                if sums_squares:
                     return _update_columns(term, *operands, rule, table.shape[1], axes)
                 return term.apply(update_rows, *operands, rule=rule)
 
@@ -165,7 +172,7 @@ class LocalGradients:
             def receive(
                 carry: tuple[Any, ...], term: FactoredGradient
             ) -> tuple[Any, ...]:
-                # Rounds go up the shard: what they bring stays in order.
+                # Rounds go up the shard: what they receive stays in order.
                 indices, sums, count = carry
                 fresh, rows = term.apply(coalesce, num_embeddings=own[0])
                 slots = count + jnp.arange(fresh.size, dtype=count.dtype)
@@ -202,7 +209,7 @@ class LocalGradients:
     def take(
         self, array: Shaped[Array, "V ..."], indices: Int[Array, " N"]
     ) -> Shaped[Array, "N ..."]:
-        """Return rows of an array at the indices of what has been brought."""
+        """Return rows of an array at the indices of what has been received."""
         spec, rows = self._spec(array), self._rows_spec(array)
 
         def get(array: Array, indices: Array) -> Array:
@@ -240,10 +247,10 @@ class LocalGradients:
     def _shard(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Return the shape of a device's shard of an array [V, D]."""
         rows, columns = shape
-        name, size = self.strategy.name, self.strategy.size
+        sharding_type, size = self.strategy.sharding_type, self.strategy.size
         return (
-            rows // size if name in ("rows", "whole") else rows,
-            columns // size if name == "columns" else columns,
+            rows // size if sharding_type in ROWS_ARE_CUT else rows,
+            columns // size if sharding_type == ShardingType.COLUMN_WISE else columns,
         )
 
     def _gradient_specs(
@@ -261,7 +268,7 @@ class LocalGradients:
 
 @dataclasses.dataclass(frozen=True)
 class AllGatheredGradients(LocalGradients):
-    """The table is replicated: every device brings its sums of rows to all.
+    """The table is replicated: every device sends its sums of rows to all.
 
     Attributes:
       rows: how many rows there are, without padding.
@@ -273,7 +280,7 @@ class AllGatheredGradients(LocalGradients):
         self, terms: list[FactoredGradient], shape: Any, receive: Receive, carry: Any
     ) -> Any:
         """See `LocalGradients`."""
-        rows, indices = _distinct_rows(terms, *shape)
+        rows, indices = _deduplicate_rows(terms, *shape)
         if not indices.size:  # there are no bags
             return receive(carry, FactoredGradient(rows, indices[:, None]))
         axes = self.strategy.batch
@@ -296,10 +303,10 @@ class AllToAllGradients(LocalGradients):
     """The rows are dealt out: one sum for each distinct row goes to the owner.
 
     Attributes:
-      capacity: C, of a pair of devices and a round.
+      rows_per_round: C, of a pair of devices and a round.
     """
 
-    capacity: int = 0
+    rows_per_round: int = 0
 
     def collect(
         self, terms: list[FactoredGradient], shape: Any, receive: Receive, carry: Any
@@ -307,15 +314,15 @@ class AllToAllGradients(LocalGradients):
         """See `LocalGradients`."""
         rows, width = shape
         owners = self.strategy.size
-        if len(terms) == 1:  # as `fetch` has asked for them
+        if len(terms) == 1:  # as `fetch` has requested them
             sums, unique = terms[0].cotangent, terms[0].ids[:, 0]
         else:
-            sums, unique = _distinct_rows(terms, rows * owners, width)
+            sums, unique = _deduplicate_rows(terms, rows * owners, width)
 
         def receive_rows(carry: Any, ids: Array, sent: Array) -> Any:
             return receive(carry, FactoredGradient(sent, ids[:, None], pad_id=rows))
 
-        route = router(self.strategy, rows * owners, unique.size, self.capacity)
+        route = router(self.strategy, rows * owners, unique.size, self.rows_per_round)
         return route.scatter_rows(unique, sums, receive_rows, carry)
 
     def coalesced(self) -> LocalGradients:
@@ -333,7 +340,7 @@ def _local(terms: list[FactoredGradient]) -> list[FactoredGradient]:
 
 def _first_row(strategy: Strategy, rows: int) -> Int[Array, ""]:
     """Return the number of this device's first row."""
-    if strategy.name in ("rows", "whole"):
+    if strategy.sharding_type in ROWS_ARE_CUT:
         return jax.lax.axis_index(strategy.batch) * rows
     return jnp.zeros((), jnp.int32)
 
@@ -347,7 +354,7 @@ def _to_local(
     return dataclasses.replace(term, ids=jnp.where(kept, own, PAD_ID), pad_id=PAD_ID)
 
 
-def _distinct_rows(
+def _deduplicate_rows(
     terms: list[FactoredGradient], num_embeddings: int, width: int
 ) -> tuple[Float[Array, "U D"], Int[Array, " U"]]:
     indices, sums = concatenate_gradients(terms, width).apply(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +16,26 @@ from jaxtyping import Array
 Axis = tuple[str, ...]
 
 
+class ShardingType(enum.StrEnum):
+    """How a table is cut over a mesh, by TorchRec's names.
+
+    Example:
+      >>> jbag.sharding.ShardingType("row_wise").name
+      'ROW_WISE'
+    """
+
+    DATA_PARALLEL = "data_parallel"
+    COLUMN_WISE = "column_wise"
+    TABLE_WISE = "table_wise"
+    ROW_WISE = "row_wise"
+
+
+# Those that cut the rows of the array that holds the tables.
+ROWS_ARE_CUT = (ShardingType.TABLE_WISE, ShardingType.ROW_WISE)
+
+
 @dataclasses.dataclass(frozen=True)
-class Whole:
+class TableWise:
     """A strategy: tables lie whole, each with one of the devices along an axis.
 
     It stands where a `PartitionSpec` would, in an `EmbeddingBagCollection`.
@@ -27,8 +46,8 @@ class Whole:
         array moves as it is between meshes whose sizes divide it.
 
     Example:
-      >>> jbag.sharding.Whole("x", lanes=8)
-      Whole(axis='x', lanes=8)
+      >>> jbag.sharding.TableWise("x", lanes=8)
+      TableWise(axis='x', lanes=8)
     """
 
     axis: str | Axis
@@ -42,13 +61,13 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """What a spec says: "replicated", "rows", "columns" or "whole", over which axes.
+    """What a spec says: how a table is cut, and over which axes of the mesh.
 
     Batches are cut along the `batch` axes: those of the table, unless it is replicated.
     """
 
     mesh: Mesh | AbstractMesh
-    name: str
+    sharding_type: ShardingType
     batch: Axis
 
     @property
@@ -65,12 +84,12 @@ class Strategy:
     def table(self) -> P:
         """The spec of the table, or of a state of its shape."""
         specs = {
-            "replicated": P(None, None),
-            "columns": P(None, self.batch),
-            "rows": P(self.batch, None),
-            "whole": P(self.batch, None),
+            ShardingType.DATA_PARALLEL: P(None, None),
+            ShardingType.COLUMN_WISE: P(None, self.batch),
+            ShardingType.ROW_WISE: P(self.batch, None),
+            ShardingType.TABLE_WISE: P(self.batch, None),
         }
-        return specs[self.name]
+        return specs[self.sharding_type]
 
     @property
     def per_row(self) -> P:
@@ -94,21 +113,23 @@ def current_mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh | None
 
 
 def strategy(
-    mesh: Mesh | AbstractMesh, spec: P | Whole, batch_axis: str | Axis | None = None
+    mesh: Mesh | AbstractMesh, spec: P | TableWise, batch_axis: str | Axis | None = None
 ) -> Strategy:
     """Return what `spec` says on this mesh.
 
     `batch_axis` is where batches are cut if the spec names no axis.
 
     Raises:
-      TypeError: `spec` is neither a PartitionSpec nor a `Whole`.
+      TypeError: `spec` is neither a PartitionSpec nor a `TableWise`.
       ValueError: it names other axes than the mesh has, or cuts rows and columns both.
     """
-    if isinstance(spec, Whole):
-        return Strategy(mesh, "whole", _check_axis(mesh, "spec", spec, spec.axis))
+    if isinstance(spec, TableWise):
+        return Strategy(
+            mesh, ShardingType.TABLE_WISE, _check_axis(mesh, "spec", spec, spec.axis)
+        )
     if not isinstance(spec, P):
         raise TypeError(
-            "`spec` must be a jax.sharding.PartitionSpec or a jbag.sharding.Whole; "
+            "`spec` must be a jax.sharding.PartitionSpec or a jbag.sharding.TableWise; "
             f"got {spec!r}."
         )
     if len(spec) > 2:
@@ -117,12 +138,16 @@ def strategy(
     if rows is not None and columns is not None:
         raise ValueError(f"`spec` must cut rows or columns, not both; got {spec}.")
     if rows is not None:
-        return Strategy(mesh, "rows", _check_axis(mesh, "spec", spec, rows))
+        return Strategy(
+            mesh, ShardingType.ROW_WISE, _check_axis(mesh, "spec", spec, rows)
+        )
     if columns is not None:
-        return Strategy(mesh, "columns", _check_axis(mesh, "spec", spec, columns))
+        return Strategy(
+            mesh, ShardingType.COLUMN_WISE, _check_axis(mesh, "spec", spec, columns)
+        )
     axes = tuple(mesh.axis_names) if batch_axis is None else batch_axis
     axes = _check_axis(mesh, "batch_axis", batch_axis, axes)
-    return Strategy(mesh, "replicated", axes)
+    return Strategy(mesh, ShardingType.DATA_PARALLEL, axes)
 
 
 def _check_axis(mesh: Mesh | AbstractMesh, name: str, given: Any, axis: Any) -> Axis:

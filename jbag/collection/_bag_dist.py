@@ -1,4 +1,4 @@
-"""Input dist and output dist: bags are sent to the tables that pool them, and back."""
+"""Input dist and output dist of bags: to the tables that pool them, and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jbag._mesh.gradients import AllGatheredGradients, LocalGradients
-from jbag._mesh.partition_specs import Strategy
+from jbag._mesh.partition_specs import ShardingType, Strategy
 from jbag._mesh.row_layout import Lanes
 from jbag.collection._stacking import Bag, Launch, Stack, size
 from jbag.ragged._concatenate import concatenate_bags, concatenate_slots, to_ragged
@@ -32,7 +32,7 @@ def _first(arrays: Any) -> Any:
     return jax.tree.map(lambda x: x[0], arrays)
 
 
-class Exchange:
+class BagDist:
     """How the features of a launch are pooled where the table is.
 
     Attributes:
@@ -66,8 +66,8 @@ class Exchange:
         return total
 
 
-class _Alone(Exchange):
-    """One device has all: nothing travels, whatever the spec is."""
+class _OneDeviceDist(BagDist):
+    """One device has all the tables and bags: nothing is sent."""
 
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
         super().__init__(stack, launch, strategy)
@@ -76,7 +76,9 @@ class _Alone(Exchange):
         )
 
 
-class _Replicated(Exchange):
+class _DataParallelDist(BagDist):
+    """Each device has the tables, and pools its own bags."""
+
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
         super().__init__(stack, launch, strategy)
         rows = sum(table.num_embeddings for table in stack.tables)
@@ -85,7 +87,7 @@ class _Replicated(Exchange):
         self.replicas = strategy.batch
 
 
-class _Columns(Exchange):
+class _ColumnWiseDist(BagDist):
     """All bags go to every device, which pools some of the columns."""
 
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
@@ -115,7 +117,7 @@ class _Columns(Exchange):
         return jax.lax.all_to_all(total, self.strategy.batch, 0, 1, tiled=True)
 
 
-class _WholeTables(Exchange):
+class _TableWiseDist(BagDist):
     """Each feature's bags go to the device that has its table."""
 
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
@@ -125,16 +127,16 @@ class _WholeTables(Exchange):
         )
         assert isinstance(stack.layout, Lanes)
         lanes = stack.layout.num_lanes // strategy.size
-        self.dealt: list[list[int]] = [[] for _ in range(strategy.size)]
+        self.features_of_device: list[list[int]] = [[] for _ in range(strategy.size)]
         for at, table in enumerate(launch.tables):
             lane = stack.layout.lanes[stack.names.index(table)]
-            self.dealt[lane // lanes].append(at)
-        self.most = max(map(len, self.dealt))
+            self.features_of_device[lane // lanes].append(at)
+        self.max_features = max(map(len, self.features_of_device))
 
     def input_dist(self, bags: Bags) -> tuple[Array, Any, Any]:
         bags = own_block(bags)
-        launch, sending = self.launch, []
-        for own in self.dealt:
+        launch, to_send = self.launch, []
+        for own in self.features_of_device:
             parts, values = [], []
             for at in own:
                 bag = bags[launch.features[at]]
@@ -143,42 +145,48 @@ class _WholeTables(Exchange):
                 if bag.weights is not None:
                     values.append(bag.weights.reshape(-1))
             like = bags[launch.features[0]]
-            for _ in range(self.most - len(own)):
+            for _ in range(self.max_features - len(own)):
                 parts.append(_no_bags(like))
                 if like.weights is not None:
                     values.append(jnp.zeros(0, like.weights.dtype))
             ids, offsets = concatenate_bags(parts)
             weights = concatenate_slots(parts, values) if values else None
-            sending.append(Bag(ids, offsets, weights))
-        room = max(bag.ids.size for bag in sending)
-        sending = [
+            to_send.append(Bag(ids, offsets, weights))
+        capacity = max(bag.ids.size for bag in to_send)
+        to_send = [
             Bag(
-                _pad(bag.ids, room, PAD_ID),
+                _pad(bag.ids, capacity, PAD_ID),
                 bag.offsets,
-                None if bag.weights is None else _pad(bag.weights, room, 0),
+                None if bag.weights is None else _pad(bag.weights, capacity, 0),
             )
-            for bag in sending
+            for bag in to_send
         ]
-        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *map(tuple, sending))
-        got = Bag(*jax.tree.map(self._all_to_all, stacked))
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *map(tuple, to_send))
+        received = Bag(*jax.tree.map(self._all_to_all, stacked))
         sources = range(self.strategy.size)
-        assert got.offsets is not None
-        parts = [(got.ids[p], got.offsets[p]) for p in sources]
+        assert received.offsets is not None
+        parts = [(received.ids[p], received.offsets[p]) for p in sources]
         ids, offsets = concatenate_bags(parts)
-        if got.weights is None:
+        if received.weights is None:
             return ids, offsets, None
-        return ids, offsets, concatenate_slots(parts, [got.weights[p] for p in sources])
+        return (
+            ids,
+            offsets,
+            concatenate_slots(parts, [received.weights[p] for p in sources]),
+        )
 
     def first_row(self, rows: int) -> Array | int:
         return jax.lax.axis_index(self.strategy.batch) * rows
 
     def output_dist(self, total: Array, bags: Bags) -> Array:
         count = size(bags[self.launch.features[0]])
-        got = self._all_to_all(total.reshape(self.strategy.size, -1, total.shape[1]))
+        received = self._all_to_all(
+            total.reshape(self.strategy.size, -1, total.shape[1])
+        )
         rows = {}
-        for owner, own in enumerate(self.dealt):
+        for owner, own in enumerate(self.features_of_device):
             for place, at in enumerate(own):
-                rows[at] = got[owner, place * count : (place + 1) * count]
+                rows[at] = received[owner, place * count : (place + 1) * count]
         return jnp.concatenate([rows[at] for at in range(len(rows))])
 
     def _all_to_all(self, x: Array) -> Array:
@@ -187,11 +195,15 @@ class _WholeTables(Exchange):
         return jax.lax.all_to_all(x, self.strategy.batch, 0, 0)
 
 
-def exchange(stack: Stack, launch: Launch, strategy: Strategy) -> Exchange:
-    """Return the exchange that a strategy is."""
-    kinds = {"replicated": _Replicated, "columns": _Columns, "whole": _WholeTables}
-    kind = kinds[strategy.name] if strategy.size > 1 else _Alone
-    return kind(stack, launch, strategy)
+def bag_dist(stack: Stack, launch: Launch, strategy: Strategy) -> BagDist:
+    """Return the dist of a strategy."""
+    dists = {
+        ShardingType.DATA_PARALLEL: _DataParallelDist,
+        ShardingType.COLUMN_WISE: _ColumnWiseDist,
+        ShardingType.TABLE_WISE: _TableWiseDist,
+    }
+    dist = dists[strategy.sharding_type] if strategy.size > 1 else _OneDeviceDist
+    return dist(stack, launch, strategy)
 
 
 def _no_bags(like: Bag) -> tuple[Array, Array]:
@@ -199,5 +211,5 @@ def _no_bags(like: Bag) -> tuple[Array, Array]:
     return jnp.zeros(0, jnp.int32), jnp.zeros(size(like) + 1, jnp.int32)
 
 
-def _pad(x: Array, room: int, fill: int) -> Array:
-    return jnp.pad(x, (0, room - x.size), constant_values=fill)
+def _pad(x: Array, capacity: int, fill: int) -> Array:
+    return jnp.pad(x, (0, capacity - x.size), constant_values=fill)

@@ -12,7 +12,15 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jbag._mesh.partition_specs import Strategy, Whole, current_mesh, lay, strategy
+from jbag._mesh.partition_specs import (
+    ROWS_ARE_CUT,
+    ShardingType,
+    Strategy,
+    TableWise,
+    current_mesh,
+    lay,
+    strategy,
+)
 from jbag._mesh.row_layout import GRID
 from jbag._validation import check_flag, check_integer
 from jbag.collection._inputs import Parts, check_batch
@@ -39,8 +47,8 @@ def check_parts(module: Any) -> Parts:
     """
     tables = _check_mapping("tables", module.tables, Table, "Table")
     features = _check_mapping("features", module.features, Feature, "Feature")
-    kinds = "PartitionSpec or a Whole"
-    specs = _check_mapping("specs", module.specs, P | Whole, kinds)
+    kinds = "PartitionSpec or a TableWise"
+    specs = _check_mapping("specs", module.specs, P | TableWise, kinds)
     if not tables:
         raise ValueError("`tables` must hold at least one Table; got none.")
     for name, feature in features.items():
@@ -56,8 +64,8 @@ def check_parts(module: Any) -> Parts:
     check_implementation(module.implementation)
     if module.dtype is not None and not jnp.issubdtype(module.dtype, jnp.floating):
         raise TypeError(f"`dtype` must be floating; got {jnp.dtype(module.dtype)}.")
-    if module.capacity is not None:
-        check_integer("capacity", module.capacity, low=1)
+    if module.rows_per_round is not None:
+        check_integer("rows_per_round", module.rows_per_round, low=1)
     grid = module.grid
     if grid is None:
         grid = GRID if specs else 1
@@ -123,17 +131,18 @@ def strategies(
 
 def _check_division(stack: Stack, found: Strategy) -> None:
     rows, width = stack.shape
-    if found.name == "columns" and width % found.size:
+    if found.sharding_type == ShardingType.COLUMN_WISE and width % found.size:
         raise ValueError(
-            f"`features` must be divisible by the {found.size} devices that share the "
-            f"columns of {stack.name!r}; got {width}."
+            f"`embedding_dim` must be divisible by the {found.size} devices that share "
+            f"the columns of {stack.name!r}; got {width}."
         )
-    if found.name in ("rows", "whole") and rows % found.size:
+    if found.sharding_type in ROWS_ARE_CUT and rows % found.size:
         raise ValueError(
             f"`grid` (or `lanes`) must be divisible by the {found.size} devices that "
             f"share the rows of {stack.name!r}; got {stack.layout}."
         )
-    if found.name == "whole" and stack.layout.num_lanes % found.size:  # type: ignore[union-attr]  # whole tables have lanes
+    is_table_wise = found.sharding_type == ShardingType.TABLE_WISE
+    if is_table_wise and stack.layout.num_lanes % found.size:  # type: ignore[union-attr]  # whole tables have lanes
         raise ValueError(
             f"`lanes` must be a multiple of the {found.size} devices; "
             f"got {stack.layout}."
@@ -161,7 +170,7 @@ class Collection(NamedTuple):
     specs: Any
     mesh: Any = None
     batch_axis: Any = None
-    capacity: int | None = None
+    rows_per_round: int | None = None
     grid: int | None = None
     sparse: bool = False
     concatenate: bool = False
@@ -177,7 +186,11 @@ def pool_collection(
     pooled: dict[str, Array] = {}
     for stack, launches, own in _calls(module, parts, bags):
         one = found.get(stack.name)
-        if one is not None and one.name == "whole" and KEYED in bags:
+        if (
+            one is not None
+            and one.sharding_type == ShardingType.TABLE_WISE
+            and KEYED in bags
+        ):
             raise ValueError(
                 "Tables that are dealt out whole take a dict of bags; got one keyed "
                 "batch, of which no device's part has a static size."
@@ -189,7 +202,7 @@ def pool_collection(
             launches=launches,
             strategy=one,
             sparse=bool(module.sparse),
-            capacity=module.capacity,
+            rows_per_round=module.rows_per_round,
         )
     out = [pooled[name] for name in parts.features]
     if module.dtype is not None:
@@ -235,10 +248,11 @@ def collection_traffic(module: Any, batch: Any) -> dict[str, Traffic]:
             stack=stack,
             launches=launches,
             strategy=found[stack.name],
-            capacity=module.capacity,
+            rows_per_round=module.rows_per_round,
         )
         for stack, launches, own in _calls(module, parts, bags)
-        if stack.name in found and found[stack.name].name == "rows"
+        if stack.name in found
+        and found[stack.name].sharding_type == ShardingType.ROW_WISE
     }
 
 
@@ -281,7 +295,7 @@ def import_tables(parts: Parts, tables: Mapping[str, Any]) -> dict[str, Array]:
         raise ValueError(f"`tables` must be {list(parts.tables)}; got {list(tables)}.")
     for name, table in parts.tables.items():
         shape = np.shape(tables[name])
-        full = (table.num_embeddings, table.features)
+        full = (table.num_embeddings, table.embedding_dim)
         if shape not in (full, full[:1]):
             raise ValueError(
                 f"`tables[{name!r}]` must have shape {full} or {full[:1]}; got {shape}."

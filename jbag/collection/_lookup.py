@@ -3,9 +3,9 @@
 Over a mesh, every device has a block of the batch, and three programs run on it, with
 marks between them for `value_and_grad`, which does not look into them:
 
-    rows                     name the distinct rows; fetch them (marked); pool at home
-    columns, whole tables,   pool where the table is (marked); bring home what was
-    replicated               pooled, and finish
+    row_wise                 deduplicate the ids; fetch their rows (marked); pool them
+    column_wise, table_wise, send the bags to the table; pool them (marked); send back
+    data_parallel            the pooled rows, and finish
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jbag._mesh.all_to_all import default_capacity, distinct, fetch, router, totals
+from jbag._mesh.all_to_all import (
+    deduplicate,
+    default_rows_per_round,
+    fetch,
+    router,
+    sum_counts,
+)
 from jbag._mesh.gradients import AllToAllGradients
-from jbag._mesh.partition_specs import Strategy, per_device
-from jbag.collection._bag_dist import Bags, exchange, own_block
+from jbag._mesh.partition_specs import ShardingType, Strategy, per_device
+from jbag.collection._bag_dist import Bags, bag_dist, own_block
 from jbag.collection._stacking import Bag, Launch, Stack, only_in_bags
 from jbag.ops import _pooling
 from jbag.ops._pooling import CsrBags
@@ -34,7 +40,8 @@ Pooled = dict[str, Float[Array, "B D"]]
 
 
 @functools.partial(
-    jax.jit, static_argnames=("stack", "launches", "strategy", "sparse", "capacity")
+    jax.jit,
+    static_argnames=("stack", "launches", "strategy", "sparse", "rows_per_round"),
 )
 def pool_stack(
     table: Float[Array, "R D"],
@@ -44,26 +51,26 @@ def pool_stack(
     launches: tuple[Launch, ...],
     strategy: Strategy | None,
     sparse: bool,
-    capacity: int | None,
+    rows_per_round: int | None,
 ) -> Pooled:
     """Return each feature's bags, pooled; over a mesh, every array in blocks."""
     if strategy is None:
-        return _pool_here(table, bags, stack, launches, sparse)
+        return _pool_on_one_device(table, bags, stack, launches, sparse)
     if sparse:
         table = mark_table(table)
     bags = _with_slots(bags, strategy)
     mapped = _Mapped(stack, launches, strategy, sparse)
-    if strategy.name == "rows" and strategy.size > 1:
-        return _pool_fetched(table, bags, mapped, capacity)
-    return _pool_there(table, bags, mapped)
+    if strategy.sharding_type == ShardingType.ROW_WISE and strategy.size > 1:
+        return _pool_row_wise(table, bags, mapped, rows_per_round)
+    return _pool_with_dist(table, bags, mapped)
 
 
 class Traffic(NamedTuple):
     """How the rows of a batch are sent between P devices; see `Layout`.
 
     Attributes:
-      rounds: how many rounds the devices need, a power of two; 1 unless the capacity is
-        too small for a batch.
+      rounds: how many rounds the devices need, a power of two; 1 unless
+        `rows_per_round` is too small for a batch.
       distinct: [P], how many distinct rows each device requests.
       requested: [P, P], how many rows device p requests from owner q.
       out_of_range: [P], how many slots of each device hold an id that is no row.
@@ -81,7 +88,7 @@ jax.export.register_namedtuple_serialization(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("stack", "launches", "strategy", "capacity")
+    jax.jit, static_argnames=("stack", "launches", "strategy", "rows_per_round")
 )
 def measure_traffic(
     bags: Bags,
@@ -89,19 +96,22 @@ def measure_traffic(
     stack: Stack,
     launches: tuple[Launch, ...],
     strategy: Strategy,
-    capacity: int | None,
+    rows_per_round: int | None,
 ) -> Traffic:
     """Return how rows are sent when `pool_stack` is called so."""
     bags = _with_slots(bags, strategy)
     mapped = _Mapped(stack, launches, strategy, False)
-    num_rows, capacity = stack.shape[0], mapped.capacity(bags, capacity)
+    num_rows, rows_per_round = (
+        stack.shape[0],
+        mapped.rows_per_round(bags, rows_per_round),
+    )
 
     def measure(bags: Bags) -> tuple[Array, ...]:
         bags = own_block(bags)
         ids = [only_in_bags(*launch.join(stack, [bags])[:2]) for launch in launches]
         named = jnp.concatenate([x.reshape(-1) for x in ids])
-        unique, _ = distinct(named, num_rows)
-        route = router(strategy, num_rows, unique.size, capacity)
+        unique, _ = deduplicate(named, num_rows)
+        route = router(strategy, num_rows, unique.size, rows_per_round)
         rounds = jnp.asarray(route.rounds(unique), jnp.int32)
         owners = jnp.where(unique < num_rows, unique // route.shard, strategy.size)
         requested = jnp.zeros(strategy.size, jnp.int32).at[owners].add(1, mode="drop")
@@ -113,7 +123,7 @@ def measure_traffic(
     return Traffic(*mapped.run(measure, (strategy.blocks,), specs, check=False)(bags))
 
 
-def _pool_here(
+def _pool_on_one_device(
     table: Float[Array, "R D"],
     bags: Bags,
     stack: Stack,
@@ -153,7 +163,7 @@ class _Mapped(NamedTuple):
     def run(self, body: Any, in_specs: Any, out_specs: Any, check: bool = True) -> Any:
         return per_device(body, self.strategy, in_specs, out_specs, check=check)
 
-    def capacity(self, bags: Bags, given: int | None) -> int:
+    def rows_per_round(self, bags: Bags, given: int | None) -> int:
         """Return C: what is given, or what a device's slots want."""
         if given is not None:
             return given
@@ -162,7 +172,7 @@ class _Mapped(NamedTuple):
             for launch in self.launches
             for bag in launch.own(bags).values()
         )
-        return default_capacity(slots, self.strategy.size)
+        return default_rows_per_round(slots, self.strategy.size)
 
 
 def _with_slots(bags: Bags, strategy: Strategy) -> Bags:
@@ -185,19 +195,22 @@ def _with_slots(bags: Bags, strategy: Strategy) -> Bags:
     return {name: with_slot(bag) for name, bag in bags.items()}
 
 
-def _pool_fetched(
-    table: Float[Array, "R D"], bags: Bags, mapped: _Mapped, capacity: int | None
+def _pool_row_wise(
+    table: Float[Array, "R D"], bags: Bags, mapped: _Mapped, rows_per_round: int | None
 ) -> Pooled:
     stack, launches, strategy, sparse = mapped
     blocks = strategy.blocks
-    num_rows, capacity = stack.shape[0], mapped.capacity(bags, capacity)
+    num_rows, rows_per_round = (
+        stack.shape[0],
+        mapped.rows_per_round(bags, rows_per_round),
+    )
     implementation = launches[0].how.implementation
 
     def name(bags: Bags) -> tuple[Array, Any, Any]:
         bags = own_block(bags)
         joined = [launch.join(stack, [bags])[:2] for launch in launches]
         named = [only_in_bags(*one) for one in joined]
-        unique, places = distinct(
+        unique, places = deduplicate(
             jnp.concatenate([ids.reshape(-1) for ids in named]), num_rows
         )
         found: list[Any] = []
@@ -208,11 +221,11 @@ def _pool_fetched(
             first += ids.size
             found.append((own.reshape(ids.shape), offsets))
             if launch.how.scale_grad_by_freq:
-                route = router(strategy, num_rows, unique.size, capacity)
+                route = router(strategy, num_rows, unique.size, rows_per_round)
                 dtype = _pooling.accumulation_dtype(jnp.dtype(stack.dtype))
                 own = jnp.where(own < 0, unique.size, own)
                 count = jnp.zeros(unique.size, dtype).at[own].add(1, mode="drop")
-                count = jnp.maximum(totals(count, unique, route), 1)
+                count = jnp.maximum(sum_counts(count, unique, route), 1)
                 counts.append(_pooling.take(count, own, 1).reshape(ids.shape))
             else:
                 counts.append(None)
@@ -223,11 +236,11 @@ def _pool_fetched(
         table,
         unique,
         strategy=strategy,
-        capacity=capacity,
+        rows_per_round=rows_per_round,
         implementation=implementation,
     )
     if sparse:
-        placement = AllToAllGradients(strategy, mapped.rows, blocks, capacity)
+        placement = AllToAllGradients(strategy, mapped.rows, blocks, rows_per_round)
         to_bags = mapped.run(lambda x: x[:, None], (blocks,), mapped.rows, check=False)
         rows = _pooling.mark_pooled(
             rows,
@@ -264,23 +277,23 @@ def _pool_fetched(
     return mapped.run(pool, specs, mapped.rows)(rows, bags, found, counts)
 
 
-def _pool_there(table: Float[Array, "R D"], bags: Bags, mapped: _Mapped) -> Pooled:
+def _pool_with_dist(table: Float[Array, "R D"], bags: Bags, mapped: _Mapped) -> Pooled:
     out: Pooled = {}
     for launch in mapped.launches:
-        out |= _launch_there(table, launch.own(bags), mapped, launch)
+        out |= _launch_with_dist(table, launch.own(bags), mapped, launch)
     return out
 
 
-def _launch_there(
+def _launch_with_dist(
     table: Float[Array, "R D"], bags: Bags, mapped: _Mapped, launch: Launch
 ) -> Pooled:
     stack, strategy = mapped.stack, mapped.strategy
-    there = exchange(stack, launch, strategy)
-    spec, slots = there.placement.cotangent, there.placement.bags
+    dist = bag_dist(stack, launch, strategy)
+    spec, slots = dist.placement.cotangent, dist.placement.bags
 
     def combine(table: Array, bags: Bags) -> tuple[Array, Array | None, CsrBags]:
-        ids, offsets, weights = there.input_dist(bags)
-        first = there.first_row(table.shape[0])
+        ids, offsets, weights = dist.input_dist(bags)
+        first = dist.first_row(table.shape[0])
         csr, _ = _pooling.prepare(
             table,
             jnp.where(ids < 0, ids, ids - first),
@@ -289,15 +302,15 @@ def _launch_there(
             launch.norm(),
             how=launch.how,
             padding_idx=PAD_ID,
-            columns=there.columns,
-            replicas=there.replicas,
+            columns=dist.columns,
+            replicas=dist.replicas,
         )
         total, winners = _pooling.combine(table, csr, how=launch.how, pad_id=PAD_ID)
         ids = jnp.where(csr.ids < 0, csr.ids, csr.ids + first)
         return total, winners, csr._replace(ids=ids, value_scale=None)
 
     total, winners, csr = mapped.run(
-        combine, (strategy.table, there.bags), (spec, spec, slots)
+        combine, (strategy.table, dist.bags), (spec, spec, slots)
     )(table, bags)
     if mapped.sparse:
         total = _pooling.mark(
@@ -307,7 +320,7 @@ def _launch_there(
             csr,
             how=launch.how,
             pad_id=PAD_ID,
-            placement=there.placement,
+            placement=dist.placement,
         )
 
     def finish(total: Array, bags: Bags) -> Pooled:
@@ -316,7 +329,7 @@ def _launch_there(
         how = launch.how._replace(scale_grad_by_freq=False)
         joined = launch.join(stack, [bags])
         csr, pad_id = _pooling.prepare(like, *joined, how=how, padding_idx=PAD_ID)
-        total = there.output_dist(total, bags)
+        total = dist.output_dist(total, bags)
         pooled = _pooling.finish(total, csr, like, how=how, pad_id=pad_id)
         return launch.split(pooled, bags)
 

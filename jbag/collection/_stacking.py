@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Shaped
 
-from jbag._mesh.partition_specs import Whole
+from jbag._mesh.partition_specs import TableWise
 from jbag._mesh.row_layout import Lanes, Layout, place
 from jbag._validation import TABLE_DTYPES, check_flag, check_integer
 from jbag.ops import _row_gather
@@ -32,7 +32,7 @@ class Table:
 
     Attributes:
       num_embeddings: V.
-      features: D, its width.
+      embedding_dim: D, its width.
       group: tables of one group, width and dtype are stacked in one parameter, which an
         optimizer sees as one, and which lies on a mesh as one.
       padding_idx: the row that stands for nothing; it starts as zeros.
@@ -43,12 +43,12 @@ class Table:
       embedding_init: called with (key, (V, D), param_dtype); by default N(0, 1 / D).
 
     Example:
-      >>> jbag.Table(num_embeddings=1000, features=64).group
+      >>> jbag.Table(num_embeddings=1000, embedding_dim=64).group
       'embedding'
     """
 
     num_embeddings: int
-    features: int
+    embedding_dim: int
     _: dataclasses.KW_ONLY
     group: str = "embedding"
     padding_idx: int | None = None
@@ -60,7 +60,7 @@ class Table:
 
     def __post_init__(self) -> None:
         size = check_integer("num_embeddings", self.num_embeddings, low=1)
-        check_integer("features", self.features, low=1)
+        check_integer("embedding_dim", self.embedding_dim, low=1)
         if not isinstance(self.group, str):
             raise TypeError(f"`group` must be a name; got {self.group!r}.")
         if not self.group.isidentifier():
@@ -106,12 +106,12 @@ class Stack(NamedTuple):
     names: tuple[str, ...]
     tables: tuple[Table, ...]
     layout: Layout | Lanes
-    spec: P | Whole | None
+    spec: P | TableWise | None
 
     @property
     def shape(self) -> tuple[int, int]:
         """The array's."""
-        return self.layout.num_rows, self.tables[0].features
+        return self.layout.num_rows, self.tables[0].embedding_dim
 
     @property
     def dtype(self) -> Any:
@@ -121,7 +121,7 @@ class Stack(NamedTuple):
     @property
     def partition_spec(self) -> P | None:
         """The array's, or None where none was given."""
-        return self.spec.spec if isinstance(self.spec, Whole) else self.spec
+        return self.spec.spec if isinstance(self.spec, TableWise) else self.spec
 
     def base(self, name: str) -> int:
         """Return how many rows the tables before this one have."""
@@ -162,7 +162,7 @@ class Stack(NamedTuple):
         """Return the first array: each table by its own initializer and key."""
         rows = {}
         for at, (name, table) in enumerate(zip(self.names, self.tables, strict=True)):
-            shape = (table.num_embeddings, table.features)
+            shape = (table.num_embeddings, table.embedding_dim)
             own = table.embedding_init(
                 jax.random.fold_in(key, at), shape, table.param_dtype
             )
@@ -276,7 +276,7 @@ def only_in_bags(ids: Ids, offsets: Offsets) -> Ids:
 
 def make_stacks(
     tables: Mapping[str, Table],
-    specs: Mapping[str, P | Whole],
+    specs: Mapping[str, P | TableWise],
     grid: int,
 ) -> tuple[Stack, ...]:
     """Return the stacks of the tables, in order of their first one.
@@ -286,7 +286,7 @@ def make_stacks(
     """
     groups: dict[tuple[str, int, Any], list[str]] = {}
     for name, table in tables.items():
-        key = (table.group, table.features, jnp.dtype(table.param_dtype))
+        key = (table.group, table.embedding_dim, jnp.dtype(table.param_dtype))
         groups.setdefault(key, []).append(name)
     known = {group for group, _, _ in groups}
     for group in specs:
@@ -300,7 +300,7 @@ def make_stacks(
         sizes = tuple(table.num_embeddings for table in own)
         spec = specs.get(group)
         layout: Layout | Lanes = Layout(sum(sizes), grid)
-        if isinstance(spec, Whole):
+        if isinstance(spec, TableWise):
             layout = Lanes(sizes, check_integer("lanes", spec.lanes, low=1))
         others = {d for g, w, d in groups if (g, w) == (group, width)}
         suffix = f"_{dtype.name}" if len(others) > 1 else ""

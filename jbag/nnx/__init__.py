@@ -200,11 +200,12 @@ class EmbeddingBagCollection(nnx.Module):
     Args:
       tables: a `jbag.Table` by name.
       features: a `jbag.Feature` by name, in the order of the outputs.
-      specs: by group, a `PartitionSpec` or a `jbag.sharding.Whole`. They are the
+      specs: by group, a `PartitionSpec` or a `jbag.sharding.TableWise`. They are the
         parameters' `out_sharding` metadata, too.
       mesh: the mesh; None is that of `jax.set_mesh`, if there are specs.
       batch_axis: along which batches are cut, where all tables are replicated.
-      capacity: C, how many rows a device asks of one owner in a round, or None.
+      rows_per_round: C, how many rows a device requests of one owner in a round, or
+        None.
       grid: K of the layouts, or None.
       sparse: ask for row-sparse gradients.
       concatenate: return one array, the features side by side.
@@ -229,7 +230,7 @@ class EmbeddingBagCollection(nnx.Module):
         specs: Mapping[str, Any] = MappingProxyType({}),
         mesh: Any = None,
         batch_axis: Any = None,
-        capacity: int | None = None,
+        rows_per_round: int | None = None,
         grid: int | None = None,
         sparse: bool = False,
         concatenate: bool = False,
@@ -244,7 +245,7 @@ class EmbeddingBagCollection(nnx.Module):
             FrozenDict(specs) if isinstance(specs, Mapping) else specs,
             mesh,
             batch_axis,
-            capacity,
+            rows_per_round,
             grid,
             sparse,
             concatenate,
@@ -277,7 +278,7 @@ class EmbeddingBagCollection(nnx.Module):
         return validate_batch(self.options, batch)
 
     def traffic(self, batch: Any) -> dict[str, Traffic]:
-        """Return, for each parameter whose rows are dealt out, how a batch's travel."""
+        """Return the traffic of a batch for each parameter that is row-wise."""
         return collection_traffic(self.options, batch)
 
     def shardings(self, tree: Any) -> Any:

@@ -253,8 +253,8 @@ def _divide(
     divisors = jnp.where(is_zero, 1, sizes)
     if how.mode == "sqrtn":
         divisors = jnp.sqrt(divisors)
-    strangers = tally(filled & ((ids < 0) | (ids >= num_embeddings)), None)
-    nothing = jnp.where(strangers == 0, 0, jnp.nan)
+    num_out_of_range = tally(filled & ((ids < 0) | (ids >= num_embeddings)), None)
+    nothing = jnp.where(num_out_of_range == 0, 0, jnp.nan)
     return jnp.where(is_zero, nothing, total / divisors)
 
 

@@ -3,14 +3,16 @@
 The `PartitionSpec` of a table is its strategy, "x" being an axis of the mesh, or a
 tuple of several:
 
-====================  ============================================================
-spec                  each device
-====================  ============================================================
-``P()``               has the table, and brings the rows of its gradient to all
-``P("x", None)``      has some rows; distinct ids go to their owners, and rows back
-``P(None, "x")``      has some columns, and pools these for all of the batch
-``Whole("x", lanes)`` has some tables, and pools these for all of the batch
-====================  ============================================================
+==========================  ======================================================
+spec                        each device
+==========================  ======================================================
+``P()``                     has the table; the rows of its gradient go to all
+``P("x", None)``            has some rows; distinct ids go to owners, and rows back
+``P(None, "x")``            has some columns, and pools these for all of the batch
+``TableWise("x", lanes)``   has some tables, and pools these for all of the batch
+==========================  ======================================================
+
+`ShardingType` has TorchRec's names for these.
 
 A batch is cut into P blocks, one for each device, each with ids and offsets of its own:
 a stack of `Bags`, [P, N] and [P, B / P + 1], or ids [B, L]. So does the result [B, D]
@@ -39,7 +41,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from jbag._mesh.partition_specs import Whole as Whole
+from jbag._mesh.partition_specs import ShardingType as ShardingType
+from jbag._mesh.partition_specs import TableWise as TableWise
 from jbag._mesh.partition_specs import current_mesh
 from jbag._mesh.row_layout import Layout as Layout
 from jbag._validation import check_table
@@ -67,7 +70,7 @@ def embedding_bag(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-    capacity: int | None = None,
+    rows_per_round: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B D"]:
     """Pool bags over a table that lies over a mesh; `jbag.embedding_bag` otherwise.
@@ -87,9 +90,9 @@ def embedding_bag(
       norm_type: p of that norm.
       scale_grad_by_freq: divide each row's gradient by its count in the whole batch.
       sparse: ask for a row-sparse gradient.
-      capacity: C, how many rows a device asks of one owner in a round; None fits ids
-        that are spread evenly. It changes the speed alone: where it is too small for a
-        batch, there are more rounds.
+      rows_per_round: C, how many rows a device requests of one owner in a round; None
+        fits ids that are spread evenly. It changes the speed alone: where it is too
+        small for a batch, there are more rounds.
       implementation: the kernel by name, or None.
 
     Returns:
@@ -119,8 +122,10 @@ def embedding_bag(
             f"`table` must have the {layout.num_rows} rows of its layout; "
             f"got shape {table.shape}."
         )
-    if isinstance(spec, Whole):
-        raise TypeError("`spec` must be a PartitionSpec for one table; got a Whole.")
+    if isinstance(spec, TableWise):
+        raise TypeError(
+            "`spec` must be a PartitionSpec for one table; got a TableWise."
+        )
     if current_mesh(mesh) is None:
         raise ValueError("`mesh` must be given, or set by jax.set_mesh; got neither.")
     one = Table(
@@ -138,7 +143,7 @@ def embedding_bag(
         {one.group: spec},
         mesh=current_mesh(mesh),
         batch_axis=batch_axis,
-        capacity=capacity,
+        rows_per_round=rows_per_round,
         grid=layout.grid,
         sparse=sparse,
         implementation=implementation,

@@ -1,4 +1,4 @@
-"""What tables send and hold, by the formulas of `_planner`, and the best strategies."""
+"""The cost model of `_planner`: what tables send and hold; the best sharding types."""
 
 from __future__ import annotations
 
@@ -10,128 +10,136 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jbag._mesh.all_to_all import default_capacity
+from jbag._mesh.all_to_all import default_rows_per_round
+from jbag._mesh.partition_specs import ShardingType
 from jbag._mesh.row_layout import Lanes
 from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels.update_rules import Rule
 
-STRATEGIES = ("replicated", "columns", "whole", "rows")
-
-Choice = dict[str, str]
+Choice = dict[str, ShardingType]
 Cost = tuple[float, float, float]  # bytes sent forward, backward; held
 
 
-class Asked(NamedTuple):
-    """What a table, or several as one, ask of a device."""
+class TableLoad(NamedTuple):
+    """The load of a table, or of several as one, on a device."""
 
-    width: int
+    embedding_dim: int
     dtype: np.dtype
     rows: int
     slots: int
     weights: int
-    features: int
+    num_features: int
     distinct: int
-    given: Any  # of the capacity
-    free: int  # slots whose capacity isn't given
+    rows_per_round: Any  # the sum of those given
+    default_slots: int  # slots of features without one
 
 
-class Site(NamedTuple):
-    devices: int
-    bags: int  # of a feature on a device
+class CostModel(NamedTuple):
+    """The bytes that tables send and hold, on so many devices, with a rule's state."""
+
+    num_devices: int
+    num_bags: int  # of a feature on a device
     grid: int
     rule: Rule
 
-    def cost(self, strategy: str, asked: Asked) -> Cost:
+    def cost(self, strategy: ShardingType, load: TableLoad) -> Cost:
         """Return the bytes sent forward and backward, and held."""
-        P, D, n, f = self.devices, asked.width, asked.slots, asked.features
-        V = asked.rows if strategy == "whole" else self.padded(asked)
-        e, a = asked.dtype.itemsize, accumulation_dtype(asked.dtype).itemsize
+        P, D, n, f = self.num_devices, load.embedding_dim, load.slots, load.num_features
+        V = load.rows if strategy == ShardingType.TABLE_WISE else self.padded(load)
+        e, a = load.dtype.itemsize, accumulation_dtype(load.dtype).itemsize
         per_element = D * (e + len(self.rule.per_element) * a)
         per_row = len(self.rule.per_row) * a
-        ids, pooled, times = 4 * n + a * asked.weights, f * self.bags * D, P - 1
+        ids, pooled, times = 4 * n + a * load.weights, f * self.num_bags * D, P - 1
         rows, held = min(P * n, V), V * (per_element + per_row)
-        there, back = ids + 4 * f * self.bags + pooled * a, pooled * a
-        if strategy == "replicated":
-            rows = min(n, asked.rows)
-            there, back = 0, rows * (4 + a * D)
-        elif strategy == "rows":
+        forward, backward = ids + 4 * f * self.num_bags + pooled * a, pooled * a
+        if strategy == ShardingType.DATA_PARALLEL:
+            rows = min(n, load.rows)
+            forward, backward = 0, rows * (4 + a * D)
+        elif strategy == ShardingType.ROW_WISE:
             rows, held = min(n, V), -(-held // P)
-            C, rounds = self.routing(asked)
-            there, back, times = C * (4 + e * D), C * (4 + a * D), times * rounds
-        elif strategy == "columns":
+            C, rounds = self.routing(load)
+            forward, backward, times = C * (4 + e * D), C * (4 + a * D), times * rounds
+        elif strategy == ShardingType.COLUMN_WISE:
             D, held = D // P, V * (per_element // P + per_row)
-            there = ids + 4 * f * (self.bags + 1) + pooled // P * e
-            back = pooled // P * a + (2 * rows * a // P if per_row else 0)
-        held += 2 * P * (there + back) + 3 * rows * a * D
-        return times * there, times * back, held
+            forward = ids + 4 * f * (self.num_bags + 1) + pooled // P * e
+            backward = pooled // P * a + (2 * rows * a // P if per_row else 0)
+        held += 2 * P * (forward + backward) + 3 * rows * a * D
+        return times * forward, times * backward, held
 
-    def padded(self, asked: Asked) -> int:
+    def padded(self, load: TableLoad) -> int:
         """Return the rows of the array, whose columns are alike."""
-        return -(-asked.rows // self.grid) * self.grid
+        return -(-load.rows // self.grid) * self.grid
 
-    def routing(self, asked: Asked) -> tuple[Any, int]:
+    def routing(self, load: TableLoad) -> tuple[Any, int]:
         """Return C, and the rounds that are likely if ids fall evenly on owners.
 
         By Chernoff's bound on Poisson's law, less than one of all devices' buckets is
         expected to overflow then.
         """
-        ample = default_capacity(asked.free, self.devices)
-        C, rounds = min(asked.given + ample, asked.slots), 1
+        ample = default_rows_per_round(load.default_slots, self.num_devices)
+        C, rounds = min(load.rows_per_round + ample, load.slots), 1
         while (
-            min(asked.distinct, -(-self.padded(asked) // (self.devices * rounds))) > C
+            min(load.distinct, -(-self.padded(load) // (self.num_devices * rounds))) > C
         ):
-            mean = asked.distinct / (self.devices * rounds)
+            mean = load.distinct / (self.num_devices * rounds)
             surprise = mean - (C + 1) + (C + 1) * math.log((C + 1) / mean)
-            if mean < C and surprise > math.log(self.devices**2 * rounds):
+            if mean < C and surprise > math.log(self.num_devices**2 * rounds):
                 break
             rounds *= 2
         return C, rounds
 
-    def lanes(self, stack: Sequence[Asked]) -> tuple[int, ...]:
+    def lanes(self, stack: Sequence[TableLoad]) -> tuple[int, ...]:
         """Return the devices that whole tables lie on."""
-        return Lanes(tuple(table.rows for table in stack), self.devices).lanes
+        return Lanes(tuple(table.rows for table in stack), self.num_devices).lanes
 
-    def together(self, strategy: str, stack: Sequence[Asked]) -> Asked:
-        """Return what tables ask as one, or of the device of which they ask most."""
+    def combined(self, strategy: ShardingType, stack: Sequence[TableLoad]) -> TableLoad:
+        """Return the load of tables as one, or of the device that has the largest."""
         numbers = np.array([table[2:] for table in stack], np.int64)
-        if strategy == "whole":
-            dealt = np.zeros((self.devices, numbers.shape[1]), np.int64)
+        if strategy == ShardingType.TABLE_WISE:
+            dealt = np.zeros((self.num_devices, numbers.shape[1]), np.int64)
             np.add.at(dealt, list(self.lanes(stack)), numbers)
-            return Asked(*stack[0][:2], *dealt.max(0).tolist())
-        return Asked(*stack[0][:2], *numbers.sum(0).tolist())
+            return TableLoad(*stack[0][:2], *dealt.max(0).tolist())
+        return TableLoad(*stack[0][:2], *numbers.sum(0).tolist())
 
-    def shares(self, strategy: str, stack: Sequence[Asked]) -> Iterator[Cost]:
+    def shares(
+        self, strategy: ShardingType, stack: Sequence[TableLoad]
+    ) -> Iterator[Cost]:
         """Share what tables cost as one in proportion to what each costs alone."""
-        joined = self.together(strategy, stack)
-        if strategy == "rows":  # alone, with its part of C
+        joined = self.combined(strategy, stack)
+        if strategy == ShardingType.ROW_WISE:  # alone, with its part of C
             part = self.routing(joined)[0] / max(joined.slots, 1)
             stack = [
-                x._replace(given=part * x.slots, free=0, distinct=0) for x in stack
+                x._replace(rows_per_round=part * x.slots, default_slots=0, distinct=0)
+                for x in stack
             ]
         alone = zip(*(self.cost(strategy, table) for table in stack), strict=True)
-        return zip(*map(_share_out, self.cost(strategy, joined), alone), strict=True)
+        return zip(*map(_apportion, self.cost(strategy, joined), alone), strict=True)
 
-    def warnings(self, strategy: str, stack: Sequence[Asked]) -> Iterator[str]:
+    def warnings(
+        self, strategy: ShardingType, stack: Sequence[TableLoad]
+    ) -> Iterator[str]:
         """Say what to mind about tables of one kind."""
-        asked, count = self.together(strategy, stack), len(stack)
-        D, P = asked.width, self.devices
-        if strategy == "columns" and D // P < 16:
+        load, count = self.combined(strategy, stack), len(stack)
+        D, P = load.embedding_dim, self.num_devices
+        if strategy == ShardingType.COLUMN_WISE and D // P < 16:
             yield (
                 f"of {D} features in columns a device has {D // P}; reading fewer than "
                 "16 is slow."
             )
-        if strategy == "rows" and (routing := self.routing(asked))[1] > 1:
+        if strategy == ShardingType.ROW_WISE and (routing := self.routing(load))[1] > 1:
             yield (
-                f"rows of {D} features travel in {routing[1]} rounds, as buckets take "
-                f"{routing[0]} ids."
+                f"rows of {D} features are sent in {routing[1]} rounds, as buckets "
+                f"take {routing[0]} ids."
             )
-        if strategy == "whole" and count < P:
+        if strategy == ShardingType.TABLE_WISE and count < P:
             yield (
                 f"whole tables of {D} features are {count} for {P} devices; all set "
                 "aside and send as much as those that have one."
             )
         if (
-            rows := asked.rows if strategy == "whole" else self.padded(asked)
+            rows := load.rows
+            if strategy == ShardingType.TABLE_WISE
+            else self.padded(load)
         ) >= 1 << 31:
             yield (
                 f"{rows} rows of {D} features in one array are more than 32-bit "
@@ -139,49 +147,55 @@ class Site(NamedTuple):
             )
 
 
-def choose(site: Site, asked: Mapping[str, Asked], limit: int) -> Choice:
+def choose(model: CostModel, loads: Mapping[str, TableLoad], limit: int) -> Choice:
     @functools.cache
-    def cost(strategy: str, names: tuple[str, ...]) -> Cost:
-        stack = [asked[name] for name in names]
-        return site.cost(strategy, site.together(strategy, stack))
+    def cost(strategy: ShardingType, names: tuple[str, ...]) -> Cost:
+        stack = [loads[name] for name in names]
+        return model.cost(strategy, model.combined(strategy, stack))
 
-    def price(choice: Choice) -> tuple[float, float, float]:
-        costs = itertools.starmap(cost, stacks_of(asked, choice))
-        there, back, held = map(sum, zip(*costs, strict=True))
-        return max(0, held - limit), there + back, held
+    def objective(choice: Choice) -> tuple[float, float, float]:
+        costs = itertools.starmap(cost, stacks_of(loads, choice))
+        forward, backward, held = map(sum, zip(*costs, strict=True))
+        return max(0, held - limit), forward + backward, held
 
-    ways = STRATEGIES if site.devices > 1 else STRATEGIES[:1]
-    odd = {name for name, table in asked.items() if table.width % site.devices}
+    types = (
+        list(ShardingType) if model.num_devices > 1 else [ShardingType.DATA_PARALLEL]
+    )
+    indivisible = {
+        name for name, table in loads.items() if table.embedding_dim % model.num_devices
+    }
 
-    def others(choice: Choice, together: bool) -> Iterator[Choice]:
+    def neighbors(choice: Choice, together: bool) -> Iterator[Choice]:
         """Yield the choices that are one table's step away, or one array's."""
-        arrays = [names for _, names in stacks_of(asked, choice)] if together else []
-        for names in [(name,) for name in asked] + arrays:
-            for way in ways:
-                if way != "columns" or odd.isdisjoint(names):
-                    yield choice | dict.fromkeys(names, way)
+        arrays = [names for _, names in stacks_of(loads, choice)] if together else []
+        for names in [(name,) for name in loads] + arrays:
+            for sharding_type in types:
+                if sharding_type != ShardingType.COLUMN_WISE or indivisible.isdisjoint(
+                    names
+                ):
+                    yield choice | dict.fromkeys(names, sharding_type)
 
-    ends = []
-    for way in ways:
-        if way != "columns" or not odd:
-            end = dict.fromkeys(asked, way)
+    candidates = []
+    for sharding_type in types:
+        if sharding_type != ShardingType.COLUMN_WISE or not indivisible:
+            candidate = dict.fromkeys(loads, sharding_type)
             for together in (False, True):
-                steps = functools.partial(others, together=together)
-                end = _settle(end, steps, price)
-            ends.append(end)
-    return min(ends, key=price)
+                steps = functools.partial(neighbors, together=together)
+                candidate = _descend(candidate, steps, objective)
+            candidates.append(candidate)
+    return min(candidates, key=objective)
 
 
-def _settle(
+def _descend(
     choice: Choice,
-    others: Callable[[Choice], Iterator[Choice]],
-    price: Callable[[Choice], tuple[float, float, float]],
+    neighbors: Callable[[Choice], Iterator[Choice]],
+    objective: Callable[[Choice], tuple[float, float, float]],
 ) -> Choice:
     """Change the choice while that helps, first what helps most."""
     while True:
-        now, better = price(choice), []
-        for other in others(choice):
-            then = price(other)
+        now, better = objective(choice), []
+        for other in neighbors(choice):
+            then = objective(other)
             if then < now:
                 saved, more = now[0] - then[0], then[1] - now[1]
                 changed = sorted(other.items() - choice.items())
@@ -189,21 +203,21 @@ def _settle(
         if not better:
             return choice
         for _, changed in sorted(better):
-            if price(choice | dict(changed)) < price(choice):
+            if objective(choice | dict(changed)) < objective(choice):
                 choice = choice | dict(changed)
 
 
 def stacks_of(
-    asked: Mapping[str, Asked], choice: Choice
-) -> list[tuple[str, tuple[str, ...]]]:
-    """Return, by strategies, the names of tables that lie and send as one."""
+    loads: Mapping[str, TableLoad], choice: Choice
+) -> list[tuple[ShardingType, tuple[str, ...]]]:
+    """Return, by sharding types, the names of tables that lie and send as one."""
     stacks: dict[Any, list[str]] = {}
-    for name, table in asked.items():
+    for name, table in loads.items():
         stacks.setdefault((choice[name], *table[:2]), []).append(name)
     return [(kind[0], tuple(names)) for kind, names in stacks.items()]
 
 
-def _share_out(total: float, wanted: Sequence[float]) -> list[int]:
+def _apportion(total: float, wanted: Sequence[float]) -> list[int]:
     """Return integers that sum up to the total, in these proportions."""
     *ends, whole = itertools.accumulate(wanted)
     if whole == 0:

@@ -6,25 +6,25 @@ device has n slots for ids of 4 bytes, and f features, each of B / P bags.
 
 Bytes that a device sends to each of P - 1 others in a step:
 
-==========  ==================================  =======================
-strategy    forward                             backward
-==========  ==================================  =======================
-replicated  0                                   min(n, V) (4 + a D)
-rows        C (4 + e D) a round                 C (4 + a D) a round
-columns     4 n + 4 f (B/P + 1) + f B/P D/P e   f B/P D/P a
-whole       4 n + 4 f B/P + f B/P a D           f B/P a D
-==========  ==================================  =======================
+=============  ==================================  =======================
+strategy       forward                             backward
+=============  ==================================  =======================
+data_parallel  0                                   min(n, V) (4 + a D)
+row_wise       C (4 + e D) a round                 C (4 + a D) a round
+column_wise    4 n + 4 f (B/P + 1) + f B/P D/P e   f B/P D/P a
+table_wise     4 n + 4 f B/P + f B/P a D           f B/P a D
+=============  ==================================  =======================
 
-Replicated tables send their gradient's rows, for which there is room. Rows travel in
-buckets of C, in as many rounds as the fullest bucket takes. Columns get all ids, and
-send home pooled pieces; an optimizer with one number a row sums squares over them,
-which takes 2 / P min(P n, V) a. Whole tables get their ids, and send home pooled rows;
+Data-parallel tables send their gradient's rows, at most n. Rows are sent in buckets of
+C, in as many rounds as the fullest bucket takes. Columns get all ids, and
+send back pooled pieces; an optimizer with one number a row sums squares over them,
+which takes 2 / P min(P n, V) a. Whole tables get their ids, and send back pooled rows;
 as what is sent has one size, n and f are those of the busiest device. Where slots have
 weights, these go with the ids, a bytes each.
 
 A device holds its part of the table and of the optimizer's state; twice what it
-receives; and three times (looked up, gradient, sums) the rows that it may be asked for:
-min(n, V) of them, or of columns and whole tables min(P n, V).
+receives; and three times (looked up, gradient, sums) the rows that may be requested
+from it: min(n, V) of them, or of columns and whole tables min(P n, V).
 
 Tables of one D, dtype and strategy lie in one array and send as one: n, f, C and V are
 theirs together. What is held, and what rows and columns name, is of V padded to a
@@ -45,8 +45,8 @@ an example names 50 items, and one row of each other table. A device has 16 GB.
 ...     loads |= {k: Load(k, 65536 // P, **user) for k in tables if "user" in k}
 ...     options = {"num_devices": P, "batch_size": 65536, "memory": 16 * 10**9}
 ...     return plan(tables, loads, **options, grid=math.lcm(20160, P))
->>> {table.strategy for table in cut(1024).tables}
-{'rows'}
+>>> {table.strategy.value for table in cut(1024).tables}
+{'row_wise'}
 >>> for P in (256, 512, 1024):
 ...     print(P, str(cut(P)).splitlines()[-1])
 256 A device sends 32.7 MB in a step, and holds 4.17 GB of 14.4 GB.
@@ -62,7 +62,7 @@ six standard deviations and 8 more. On 1024, the 320 ids of users go in buckets 
 8 kB each; that so many small messages take their time isn't reckoned. Who knows the
 data may ask for less room. If a bucket is full all the same, there is another round:
 
->>> print(str(cut(1024, capacity=2)).splitlines()[-1])
+>>> print(str(cut(1024, rows_per_round=2)).splitlines()[-1])
 A device sends 30.9 MB in a step, and holds 1.09 GB of 14.4 GB.
 """
 
@@ -78,35 +78,35 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jbag._mesh.partition_specs import Axis, Whole
+from jbag._mesh.partition_specs import Axis, ShardingType, TableWise
 from jbag._mesh.row_layout import GRID
 from jbag._validation import TABLE_DTYPES, check_flag, check_integer
 from jbag.ops.kernels.update_rules import RULES
 from jbag.ragged._bags import Bags
-from jbag.sharding._cost_model import Asked, Site, choose, stacks_of
+from jbag.sharding._cost_model import CostModel, TableLoad, choose, stacks_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What a feature asks of its table in a step.
+    """The load of a feature on its table in a step.
 
     Attributes:
       table: the table that it looks up.
       slots: n, the capacity for the ids of one device's bags.
       weighted: whether slots have weights.
-      capacity: C, its part of the ids in a bucket, if the table's rows are routed; None
-        for ample room.
+      rows_per_round: C, its part of the ids in a bucket, if the table is row-wise; None
+        for one that suffices.
       distinct: how many different ids a device has; None if all may differ.
 
     Example:
       >>> Load("words", slots=4096, distinct=900)
-      Load(table='words', slots=4096, weighted=False, capacity=None, distinct=900)
+      Load(table='words', slots=4096, weighted=False, rows_per_round=None, distinct=900)
     """
 
     table: str
     slots: int
     weighted: bool = False
-    capacity: int | None = None
+    rows_per_round: int | None = None
     distinct: int | None = None
 
     def __post_init__(self) -> None:
@@ -114,13 +114,15 @@ class Load:
             raise TypeError(f"`table` must be the name of a table; got {self.table!r}.")
         check_integer("slots", self.slots, low=0)
         check_flag("weighted", self.weighted)
-        if self.capacity is not None:
-            check_integer("capacity", self.capacity, low=1)
+        if self.rows_per_round is not None:
+            check_integer("rows_per_round", self.rows_per_round, low=1)
         if self.distinct is not None:
             check_integer("distinct", self.distinct, low=0, high=self.slots + 1)
 
     @classmethod
-    def measure(cls, table: str, bags: Bags, *, capacity: int | None = None) -> Load:
+    def measure(
+        cls, table: str, bags: Bags, *, rows_per_round: int | None = None
+    ) -> Load:
         """Return the load of which one device's batch is an example.
 
         Raises:
@@ -129,7 +131,7 @@ class Load:
         Example:
           >>> bags = jbag.Bags.from_lists([[7, 7], [7, 8]], capacity=6)
           >>> Load.measure("words", bags)
-          Load(table='words', slots=6, weighted=False, capacity=None, distinct=2)
+          Load(table='words', slots=6, weighted=False, rows_per_round=None, distinct=2)
         """
         if not isinstance(bags, Bags):
             raise TypeError(f"`bags` must be Bags; got {type(bags).__name__}.")
@@ -137,7 +139,7 @@ class Load:
             raise ValueError(f"`bags` must be one batch; got indices of shape {shape}.")
         named = np.unique(np.asarray(bags.indices)[: int(bags.offsets[-1])])
         weighted = bags.weights is not None
-        return cls(table, bags.capacity, weighted, capacity, named.size)
+        return cls(table, bags.capacity, weighted, rows_per_round, named.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +147,10 @@ class TablePlan:
     """What is planned for a table; bytes are its share, where several send as one.
 
     Attributes:
-      name, num_embeddings, features: of the table.
-      strategy: "replicated", "rows", "columns" or "whole".
-      spec: the `PartitionSpec` or `Whole` that declares it.
+      name, num_embeddings, embedding_dim: of the table.
+      strategy: a `ShardingType`, "data_parallel", "row_wise", "column_wise" or
+        "table_wise".
+      spec: the `PartitionSpec` or `TableWise` that declares it.
       forward_bytes, backward_bytes: what a device sends in a step.
       memory_bytes: what a device holds.
       device: where a whole table lies, or None.
@@ -156,15 +159,15 @@ class TablePlan:
       >>> tables = {"words": jbag.EmbeddingBag(900, 64)}
       >>> loads = {"text": Load("words", slots=8)}
       >>> best = plan(tables, loads, num_devices=2, batch_size=4, memory=10**8)
-      >>> best.tables[0].strategy, best.tables[0].forward_bytes
-      ('columns', 300)
+      >>> best.tables[0].strategy.value, best.tables[0].forward_bytes
+      ('column_wise', 300)
     """
 
     name: str
     num_embeddings: int
-    features: int
-    strategy: str
-    spec: PartitionSpec | Whole
+    embedding_dim: int
+    strategy: ShardingType
+    spec: PartitionSpec | TableWise
     forward_bytes: int
     backward_bytes: int
     memory_bytes: int
@@ -185,7 +188,7 @@ class Plan:
       >>> loads = {"text": Load("words", slots=8)}
       >>> best = plan(tables, loads, num_devices=2, batch_size=4, memory=10**8)
       >>> best.bytes_per_step, best.memory_per_device, best.specs
-      (620, 2669744, {'columns': P(None, 'x')})
+      (620, 2669744, {'column_wise': P(None, 'x')})
     """
 
     tables: tuple[TablePlan, ...]
@@ -203,9 +206,9 @@ class Plan:
         return sum(table.memory_bytes for table in self.tables)
 
     @property
-    def specs(self) -> dict[str, PartitionSpec | Whole]:
+    def specs(self) -> dict[str, PartitionSpec | TableWise]:
         """The spec of each group, if tables are grouped by their strategies."""
-        return {table.strategy: table.spec for table in self.tables}
+        return {str(table.strategy): table.spec for table in self.tables}
 
     def __str__(self) -> str:
         head = ("table", "strategy", "rows", "features", "forward", "backward", "held")
@@ -254,7 +257,8 @@ def plan(
     tables in rows fit; one that sends a little less may be missed.
 
     Args:
-      tables: by name; anything with `num_embeddings`, `features` and `param_dtype`.
+      tables: by name; each a `Table` or an `EmbeddingBag`, or what has their
+        `num_embeddings`, `param_dtype`, and `embedding_dim` or `features`.
       loads: by feature.
       num_devices: P.
       batch_size: B, a multiple of P.
@@ -276,14 +280,14 @@ def plan(
       >>> loads |= {name: Load(name, slots=2560) for name in tables if name != "item"}
       >>> options = {"num_devices": 4, "batch_size": 1024, "memory": 3_750_000_000}
       >>> print(plan(tables, loads, **options))
-      table  strategy        rows  features  forward  backward     held
-      item   rows        50000000        64   281 kB    281 kB  3.25 GB
-      image  columns       100000       512   427 kB    455 kB  70.1 MB
-      tag0   whole on 0    200000        32    33 kB   24.6 kB  7.74 MB
-      tag1   whole on 1    200000        32    33 kB   24.6 kB  7.74 MB
-      tag2   whole on 2    200000        32    33 kB   24.6 kB  7.74 MB
-      tag3   whole on 3    200000        32    33 kB   24.6 kB  7.74 MB
-      total                                   840 kB    834 kB  3.35 GB
+      table  strategy             rows  features  forward  backward     held
+      item   row_wise         50000000        64   281 kB    281 kB  3.25 GB
+      image  column_wise        100000       512   427 kB    455 kB  70.1 MB
+      tag0   table_wise on 0    200000        32    33 kB   24.6 kB  7.74 MB
+      tag1   table_wise on 1    200000        32    33 kB   24.6 kB  7.74 MB
+      tag2   table_wise on 2    200000        32    33 kB   24.6 kB  7.74 MB
+      tag3   table_wise on 3    200000        32    33 kB   24.6 kB  7.74 MB
+      total                                        840 kB    834 kB  3.35 GB
       A device sends 1.67 MB in a step, and holds 3.35 GB of 3.38 GB.
     """
     num_devices = check_integer("num_devices", num_devices, low=1)
@@ -304,26 +308,28 @@ def plan(
         raise ValueError(f"`spare` must be in [0, 1); got {spare}.")
     if not all(isinstance(x, str) for x in (axis if type(axis) is tuple else (axis,))):
         raise TypeError(f"`axis` must be a name, or a tuple of names; got {axis!r}.")
-    asked = _check(tables, loads)
-    site = Site(num_devices, batch_size // num_devices, grid, RULES[optimizer])
+    table_loads = _check(tables, loads)
+    model = CostModel(num_devices, batch_size // num_devices, grid, RULES[optimizer])
     limit = math.floor(memory * (1 - spare))
-    specs: dict[str, PartitionSpec | Whole] = {
-        "replicated": PartitionSpec(),
-        "columns": PartitionSpec(None, axis),
-        "whole": Whole(axis, lanes=num_devices),
-        "rows": PartitionSpec(axis, None),
+    specs: dict[ShardingType, PartitionSpec | TableWise] = {
+        ShardingType.DATA_PARALLEL: PartitionSpec(),
+        ShardingType.COLUMN_WISE: PartitionSpec(None, axis),
+        ShardingType.TABLE_WISE: TableWise(axis, lanes=num_devices),
+        ShardingType.ROW_WISE: PartitionSpec(axis, None),
     }
     planned: dict[str, TablePlan] = {}
     warnings: list[str] = []
-    for strategy, names in stacks_of(asked, choose(site, asked, limit)):
-        stack = [asked[name] for name in names]
-        warnings += site.warnings(strategy, stack)
-        shares = site.shares(strategy, stack)
-        lanes = site.lanes(stack) if strategy == "whole" else itertools.repeat(None)
+    for strategy, names in stacks_of(table_loads, choose(model, table_loads, limit)):
+        stack = [table_loads[name] for name in names]
+        warnings += model.warnings(strategy, stack)
+        shares = model.shares(strategy, stack)
+        is_table_wise = strategy == ShardingType.TABLE_WISE
+        lanes = model.lanes(stack) if is_table_wise else itertools.repeat(None)
         for name, table, cost, lane in zip(names, stack, shares, lanes, strict=False):
-            shape, (there, back, held) = (table.rows, table.width), map(int, cost)
+            shape = (table.rows, table.embedding_dim)
+            forward, backward, held = map(int, cost)
             planned[name] = TablePlan(
-                name, *shape, strategy, specs[strategy], there, back, held, lane
+                name, *shape, strategy, specs[strategy], forward, backward, held, lane
             )
     best = Plan(tuple(planned[name] for name in tables), limit, tuple(warnings))
     if best.memory_per_device > limit:
@@ -334,8 +340,8 @@ def plan(
     return best
 
 
-def _check(tables: Any, loads: Any) -> dict[str, Asked]:
-    """Return what each table asks; raise if something isn't a table or a load of it."""
+def _check(tables: Any, loads: Any) -> dict[str, TableLoad]:
+    """Return the load of each table; raise if an argument isn't a table or a load."""
     for name, mapping in {"tables": tables, "loads": loads}.items():
         if not isinstance(mapping, Mapping):
             raise TypeError(f"`{name}` must be a mapping by name; got {mapping!r}.")
@@ -349,17 +355,21 @@ def _check(tables: Any, loads: Any) -> dict[str, Asked]:
                 f"`loads[{feature!r}].table` must be one of `tables`, "
                 f"{', '.join(map(str, tables))}; got {load.table!r}."
             )
-    asked = {}
+    checked = {}
     for name, table in tables.items():
         try:
-            rows, width, dtype = table.num_embeddings, table.features, table.param_dtype
+            rows, dtype = table.num_embeddings, table.param_dtype
+            has_dim = hasattr(
+                table, "embedding_dim"
+            )  # a Table; modules have `features`
+            width = table.embedding_dim if has_dim else table.features
         except AttributeError as error:
             raise TypeError(
-                f"`tables[{name!r}]` must have `num_embeddings`, `features` and "
-                f"`param_dtype`; got {table!r}."
+                f"`tables[{name!r}]` must have `num_embeddings`, `embedding_dim` (or "
+                f"`features`) and `param_dtype`; got {table!r}."
             ) from error
         check_integer(f"tables[{name!r}].num_embeddings", rows, low=1)
-        check_integer(f"tables[{name!r}].features", width, low=1)
+        check_integer(f"tables[{name!r}].embedding_dim", width, low=1)
         dtype = jnp.dtype(dtype)
         if dtype.name not in TABLE_DTYPES:
             raise TypeError(
@@ -367,20 +377,22 @@ def _check(tables: Any, loads: Any) -> dict[str, Asked]:
                 f"{', '.join(TABLE_DTYPES)}; got {dtype}."
             )
         own = [load for load in loads.values() if load.table == name]
-        asked[name] = Asked(
+        checked[name] = TableLoad(
             width,
             dtype,
             rows,
             slots=sum(load.slots for load in own),
             weights=sum(load.slots for load in own if load.weighted),
-            features=len(own),
+            num_features=len(own),
             distinct=min(
                 rows, sum(x.slots if x.distinct is None else x.distinct for x in own)
             ),
-            given=sum(load.capacity or 0 for load in own),
-            free=sum(load.slots for load in own if load.capacity is None),
+            rows_per_round=sum(load.rows_per_round or 0 for load in own),
+            default_slots=sum(
+                load.slots for load in own if load.rows_per_round is None
+            ),
         )
-    return asked
+    return checked
 
 
 def _in_units(size: float) -> str:

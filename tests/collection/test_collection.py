@@ -327,7 +327,7 @@ def test_each_table_starts_by_its_own_initializer(grid):
 
 
 def test_specs_are_metadata_of_the_parameters():
-    specs = {"embedding": P("x", None), "whole": jbag.sharding.Whole("y", lanes=2)}
+    specs = {"embedding": P("x", None), "whole": jbag.sharding.TableWise("y", lanes=2)}
     tables = {"a": jbag.Table(4, 2), "b": jbag.Table(3, 2, group="whole")}
     tables["c"] = jbag.Table(3, 2, group="none")
     features = {k: jbag.Feature(k) for k in tables}

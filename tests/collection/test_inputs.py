@@ -44,7 +44,12 @@ GOOD = {"first": bags([1]), "second": bags([2])}
             "`features` must have names; got an empty one",
         ),
         ({"grid": 0}, GOOD, ValueError, "`grid` must be in .* got 0"),
-        ({"capacity": 0}, GOOD, ValueError, "`capacity` must be at least 1; got 0"),
+        (
+            {"rows_per_round": 0},
+            GOOD,
+            ValueError,
+            "`rows_per_round` must be at least 1; got 0",
+        ),
         ({"dtype": "int32"}, GOOD, TypeError, "`dtype` must be floating; got int32"),
         ({"sparse": 1}, GOOD, TypeError, "`sparse` must be True or False; got 1"),
         ({"concatenate": "yes"}, GOOD, TypeError, "`concatenate` must be True or"),
@@ -160,7 +165,7 @@ def test_a_batch_over_a_mesh_is_validated_block_by_block(make_any, keyed):
     ("make_one", "error", "message"),
     [
         (lambda: jbag.Table(0, 1), ValueError, "`num_embeddings` must be at least 1"),
-        (lambda: jbag.Table(1, 1.5), TypeError, "`features` must be an integer"),
+        (lambda: jbag.Table(1, 1.5), TypeError, "`embedding_dim` must be an integer"),
         (lambda: jbag.Table(1, 1, group="a b"), ValueError, "`group` must be a name"),
         (lambda: jbag.Table(1, 1, group=1), TypeError, "`group` must be a name"),
         (lambda: jbag.Table(2, 1, padding_idx=2), ValueError, "`padding_idx` must be"),

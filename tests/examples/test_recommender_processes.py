@@ -94,7 +94,7 @@ def test_example_goes_on_after_a_process_was_killed(alone, tmp_path):
     assert 20 <= last < 120
     assert "Process 0 of 2 stopped" in said
     assert f"The last checkpoint in {saved} is that after step {last}." in said
-    [said] = succeed(train(*options, "--strategy", "columns", devices=8))
+    [said] = succeed(train(*options, "--strategy", "column_wise", devices=8))
     assert f"Going on after step {last}, from {saved}" in said
     losses, counts = read_losses(path)
     assert_same_losses(losses, alone[0])

@@ -164,7 +164,7 @@ def test_tables_are_saved_and_exported_in_order(example, tmp_path, capsys):
     path = tmp_path / "tables.npz"
     example.main(options)
     assert "Going on" not in capsys.readouterr().out
-    example.main([*options, "--strategy", "columns", "--export", str(path)])
+    example.main([*options, "--strategy", "column_wise", "--export", str(path)])
     assert "Going on after step 3, from" in capsys.readouterr().out
     tables = np.load(path)
     shapes = {name: tables[name].shape for name in tables}
@@ -198,7 +198,7 @@ def test_tables_are_saved_and_exported_in_order(example, tmp_path, capsys):
         ["--seed", "-1"],
         ["--devices", "0"],
         ["--processes", "2", "--process", "2"],
-        ["--strategy", "whole"],
+        ["--strategy", "table_wise"],
         ["--save-every", "0"],
         ["--export", "tables.npz", "--processes", "2"],
     ],

@@ -11,17 +11,17 @@ from slow import slow
 
 import jbag
 from jbag.ops.kernels.update_rules import RULES
-from jbag.sharding import Load, Whole
+from jbag.sharding import Load, TableWise
 from jbag.sharding._cost_model import Site
 from jbag.sharding._planner import _check
 
 pytestmark = pytest.mark.standard_promotion
 DEVICES, BAGS, SLOTS, WIDTH, COUNT = 4, 64, 500, 32, 5
 SPECS = {
-    "rows": P("x", None),
-    "columns": P(None, "x"),
-    "replicated": P(),
-    "whole": Whole("x", lanes=DEVICES),
+    "row_wise": P("x", None),
+    "column_wise": P(None, "x"),
+    "data_parallel": P(),
+    "table_wise": TableWise("x", lanes=DEVICES),
 }
 
 
@@ -33,7 +33,9 @@ def make_block(rng, weighted):
 
 
 @pytest.mark.parametrize("weighted", [False, *slow(True)], ids=["", "weighted"])
-@pytest.mark.parametrize("strategy", ["rows", *slow("columns", "replicated", "whole")])
+@pytest.mark.parametrize(
+    "strategy", ["row_wise", *slow("column_wise", "data_parallel", "table_wise")]
+)
 def test_a_step_sends_what_is_planned(strategy, weighted):
     mesh = make_mesh(sizes=(DEVICES,))
     collection = jbag.EmbeddingBagCollection(

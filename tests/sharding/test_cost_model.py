@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from plans import P, Table, plan_one, totals
 
-from jbag._mesh.partition_specs import Whole
+from jbag._mesh.partition_specs import TableWise
 from jbag.sharding._planner import Load, plan
 
 
 def test_replicated_tables_send_their_gradient():
     # Of 10 features, no 4 columns are alike, and buckets would be as large as the bags.
     found = plan_one(Table(100, 10), Load("t", 16), batch_size=64)
-    assert found.strategy == "replicated"
+    assert found.strategy == "data_parallel"
     assert found.spec == P()
     assert found.forward_bytes == 0
     assert found.backward_bytes == 3 * 16 * (4 * 10 + 4)
@@ -22,9 +22,9 @@ def test_replicated_tables_send_their_gradient():
     assert found.memory_bytes == table + 2 * received + 3 * 16 * 40
 
 
-def test_rows_travel_in_buckets_both_ways():
+def test_rows_are_sent_in_buckets_both_ways():
     found = plan_one(Table(10**6, 10), Load("t", 400), memory=20 * 10**6)
-    assert found.strategy == "rows"
+    assert found.strategy == "row_wise"
     assert found.spec == P("x", None)
     # 400 / 4 + 6 * 10 + 8 = 168, a multiple of 8.
     assert found.forward_bytes == 3 * 168 * (4 + 40)
@@ -35,7 +35,7 @@ def test_rows_travel_in_buckets_both_ways():
 
 def test_columns_get_all_ids_and_send_pooled_pieces():
     found = plan_one(Table(20160, 128), Load("t", 1000), Load("t", 24), optimizer="sgd")
-    assert found.strategy == "columns"
+    assert found.strategy == "column_wise"
     assert found.spec == P(None, "x")
     # Two features of 64 bags, of whose 128 features a device has 32.
     assert found.forward_bytes == 3 * (1024 * 4 + 2 * 65 * 4 + 2 * 64 * 32 * 4)
@@ -49,7 +49,7 @@ def test_columns_sum_squares_for_a_state_of_one_number_a_row():
     loads = Load("t", 1000), Load("t", 24)
     plain = plan_one(Table(20160, 128), *loads, optimizer="sgd")
     found = plan_one(Table(20160, 128), *loads, optimizer="rowwise_adagrad")
-    assert (plain.strategy, found.strategy) == ("columns", "columns")
+    assert (plain.strategy, found.strategy) == ("column_wise", "column_wise")
     # 4 * 1024 rows may be named; an all-reduce sends all but a quarter of them twice.
     squares = 2 * 3 * 4096 * 4 // 4
     assert found.backward_bytes == plain.backward_bytes + squares
@@ -62,8 +62,8 @@ def test_whole_tables_get_their_ids_and_send_pooled_rows():
     tables = {f"t{i}": Table(1000 - i, 16) for i in range(6)}
     loads = {k: Load(k, slots=80 if k == "t1" else 64) for k in tables}
     found = plan(tables, loads, num_devices=4, batch_size=256, memory=10**9)
-    assert {table.strategy for table in found.tables} == {"whole"}
-    assert {table.spec for table in found.tables} == {Whole("x", lanes=4)}
+    assert {table.strategy for table in found.tables} == {"table_wise"}
+    assert {table.spec for table in found.tables} == {TableWise("x", lanes=4)}
     # The largest first, each to the device that has the least.
     assert [table.device for table in found.tables] == [0, 1, 2, 3, 3, 2]
     # Two devices have two tables; one has most slots of all, 2 * 64.
@@ -79,9 +79,9 @@ def test_whole_tables_get_their_ids_and_send_pooled_rows():
 def test_weights_go_with_the_ids():
     whole = {f"t{i}": Table(1000, 16) for i in range(4)}
     for tables, strategy in (
-        ({"t0": Table(100, 10)}, "replicated"),
-        ({"t0": Table(20160, 128)}, "columns"),
-        (whole, "whole"),
+        ({"t0": Table(100, 10)}, "data_parallel"),
+        ({"t0": Table(20160, 128)}, "column_wise"),
+        (whole, "table_wise"),
     ):
         sent = []
         for weighted in (False, True):
@@ -90,7 +90,7 @@ def test_weights_go_with_the_ids():
             found = plan(tables, loads, **options)
             assert found.tables[0].strategy == strategy
             sent.append(found.bytes_per_step)
-        more = 0 if strategy == "replicated" else 3 * 16 * 4
+        more = 0 if strategy == "data_parallel" else 3 * 16 * 4
         assert sent[1] == sent[0] + more
 
 
@@ -106,7 +106,7 @@ def test_weights_go_with_the_ids():
 def test_rows_have_the_bytes_of_their_dtype(dtype, row, gradient):
     table = Table(10**6, 10, dtype)
     found = plan_one(table, Load("t", 400), memory=row * 10**6)
-    assert found.strategy == "rows"
+    assert found.strategy == "row_wise"
     assert found.forward_bytes == 3 * 168 * (4 + row)
     assert found.backward_bytes == 3 * 168 * (4 + gradient)
 
@@ -127,7 +127,7 @@ def test_rows_have_the_bytes_of_their_dtype(dtype, row, gradient):
 def test_the_state_of_the_optimizer_is_held(optimizer, numbers):
     found = plan_one(Table(20160, 10), Load("t", 16), optimizer=optimizer)
     plain = plan_one(Table(20160, 10), Load("t", 16), optimizer="sgd")
-    assert (found.strategy, plain.strategy) == ("replicated", "replicated")
+    assert (found.strategy, plain.strategy) == ("data_parallel", "data_parallel")
     assert found.memory_bytes - plain.memory_bytes == 20160 * numbers * 4
 
 
@@ -136,7 +136,7 @@ def test_tables_of_one_width_share_buckets_and_the_grid():
     loads = {k: Load(k, 400) for k in tables}
     options = {"num_devices": 8, "batch_size": 512, "memory": 30 * 10**6}
     found = plan(tables, loads, **options)
-    assert {table.strategy for table in found.tables} == {"rows"}
+    assert {table.strategy for table in found.tables} == {"row_wise"}
     # 1200 / 8 + 6 * sqrt(150) + 8 = 231.5, up to a multiple of 8.
     assert totals(found)[0] == 7 * 232 * 44
     assert totals(found)[2] == (
@@ -155,19 +155,19 @@ def test_shares_are_in_proportion_to_slots():
     loads = {"much": Load("much", 3000), "little": Load("little", 1000)}
     options = {"num_devices": 8, "batch_size": 512, "memory": 30 * 10**6}
     much, little = plan(tables, loads, **options).tables
-    assert (much.strategy, little.strategy) == ("rows", "rows")
+    assert (much.strategy, little.strategy) == ("row_wise", "row_wise")
     assert much.forward_bytes == pytest.approx(3 * little.forward_bytes, abs=2)
     assert much.backward_bytes == pytest.approx(3 * little.backward_bytes, abs=2)
 
 
 def test_a_capacity_is_taken_and_rounds_are_counted():
-    table, load = Table(10**6, 10), Load("t", 400, capacity=120)
+    table, load = Table(10**6, 10), Load("t", 400, rows_per_round=120)
     # Of 100 ids on average, some bucket has more than 120, but of 50 none.
     options = {"num_devices": 4, "batch_size": 256, "memory": 20 * 10**6}
     found = plan({"t": table}, {"f": load}, **options)
     assert totals(found)[:2] == [2 * 3 * 120 * 44] * 2
     assert found.warnings == (
-        "rows of 10 features travel in 2 rounds, as buckets take 120 ids.",
+        "rows of 10 features are sent in 2 rounds, as buckets take 120 ids.",
     )
     few = dataclasses.replace(load, distinct=200)
     found = plan({"t": table}, {"f": few}, **options)
@@ -182,19 +182,21 @@ def test_a_capacity_is_taken_and_rounds_are_counted():
 def test_rounds_suffice_for_ids_that_fall_evenly():
     rng = np.random.default_rng(0)
     slots, devices, rows = 320, 16, 2**24
-    for capacity in (1, 5, 10, 22, 30, 45):
+    for rows_per_round in (1, 5, 10, 22, 30, 45):
         found = plan_one(
             Table(rows, 10),
-            Load("t", slots, capacity=capacity),
+            Load("t", slots, rows_per_round=rows_per_round),
             num_devices=devices,
             batch_size=16,
             memory=200 * 10**6,
         )
-        assert found.strategy == "rows"
-        planned = found.forward_bytes // (15 * capacity * 44)
+        assert found.strategy == "row_wise"
+        planned = found.forward_bytes // (15 * rows_per_round * 44)
         needed = 1
         for _ in range(devices):
             ids = rng.choice(rows, slots, replace=False)
-            while np.bincount(ids // (rows // (devices * needed))).max() > capacity:
+            while (
+                np.bincount(ids // (rows // (devices * needed))).max() > rows_per_round
+            ):
                 needed *= 2
         assert needed <= planned <= 4 * needed

@@ -11,7 +11,7 @@ from meshes import make_mesh
 from plans import STRATEGIES, P, Table, oracle, plan_one, random_case, totals
 
 import jbag
-from jbag._mesh.partition_specs import Whole
+from jbag._mesh.partition_specs import TableWise
 from jbag.sharding._planner import Load, Plan, TablePlan, plan
 
 
@@ -19,27 +19,27 @@ def test_a_table_of_few_rows_is_replicated_where_its_columns_are_uneven():
     options = {"num_devices": 8, "batch_size": 8 * 3200}
     for slots in (32, 3200):
         found = plan_one(Table(7, 10), Load("t", slots), **options)
-        assert found.strategy == "replicated"
+        assert found.strategy == "data_parallel"
         assert found.backward_bytes == 7 * 7 * (4 * 10 + 4)
-    assert plan_one(Table(10**6, 10), Load("t", 3200), **options).strategy == "rows"
+    assert plan_one(Table(10**6, 10), Load("t", 3200), **options).strategy == "row_wise"
 
 
 def test_a_huge_table_is_cut_in_rows():
     options = {"num_devices": 8, "memory": 35 * 10**9}
     found = plan_one(Table(10**9, 64), Load("t", 512), **options)
-    assert found.strategy == "rows"
+    assert found.strategy == "row_wise"
 
 
 def test_wide_rows_in_few_bags_are_cut_in_columns():
     found = plan_one(Table(10**6, 512), Load("t", 10_000), num_devices=8)
-    assert found.strategy == "columns"
+    assert found.strategy == "column_wise"
 
 
 def test_many_tables_lie_whole_on_different_devices():
     tables = {f"t{i:02}": Table(10**5 + i, 32) for i in range(32)}
     loads = {k: Load(k, 64) for k in tables}
     found = plan(tables, loads, num_devices=8, batch_size=512, memory=10**9)
-    assert {table.strategy for table in found.tables} == {"whole"}
+    assert {table.strategy for table in found.tables} == {"table_wise"}
     devices = [table.device for table in found.tables]
     assert [devices.count(d) for d in range(8)] == [4] * 8
     assert all(type(table.memory_bytes) is int for table in found.tables)
@@ -51,7 +51,7 @@ def test_one_device_sends_nothing():
     loads = {"a": Load("a", 64), "b": Load("b", 10**5)}
     found = plan(tables, loads, num_devices=1, batch_size=64, memory=10**9)
     assert found.bytes_per_step == 0
-    assert [table.strategy for table in found.tables] == ["replicated"] * 2
+    assert [table.strategy for table in found.tables] == ["data_parallel"] * 2
 
 
 def test_a_table_that_no_feature_looks_up_sends_nothing():
@@ -114,7 +114,7 @@ def test_plans_are_near_the_best_of_all_choices(seed):
         for strategies in itertools.product(STRATEGIES, repeat=len(tables)):
             choice = dict(zip(tables, strategies, strict=True))
             if any(
-                choice[k] == "columns" and table.features % devices
+                choice[k] == "column_wise" and table.embedding_dim % devices
                 for k, table in tables.items()
             ):
                 continue
@@ -144,7 +144,7 @@ def test_there_is_a_plan_where_all_tables_in_rows_fit():
             for i in range(30)
         }
         loads = {k: Load(k, rng.choice([64, 640])) for k in tables}
-        rows = oracle(tables, loads, dict.fromkeys(tables, "rows"), 8, 512)
+        rows = oracle(tables, loads, dict.fromkeys(tables, "row_wise"), 8, 512)
         memory = math.ceil(rows[2]) + 1
         found = plan(
             tables, loads, num_devices=8, batch_size=512, memory=memory, spare=0
@@ -169,9 +169,9 @@ def test_specs_are_those_of_groups_named_by_their_strategies():
     options = {"num_devices": 8, "batch_size": 512, "memory": 10**9}
     found = plan(tables, loads, axis=("x", "y"), **options)
     assert found.specs == {
-        "whole": Whole(("x", "y"), lanes=8),
-        "columns": P(None, ("x", "y")),
-        "replicated": P(),
+        "table_wise": TableWise(("x", "y"), lanes=8),
+        "column_wise": P(None, ("x", "y")),
+        "data_parallel": P(),
     }
     for table in found.tables:
         assert found.specs[table.strategy] == table.spec
@@ -190,17 +190,21 @@ def test_specs_lay_arrays_on_a_mesh():
 def test_plans_print_a_line_for_each_table():
     found = Plan(
         (
-            TablePlan("item", 10**9, 64, "rows", P("x", None), 999, 99_950, 2 * 10**10),
-            TablePlan("day", 7, 8, "whole", Whole("x", 2), 0, 1_500_000, 12_345, 1),
+            TablePlan(
+                "item", 10**9, 64, "row_wise", P("x", None), 999, 99_950, 2 * 10**10
+            ),
+            TablePlan(
+                "day", 7, 8, "table_wise", TableWise("x", 2), 0, 1_500_000, 12_345, 1
+            ),
         ),
         limit=3 * 10**12,
         warnings=("all is well.",),
     )
     assert str(found).splitlines() == [
-        "table  strategy          rows  features  forward  backward     held",
-        "item   rows        1000000000        64    999 B    100 kB    20 GB",
-        "day    whole on 1           7         8      0 B    1.5 MB  12.3 kB",
-        "total                                      999 B    1.6 MB    20 GB",
+        "table  strategy               rows  features  forward  backward     held",
+        "item   row_wise         1000000000        64    999 B    100 kB    20 GB",
+        "day    table_wise on 1           7         8      0 B    1.5 MB  12.3 kB",
+        "total                                           999 B    1.6 MB    20 GB",
         "A device sends 1.6 MB in a step, and holds 20 GB of 3 TB.",
         "Mind: all is well.",
     ]
@@ -210,7 +214,7 @@ def test_narrow_columns_are_warned_of():
     tables, loads = {"t": Table(10**4, 64)}, {"f": Load("t", 2048)}
     options = {"batch_size": 512, "memory": 10**9}
     found = plan(tables, loads, num_devices=8, **options)
-    assert found.tables[0].strategy == "columns"
+    assert found.tables[0].strategy == "column_wise"
     assert found.warnings == (
         "of 64 features in columns a device has 8; reading fewer than 16 is slow.",
     )
@@ -222,7 +226,7 @@ def test_idle_devices_are_warned_of():
     tables = {f"t{i}": Table(2000, 10) for i in range(7)}
     loads = {k: Load(k, 64) for k in tables}
     found = plan(tables, loads, num_devices=8, batch_size=64, memory=10**9)
-    assert {table.strategy for table in found.tables} == {"whole"}
+    assert {table.strategy for table in found.tables} == {"table_wise"}
     assert found.warnings == (
         "whole tables of 10 features are 7 for 8 devices; all set aside and send as "
         "much as those that have one.",
@@ -234,7 +238,7 @@ def test_more_rows_than_ids_count_are_warned_of():
     loads = {k: Load(k, 512) for k in tables}
     options = {"num_devices": 8, "batch_size": 64}
     found = plan(tables, loads, memory=2 * 10**10, **options)
-    assert {table.strategy for table in found.tables} == {"rows"}
+    assert {table.strategy for table in found.tables} == {"row_wise"}
     [warning] = found.warnings
     assert warning == (
         "2200000320 rows of 10 features in one array are more than 32-bit ids count."
@@ -245,8 +249,8 @@ def test_a_load_is_measured():
     bags = jbag.Bags.from_lists([[5, 5, 7], [], [7, 9]], capacity=8)
     assert Load.measure("t", bags) == Load("t", 8, distinct=3)
     weighted = jbag.Bags.from_lists([[5, 5]], [[1.0, 2.0]])
-    expected = Load("t", 2, weighted=True, capacity=4, distinct=1)
-    assert Load.measure("t", weighted, capacity=4) == expected
+    expected = Load("t", 2, weighted=True, rows_per_round=4, distinct=1)
+    assert Load.measure("t", weighted, rows_per_round=4) == expected
     on_device = jax.tree.map(jax.numpy.asarray, bags)
     assert Load.measure("t", on_device) == Load("t", 8, distinct=3)
 
@@ -256,7 +260,7 @@ def test_modules_are_tables():
     found = plan(
         tables, {"f": Load("linen", 8)}, num_devices=2, batch_size=8, memory=10**8
     )
-    assert (found.tables[0].num_embeddings, found.tables[0].features) == (1000, 16)
+    assert (found.tables[0].num_embeddings, found.tables[0].embedding_dim) == (1000, 16)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +281,7 @@ def test_modules_are_tables():
         (
             {"tables": {"t": Table(8, 1.5)}},
             TypeError,
-            r"`tables\['t'\].features` must be an integer; got 1.5",
+            r"`tables\['t'\].embedding_dim` must be an integer; got 1.5",
         ),
         (
             {"tables": {"t": Table(8, 8, "int8")}},
@@ -339,7 +343,11 @@ def test_bad_arguments_are_named(arguments, error, message):
         ({"slots": -1}, ValueError, "`slots` must be at least 0; got -1"),
         ({"slots": 1.5}, TypeError, "`slots` must be an integer; got 1.5"),
         ({"weighted": 1}, TypeError, "`weighted` must be True or False; got 1"),
-        ({"capacity": 0}, ValueError, "`capacity` must be at least 1; got 0"),
+        (
+            {"rows_per_round": 0},
+            ValueError,
+            "`rows_per_round` must be at least 1; got 0",
+        ),
         ({"distinct": 65}, ValueError, r"`distinct` must be in \[0, 65\); got 65"),
     ],
 )

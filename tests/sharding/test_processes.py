@@ -166,7 +166,10 @@ def test_a_block_that_does_not_fit_is_found_by_the_process_that_has_it(ran, shap
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "restored"),
-    [(1, {"8": "columns", "7": "rows", "1": "replicated"}), (3, {"3": "rows"})],
+    [
+        (1, {"8": "column_wise", "7": "row_wise", "1": "data_parallel"}),
+        (3, {"3": "row_wise"}),
+    ],
 )
 def test_checkpoints_go_on_with_other_devices(ran, processes, restored):
     """Bit by bit the same, and so are the losses that follow; see the worker."""

@@ -13,13 +13,13 @@ from meshes import make_mesh
 from slow import slow
 
 import jbag
-from jbag.sharding import Whole
+from jbag.sharding import TableWise
 
 STRATEGIES = {
-    "rows": P("x", None),
-    "columns": P(None, "x"),
-    "replicated": P(),
-    "whole": Whole("x", lanes=12),
+    "row_wise": P("x", None),
+    "column_wise": P(None, "x"),
+    "data_parallel": P(),
+    "table_wise": TableWise("x", lanes=12),
 }
 SOME = cases.only(*cases.SOME)
 FEW = cases.only("plain_mean", "flat_mean", "padded_sum", "counted_max")
@@ -40,10 +40,10 @@ def test_values_and_gradients_are_those_of_the_oracle(strategy):
 
 # All features, or every other one, as those strategies take long to compile.
 EVERY = {
-    "rows": list(cases.FEATURES),
-    "replicated": list(cases.FEATURES),
-    "columns": list(cases.FEATURES)[::2],
-    "whole": list(cases.FEATURES)[1::2],
+    "row_wise": list(cases.FEATURES),
+    "data_parallel": list(cases.FEATURES),
+    "column_wise": list(cases.FEATURES)[::2],
+    "table_wise": list(cases.FEATURES)[1::2],
 }
 
 
@@ -55,7 +55,7 @@ def test_values_and_gradients_of_many_features_are_those_of_the_oracle(strategy)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["columns", "replicated", "whole"])
+@pytest.mark.parametrize("strategy", ["column_wise", "data_parallel", "table_wise"])
 def test_averages_alone_count_ids_of_no_row(strategy):
     # Of one launch alone, the gradient is one term, not divided yet.
     own = cases.only("padded_mean")
@@ -73,7 +73,7 @@ def test_explicit_meshes_and_the_reference_kernel(strategy):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "kind", "size"),
-    [("rows", "auto", 1), ("rows", "explicit", 3), ("whole", "auto", 3)],
+    [("row_wise", "auto", 1), ("row_wise", "explicit", 3), ("table_wise", "auto", 3)],
 )
 def test_any_number_of_devices(strategy, kind, size):
     mesh, grid = make_mesh(kind, (size,)), jbag.sharding.Layout(1).grid
@@ -86,7 +86,7 @@ def test_any_number_of_devices(strategy, kind, size):
     [
         (P(("x", "y"), None), None, "auto", 4),
         (P(None, ("y", "x")), None, "explicit", 4),
-        (Whole(("x", "y"), lanes=4), None, "explicit", 4),
+        (TableWise(("x", "y"), lanes=4), None, "explicit", 4),
         (P("x", None), None, "explicit", 2),
         (P(), "y", "auto", 2),
     ],
@@ -104,7 +104,7 @@ def place(ids, size, grid):
     return ids % grid * multiplier % grid * -(-size // grid) + ids // grid
 
 
-def expected_traffic(features, grid, capacity, blocks=4):
+def expected_traffic(features, grid, rows_per_round, blocks=4):
     """Count, of one stack, what `Traffic` tells: rounds, requested, out_of_range."""
     tables, _ = cases.only(*features)
     sizes = {name: table.num_embeddings for name, table in tables.items()}
@@ -129,30 +129,32 @@ def expected_traffic(features, grid, capacity, blocks=4):
         return np.bincount(part, minlength=blocks * parts)
 
     rounds = 1
-    while max(count(own, rounds).max() for own in rows) > capacity:
+    while max(count(own, rounds).max() for own in rows) > rows_per_round:
         rounds *= 2
     return rounds, np.stack([count(own, 1) for own in rows]), out_of_range
 
 
 @pytest.mark.parametrize(
-    ("capacity", "kind"),
+    ("rows_per_round", "kind"),
     [
         (2, "explicit"),
         *slow((1, "auto"), (4, "auto")),
     ],
 )
-def test_more_rounds_change_nothing(capacity, kind):
-    collection = make(*FEW, STRATEGIES["rows"], make_mesh(kind), capacity=capacity)
+def test_more_rounds_change_nothing(rows_per_round, kind):
+    collection = make(
+        *FEW, STRATEGIES["row_wise"], make_mesh(kind), rows_per_round=rows_per_round
+    )
     cases.check(collection, 4)
     batch = cases.batch_of(FEW[1], 4)
     (traffic,) = collection.traffic(batch).values()
-    rounds, requested, out_of_range = expected_traffic(FEW[1], 12, capacity)
+    rounds, requested, out_of_range = expected_traffic(FEW[1], 12, rows_per_round)
     assert traffic.rounds == rounds
     assert rounds > 1
     np.testing.assert_array_equal(traffic.requested, requested)
     np.testing.assert_array_equal(traffic.distinct, requested.sum(1))
     np.testing.assert_array_equal(traffic.out_of_range, out_of_range)
-    roomy = make(*FEW, STRATEGIES["rows"], make_mesh(kind))
+    roomy = make(*FEW, STRATEGIES["row_wise"], make_mesh(kind))
     (traffic,) = roomy.traffic(batch).values()
     assert traffic.rounds == 1
 
@@ -167,10 +169,15 @@ def test_all_ids_may_be_of_one_owner():
     bags = [[(i, None) for i in bag] for bag in ids]
 
     @functools.partial(jax.jit, static_argnums=2)
-    def run(table, ids, capacity):
+    def run(table, ids, rows_per_round):
         def loss(table):
             out = jbag.sharding.embedding_bag(
-                table, ids, spec=P("x", None), mesh=mesh, capacity=capacity, sparse=True
+                table,
+                ids,
+                spec=P("x", None),
+                mesh=mesh,
+                rows_per_round=rows_per_round,
+                sparse=True,
             )
             return (out * g).sum(), out
 
@@ -179,8 +186,8 @@ def test_all_ids_may_be_of_one_owner():
         return out, jax.grad(loss, has_aux=True)(table)[0], rows.todense(), rows.indices
 
     table = jax.device_put(table, jax.sharding.NamedSharding(mesh, P("x", None)))
-    for capacity in (1, 3, None):
-        out, dense, rows, indices = run(table, jnp.asarray(ids), capacity)
+    for rows_per_round in (1, 3, None):
+        out, dense, rows, indices = run(table, jnp.asarray(ids), rows_per_round)
         oracle.assert_close(out, oracle.forward(table, bags, "mean"))
         gradient, _ = oracle.gradients(table, bags, g, "mean")
         oracle.assert_close(dense, gradient)
@@ -199,7 +206,9 @@ def broken(bags):
     return jbag.Bags(bags.indices, jnp.asarray(ends), bags.weights)
 
 
-@pytest.mark.parametrize("strategy", ["rows", *slow("columns", "replicated", "whole")])
+@pytest.mark.parametrize(
+    "strategy", ["row_wise", *slow("column_wise", "data_parallel", "table_wise")]
+)
 def test_a_malformed_bag_is_nan_alone(strategy):
     names = ["plain_mean", "padded_sum", "plain_max", "flat_mean", "counted_sqrtn"]
     tables, features = cases.only(*names)
@@ -265,7 +274,7 @@ def test_one_table_by_itself_and_without_jit():
         oracle.assert_close(layout.to_logical(np.asarray(found)), wanted)
 
 
-@pytest.mark.parametrize("strategy", ["rows", *slow("whole", "replicated")])
+@pytest.mark.parametrize("strategy", ["row_wise", *slow("table_wise", "data_parallel")])
 def test_a_batch_of_no_ids_or_no_bags(strategy):
     tables, features = cases.only("plain_mean", "plain_max", "counted_sqrtn")
     collection = make(tables, features, STRATEGIES[strategy], make_mesh("auto"))
@@ -313,7 +322,7 @@ def test_a_keyed_batch_equals_a_dict(strategy):
         ]
         keyed.append(cases.pack(names[0], 90, pairs))
     keyed = jax.tree.map(lambda *xs: jnp.stack(xs), *keyed)
-    if strategy == "whole":
+    if strategy == "table_wise":
         with pytest.raises(ValueError, match="take a dict of bags; got one keyed"):
             collection.apply(params, keyed)
         return
@@ -321,7 +330,7 @@ def test_a_keyed_batch_equals_a_dict(strategy):
     oracle.assert_close(apply(params, keyed), apply(params, batch))
 
 
-@pytest.mark.parametrize("strategy", ["rows", *slow("columns", "whole")])
+@pytest.mark.parametrize("strategy", ["row_wise", *slow("column_wise", "table_wise")])
 def test_derivatives_forwards_and_of_second_order(strategy):
     mesh, grid = make_mesh("auto"), 12
     tables, features = cases.only("plain_sqrtn", "padded_mean", "wide")
@@ -352,7 +361,9 @@ def test_derivatives_forwards_and_of_second_order(strategy):
     jax.tree.map(oracle.assert_close, *map(scaled, (derivatives(own, batch), expected)))
 
 
-@pytest.mark.parametrize("strategy", ["rows", *slow("columns", "replicated")])
+@pytest.mark.parametrize(
+    "strategy", ["row_wise", *slow("column_wise", "data_parallel")]
+)
 def test_a_table_may_be_used_several_times(strategy):
     tables, features = cases.only("plain_mean", "padded_max")
     collection = make(tables, features, STRATEGIES[strategy], make_mesh("explicit"))
@@ -384,7 +395,7 @@ def test_a_table_may_be_used_several_times(strategy):
         oracle.assert_close(found, dense)
     assert isinstance(full[0], jax.Array)
     oracle.assert_close(*full)
-    if strategy in ("rows", "replicated"):
+    if strategy in ("row_wise", "data_parallel"):
         with pytest.raises(ValueError, match="coalesced or not; got several"):
             (rows + coalesced).todense()
 
@@ -440,14 +451,14 @@ def blocks_with(row):
             "`grid`.* must be divisible by the 4 devices.*'embedding_6'.*grid=7",
         ),
         (
-            {"other": Whole("x", lanes=6)},
+            {"other": TableWise("x", lanes=6)},
             {},
             None,
             ValueError,
             "must be (divisible by|a multiple of) the 4 devices.*num_lanes=6",
         ),
         (
-            {"other": Whole("x", lanes=0)},
+            {"other": TableWise("x", lanes=0)},
             {},
             None,
             ValueError,
@@ -479,7 +490,7 @@ def blocks_with(row):
             {},
             None,
             TypeError,
-            "`specs` must hold a .* or a Whole for each name; got 'x' at 'other'",
+            "`specs` must hold a .* or a TableWise for each name; got 'x' at 'other'",
         ),
         (
             {"other": P("x", None)},
@@ -533,16 +544,16 @@ def test_what_does_not_fit_one_table_is_named():
     layout = jbag.sharding.Layout(9, grid=4)
     with pytest.raises(ValueError, match=r"the 12 rows of its layout; got.*\(8, 4\)"):
         pool(table, layout=layout, mesh=mesh)
-    with pytest.raises(TypeError, match="for one table; got a Whole"):
-        pool(table, spec=Whole("x", 4), mesh=mesh)
+    with pytest.raises(TypeError, match="for one table; got a TableWise"):
+        pool(table, spec=TableWise("x", 4), mesh=mesh)
     with pytest.raises(TypeError, match=r"`specs` must hold a"):
         pool(table, spec="x", mesh=mesh)
     with pytest.raises(
         ValueError, match=r"`grid`.* must be divisible by the 4 devices"
     ):
         pool(jnp.ones((9, 4)), spec=P("x"), mesh=mesh)
-    with pytest.raises(ValueError, match="`capacity` must be at least 1; got 0"):
-        pool(table, spec=P("x"), mesh=mesh, capacity=0)
+    with pytest.raises(ValueError, match="`rows_per_round` must be at least 1; got 0"):
+        pool(table, spec=P("x"), mesh=mesh, rows_per_round=0)
     with pytest.raises(ValueError, match=r"`bags` must be a stack of 4.*\(3,\)"):
         pool(table, bags=jbag.Bags.from_lists([[1, 2, 3]]), mesh=mesh)
     with pytest.raises(TypeError, match="`table` must be a matrix of"):
@@ -555,11 +566,11 @@ def test_what_does_not_fit_one_table_is_named():
 @pytest.mark.parametrize(
     ("strategy", "dtype", "ids_dtype"),
     [
-        ("rows", "bfloat16", "int32"),
+        ("row_wise", "bfloat16", "int32"),
         *slow(
-            ("rows", "float64", "int64"),
-            ("columns", "bfloat16", "uint8"),
-            ("whole", "float64", "int64"),
+            ("row_wise", "float64", "int64"),
+            ("column_wise", "bfloat16", "uint8"),
+            ("table_wise", "float64", "int64"),
         ),
     ],
 )
@@ -600,5 +611,7 @@ def test_other_dtypes(strategy, dtype, ids_dtype):
             x = collection.export_tables({"embedding_4": x})["plain"]
             # The largest numbers here have a few units in front of the point.
             oracle.assert_close(np.asarray(x, float) / 4, expected / 4, dtype)
-        (traffic,) = collection.traffic(batch).values() if strategy == "rows" else [()]
+        (traffic,) = (
+            collection.traffic(batch).values() if strategy == "row_wise" else [()]
+        )
         assert {x.dtype for x in traffic} <= {np.dtype("int32")}

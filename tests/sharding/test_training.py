@@ -19,18 +19,18 @@ from slow import slow
 
 import jbag
 from jbag import optim
-from jbag.sharding import Whole
+from jbag.sharding import TableWise
 
 pytestmark = pytest.mark.standard_promotion
 
 
-# By name: the spec, and the capacity.
+# By name: the spec, and the rows per round.
 STRATEGIES = {
-    "rows": (P("x", None), None),
-    "rows in rounds": (P("x", None), 1),
-    "columns": (P(None, "x"), None),
-    "replicated": (P(), None),
-    "whole": (Whole("x", lanes=4), None),
+    "row_wise": (P("x", None), None),
+    "row_wise in rounds": (P("x", None), 1),
+    "column_wise": (P(None, "x"), None),
+    "data_parallel": (P(), None),
+    "table_wise": (TableWise("x", lanes=4), None),
 }
 TABLES, FEATURES = cases.only("plain_mean", "padded_sum", "counted_max")
 
@@ -38,8 +38,8 @@ TABLES, FEATURES = cases.only("plain_mean", "padded_sum", "counted_max")
 def make(strategy=None, mesh=None, **options):
     options = {"grid": 12, "sparse": True, "mesh": mesh} | options
     if strategy is not None:
-        spec, capacity = STRATEGIES[strategy]
-        options |= {"specs": {"embedding": spec}, "capacity": capacity}
+        spec, rows_per_round = STRATEGIES[strategy]
+        options |= {"specs": {"embedding": spec}, "rows_per_round": rows_per_round}
     return jbag.EmbeddingBagCollection(TABLES, FEATURES, **options)
 
 
@@ -132,10 +132,15 @@ def on_one_device():
 
 
 @pytest.mark.parametrize(
-    "strategy", ["rows", "whole", *slow("rows in rounds", "columns", "replicated")]
+    "strategy",
+    [
+        "row_wise",
+        "table_wise",
+        *slow("row_wise in rounds", "column_wise", "data_parallel"),
+    ],
 )
 def test_each_optimizer_moves_tables_as_on_one_device(strategy):
-    kind = "explicit" if strategy == "rows" else "auto"
+    kind = "explicit" if strategy == "row_wise" else "auto"
     collection = make(strategy, make_mesh(kind))
     trained = train(collection, [batch_of(step, 4) for step in range(3)])
     jax.tree.map(close, trained, on_one_device())
@@ -174,18 +179,21 @@ def accumulated_on_one_device():
 
 @pytest.mark.parametrize(
     ("strategy", "kind"),
-    [("rows", "auto"), *slow(("columns", "explicit"), ("replicated", "auto"))],
+    [
+        ("row_wise", "auto"),
+        *slow(("column_wise", "explicit"), ("data_parallel", "auto")),
+    ],
 )
 def test_gradients_of_several_batches_accumulate(strategy, kind):
     got = accumulate(make(strategy, make_mesh(kind)), 4)
     jax.tree.map(close, got, accumulated_on_one_device())
 
 
-@pytest.mark.parametrize("strategy", ["rows", *slow("columns", "whole")])
+@pytest.mark.parametrize("strategy", ["row_wise", *slow("column_wise", "table_wise")])
 def test_half_tables_round_at_random(strategy):
     """Small steps are lost by rounding to nearest, but not on the average at random."""
     table = jbag.Table(64, cases.D, param_dtype=jnp.bfloat16)
-    options = dict(zip(("specs", "capacity"), STRATEGIES[strategy], strict=True))
+    options = dict(zip(("specs", "rows_per_round"), STRATEGIES[strategy], strict=True))
     options["specs"] = {"embedding": options["specs"]}
     collection = jbag.EmbeddingBagCollection(
         {"a": table}, {"a": jbag.Feature("a", "sum")}, mesh=make_mesh(), **options,
@@ -227,7 +235,9 @@ def make_state(collection, key=None):
     return TrainState.create(apply_fn=model.apply, params=params["params"], tx=tx)
 
 
-@pytest.mark.parametrize("strategy", ["rows", *slow("columns", "replicated")])
+@pytest.mark.parametrize(
+    "strategy", ["row_wise", *slow("column_wise", "data_parallel")]
+)
 def test_a_train_state_is_made_and_moves_where_it_lies(strategy):
     mesh = make_mesh()
     # Of one grid, arrays start alike on one device and on several.
@@ -295,9 +305,9 @@ def test_training_goes_on_with_tables_that_lie_whole_and_back():
         for params, state in [train(one, *start(one), range(6))]
         for x in (params, *state.states.values())
     ]
-    before = make("rows", make_mesh())
+    before = make("row_wise", make_mesh())
     params, state = train(before, *start(before), range(2))
-    for strategy, steps in (("whole", (2, 3)), ("columns", (4, 5))):
+    for strategy, steps in (("table_wise", (2, 3)), ("column_wise", (4, 5))):
         after = make(strategy, make_mesh())
         move = lambda x: after.import_tables(before.export_tables(x))  # noqa: B023  (called at once)
         params, states = move(params), {k: move(x) for k, x in state.states.items()}
@@ -354,7 +364,7 @@ V, WIDTH = 200_000, 32
 DEVICES, BAGS, LENGTH = 4, 64, 16
 
 
-def compile_step(spec, loss, optimizer, capacity=None):
+def compile_step(spec, loss, optimizer, rows_per_round=None):
     """Return a compiled step, and the bytes of a device's part of table and states."""
     mesh = make_mesh()
     collection = jbag.EmbeddingBagCollection(
@@ -362,7 +372,7 @@ def compile_step(spec, loss, optimizer, capacity=None):
         {"items": jbag.Feature("items")},
         specs={"embedding": spec},
         mesh=mesh,
-        capacity=capacity,
+        rows_per_round=rows_per_round,
         sparse=True,
     )
 
@@ -417,7 +427,7 @@ def collectives(compiled):
 
 
 @pytest.mark.parametrize(
-    ("loss", "optimizer", "capacity"),
+    ("loss", "optimizer", "rows_per_round"),
     [
         (squares, optim.rowwise_adagrad(0.1), None),
         *slow(
@@ -427,19 +437,21 @@ def collectives(compiled):
         ),
     ],
 )
-def test_no_shard_is_copied_and_only_named_rows_travel(
-    loss, optimizer, capacity, require
+def test_no_shard_is_copied_and_only_named_rows_are_sent(
+    loss, optimizer, rows_per_round, require
 ):
     require("cpu")
-    compiled, own = compile_step(P("x", None), loss, optimizer, capacity)
+    compiled, own = compile_step(P("x", None), loss, optimizer, rows_per_round)
     memory = compiled.memory_analysis()
     shard = V * WIDTH * 4 / DEVICES
     assert memory.temp_size_in_bytes < shard / 5
     assert memory.alias_size_in_bytes >= own
     slots = BAGS * LENGTH
-    if capacity is None:
-        capacity = -(-(slots / DEVICES + 6 * (slots / DEVICES) ** 0.5 + 8) // 8) * 8
-    ids = DEVICES * capacity * 4
+    if rows_per_round is None:
+        rows_per_round = (
+            -(-(slots / DEVICES + 6 * (slots / DEVICES) ** 0.5 + 8) // 8) * 8
+        )
+    ids = DEVICES * rows_per_round * 4
     for kind, size in collectives(compiled):
         if kind == "all-to-all":
             assert size in (ids, ids * WIDTH)
@@ -450,7 +462,7 @@ def test_no_shard_is_copied_and_only_named_rows_travel(
     assert sorted(sent) == [ids] * 2 + [ids * WIDTH] * 2
 
 
-@pytest.mark.parametrize("spec", [P(None, "x"), P(), Whole("x", lanes=4)], ids=str)
+@pytest.mark.parametrize("spec", [P(None, "x"), P(), TableWise("x", lanes=4)], ids=str)
 def test_tables_that_lie_otherwise_are_not_copied_either(spec, require):
     require("cpu")
     compiled, own = compile_step(spec, linear, optim.rowwise_adagrad(0.1))

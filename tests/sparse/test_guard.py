@@ -369,10 +369,10 @@ def test_rows_that_stay_within_a_program_are_not_compared():
 
 
 MESH_SPECS = {
-    "rows": P("x", None),
-    "columns": P(None, "x"),
-    "replicated": P(),
-    "whole": jbag.sharding.Whole("x", 4),
+    "row_wise": P("x", None),
+    "column_wise": P(None, "x"),
+    "data_parallel": P(),
+    "table_wise": jbag.sharding.TableWise("x", 4),
 }
 
 

@@ -61,7 +61,7 @@ def values():
     """Return each table's rows."""
     rng = np.random.default_rng(0)
     rows = {
-        name: rng.normal(size=(table.num_embeddings, table.features))
+        name: rng.normal(size=(table.num_embeddings, table.embedding_dim))
         for name, table in TABLES.items()
     }
     rows["tied"] = rng.integers(-1, 2, rows["tied"].shape).astype(float)
@@ -131,7 +131,7 @@ def batch_of(features, blocks=None):
 @functools.cache
 def cotangent(name):
     rng = np.random.default_rng(99 + list(CASES).index(name))
-    shape = (B, TABLES[CASES[name][0]].features)
+    shape = (B, TABLES[CASES[name][0]].embedding_dim)
     return rng.normal(size=shape).astype(np.float32)
 
 

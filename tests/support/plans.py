@@ -9,13 +9,13 @@ from jax.sharding import PartitionSpec
 from jbag.sharding._planner import Load, plan
 
 P = PartitionSpec
-STRATEGIES = ("replicated", "rows", "columns", "whole")
+STRATEGIES = ("data_parallel", "row_wise", "column_wise", "table_wise")
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
     num_embeddings: int
-    features: int
+    embedding_dim: int
     param_dtype: str = "float32"
 
 
@@ -30,11 +30,11 @@ def plan_one(table, *loads, **options):
 def oracle(tables, loads, choice, devices, batch_size, grid=20160):
     """Return the bytes sent forward and backward, and held, with row-wise state."""
     totals = np.zeros(3)
-    kind = {k: (choice[k], table.features) for k, table in tables.items()}
+    kind = {k: (choice[k], table.embedding_dim) for k, table in tables.items()}
     for strategy, width in set(kind.values()):
         names = [k for k in tables if kind[k] == (strategy, width)]
         owners = [names]
-        if strategy == "whole":
+        if strategy == "table_wise":
             owners = [[] for _ in range(devices)]
             filled = [0] * devices
             for k in sorted(names, key=lambda k: -tables[k].num_embeddings):
@@ -50,14 +50,14 @@ def oracle(tables, loads, choice, devices, batch_size, grid=20160):
         bags = batch_size // devices
         share = slots / devices
         room = min(slots, math.ceil((share + 6 * math.sqrt(share) + 8) / 8) * 8)
-        if strategy == "replicated":
+        if strategy == "data_parallel":
             each = (0, min(slots, rows) * (4 * width + 4))
             held = padded * (width + 1) * 4 + 12 * min(slots, rows) * width
-        elif strategy == "rows":
+        elif strategy == "row_wise":
             each = (room * (4 * width + 4), room * (4 * width + 4))
             held = padded * (width + 1) * 4 / devices
             held += 12 * min(slots, padded) * width
-        elif strategy == "columns":
+        elif strategy == "column_wise":
             own = width / devices
             named = min(devices * slots, padded)
             pooled = features * bags * own * 4

@@ -21,10 +21,10 @@ import jbag
 BATCH = 168  # Examples that 1, 3, 4, 7 or 8 devices can share.
 STEPS, LATER = 3, range(3, 6)  # before what is saved, and after it
 SPECS = {
-    "replicated": P(),
-    "rows": P("x", None),
-    "columns": P(None, "x"),
-    "whole": jbag.sharding.Whole("x", lanes=8),
+    "data_parallel": P(),
+    "row_wise": P("x", None),
+    "column_wise": P(None, "x"),
+    "table_wise": jbag.sharding.TableWise("x", lanes=8),
 }
 # The tables of a group are trained by the optimizer of that name. 56 columns, as 168
 # examples, can be shared by any of these numbers of devices but 3.
@@ -246,7 +246,7 @@ def strategies(mesh, folder):
         step, state, out = run_strategy(mesh, spec)
         if jax.process_index() == 0:
             np.savez(folder / f"{name}.npz", **out)
-        if name == "rows":
+        if name == "row_wise":
             manager(folder).save(STEPS, args=ocp.args.StandardSave(state))
             saved = flat(gather(state))
             _, losses, _ = take_steps(step, mesh, state, LATER)
@@ -261,10 +261,10 @@ def restore(devices, folder):
     """Restore what was saved on some of the devices, by some strategies, and go on."""
     saved = dict(np.load(folder / "state.npz"))
     expected = saved.pop("losses")
-    tables = dict(np.load(folder / "rows.npz"))
-    cases = [(len(devices), "columns"), (7, "rows"), (1, "replicated")]
+    tables = dict(np.load(folder / "row_wise.npz"))
+    cases = [(len(devices), "column_wise"), (7, "row_wise"), (1, "data_parallel")]
     if jax.process_count() > 1:
-        cases = [(len(devices), "rows")]
+        cases = [(len(devices), "row_wise")]
     for count, name in cases:
         mesh = jax.make_mesh((count,), ("x",), devices=devices[:count])
         collection = make_collection(mesh, SPECS[name])
