@@ -255,8 +255,8 @@ def draw_batch(
     return Batch(*(join(field, kept) for field in zip(*parts, strict=True)))
 
 
-def room(size: int, mean_length: int) -> int:
-    """Return the ids that so many bags have room for: a capacity for all batches.
+def capacity_of(size: int, mean_length: int) -> int:
+    """Return a capacity for the ids of so many bags, in all batches.
 
     Each is compiled once, and the same in all processes, so that it can't depend on
     what is drawn. One of 10^10 batches is larger, by Bernstein's inequality.
@@ -268,7 +268,10 @@ def room(size: int, mean_length: int) -> int:
 def make_blocks(mesh: Mesh, size: int) -> jbag.sharding.Blocks:
     """Return what makes batches over the mesh of what each process has drawn."""
     each = size // mesh.size
-    capacity = {"history": room(each, HISTORY_LENGTH), "tags": room(each, TAGS_LENGTH)}
+    capacity = {
+        "history": capacity_of(each, HISTORY_LENGTH),
+        "tags": capacity_of(each, TAGS_LENGTH),
+    }
     return jbag.sharding.Blocks(mesh, batch_size=size, capacity=capacity)
 
 
@@ -307,7 +310,7 @@ def batches(
             yield drawn.popleft().result()
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print a line, once for all processes."""
     if jax.process_index() == 0:
         tqdm.write(line)
@@ -375,7 +378,7 @@ class Checkpoints:
         own = ocp.args.StandardSave(state)
         parts = ocp.args.Composite(state=own, run=ocp.args.JsonSave(self.run))
         self.manager.save(step, args=parts)
-        say(f"Saved after step {step:,}")
+        log(f"Saved after step {step:,}")
 
     def restore(self, shapes: TrainState, shardings: Any) -> TrainState:
         """Return the state that was saved last, as it lies on this run's devices."""
@@ -391,7 +394,7 @@ class Checkpoints:
             shapes,
             shardings,
         )
-        say(f"Going on after step {self.latest:,}, from {self.path}")
+        log(f"Going on after step {self.latest:,}, from {self.path}")
         return read(state=ocp.args.StandardRestore(empty)).state
 
 
@@ -478,10 +481,10 @@ def train(args: argparse.Namespace, teacher: Teacher, mesh: Mesh) -> TrainState:
     if times:
         seconds = time.perf_counter() - start
         count = len(times) * size
-        say(f"{count:,} examples in {seconds:.1f} s, {count / seconds:,.0f} a second")
+        log(f"{count:,} examples in {seconds:.1f} s, {count / seconds:,.0f} a second")
         # The median: steps that were compiled first took longer.
         median = 1e3 * statistics.median(times)
-        say(f"{median:.1f} ms a step of {size} examples (median)")
+        log(f"{median:.1f} ms a step of {size} examples (median)")
     return state
 
 
@@ -502,11 +505,11 @@ def evaluate(
         ],
         axis=1,
     )
-    say(f"{clicks.size:,} new examples:")
-    say(f"{'':20}  {'AUC':>6}  {'log loss':>8}")
+    log(f"{clicks.size:,} new examples:")
+    log(f"{'':20}  {'AUC':>6}  {'log loss':>8}")
     for name, log_odds in {"the model": model, "the best there is": best}.items():
         loss = log_loss(clicks, log_odds)
-        say(f"{name:20}  {auc(clicks, log_odds):6.4f}  {loss:8.4f}")
+        log(f"{name:20}  {auc(clicks, log_odds):6.4f}  {loss:8.4f}")
     return auc(clicks, model), auc(clicks, best)
 
 

@@ -1,4 +1,4 @@
-"""What the public doors check of their arguments, and how they say what they found.
+"""Checks of the arguments of public functions, and their messages.
 
 Data on the host (lists, NumPy) is checked by value. Data on a device, or traced, is
 checked by dtype and shape only: copying it back would stall the device.
@@ -64,7 +64,7 @@ def check_integers(name: str, x: Any) -> AnyArray:
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(
             f"`{name}` must hold integers; got {x.dtype} of shape {x.shape}"
-            f"{_first_stranger(x)}."
+            f"{_first_invalid(x)}."
         )
     return x
 
@@ -83,7 +83,7 @@ def check_weights(
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise TypeError(
             f"`weights` must be floating; got {weights.dtype} of shape "
-            f"{weights.shape}{_first_stranger(weights)}."
+            f"{weights.shape}{_first_invalid(weights)}."
         )
     if weights.shape != shape:
         raise ValueError(
@@ -113,7 +113,7 @@ def check_offsets(
     host = on_host(offsets)
     if host and offsets.size:
         _check_monotone(offsets, capacity)
-    offsets = to_index_dtype(whole(offsets))
+    offsets = to_index_dtype(unsharded(offsets))
     if include_last_offset:
         return offsets
     if host and isinstance(capacity, int):
@@ -211,7 +211,7 @@ def _host_array(name: str, x: Any, kind: str) -> np.ndarray:
     return array if array.dtype.kind not in "USO" else np.asarray(x, object)
 
 
-def _first_stranger(x: Any) -> str:
+def _first_invalid(x: Any) -> str:
     """Say where an array of objects holds the first that isn't a number."""
     if x.dtype != object:
         return ""
@@ -238,13 +238,13 @@ def check_strings(name: str, strings: Iterable[str]) -> list[str]:
     return strings
 
 
-def is_cut(x: jax.Array) -> bool:
-    """Whether an array is cut along some Explicit axis."""
+def is_sharded(x: jax.Array) -> bool:
+    """Whether an array is sharded along some Explicit axis."""
     return any(axes is not None for axes in jax.typeof(x).sharding.spec)
 
 
-def whole(x: Any) -> Any:
-    """Return an array that is cut along Explicit axes on every device; others as is."""
-    if not isinstance(x, jax.Array) or not is_cut(x):
+def unsharded(x: Any) -> Any:
+    """Return an array without its sharding along Explicit axes; others as they are."""
+    if not isinstance(x, jax.Array) or not is_sharded(x):
         return x
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, P()))

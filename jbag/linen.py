@@ -128,7 +128,7 @@ class EmbeddingBag(nn.Module):
     def from_pretrained(
         cls, table: ArrayLike, freeze: bool = True, **options: Any
     ) -> EmbeddingBag:
-        """Return a module that starts from `table`, frozen unless told otherwise.
+        """Return a module that starts from `table`, frozen by default.
 
         Args:
           table: [V, D], floating.

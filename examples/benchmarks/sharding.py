@@ -7,7 +7,7 @@
 The first table is of training steps on one table: pool a batch in mode "sum", take the
 squares of what it pools as the loss, move the table by row-wise Adagrad. The sides:
 
-- rows, columns, replicated: `jbag.sharding.embedding_bag`, by the table's spec;
+- row_wise, column_wise, data_parallel: `jbag.sharding.embedding_bag`, by the table's spec;
 - jit, rows: `jbag.embedding_bag` on a table of which each device has some rows, left to
   JAX's compiler, with the row-sparse gradient;
 - jit, dense: the same with JAX's dense gradient, and plain SGD.
@@ -103,11 +103,11 @@ def sides_of(args: argparse.Namespace, mesh: Any, ids: jax.Array) -> Iterator[Si
 
         cases.append((name, SPECS["row_wise"], layout.num_rows, plain, dense))
     for name, spec, rows, pooled, dense in cases:
-        lie = NamedSharding(mesh, spec)
+        sharding = NamedSharding(mesh, spec)
         per_row = NamedSharding(mesh, P(*spec[:1]))
         draw = jax.jit(
             lambda key, rows=rows: jax.random.normal(key, (rows, args.features)),
-            out_shardings=lie,
+            out_shardings=sharding,
         )
         table = draw(jax.random.key(0, impl="rbg"))
         start = jax.eval_shape(OPTIMIZER.init, table)
@@ -116,7 +116,7 @@ def sides_of(args: argparse.Namespace, mesh: Any, ids: jax.Array) -> Iterator[Si
         step = jax.jit(
             make_step(pooled, dense),
             donate_argnums=(0, 1),
-            out_shardings=(lie, jax.tree.map(lambda x: x.sharding, state)),
+            out_shardings=(sharding, jax.tree.map(lambda x: x.sharding, state)),
         )
         yield name, step.lower(table, state, ids).compile(), [table, state]
 

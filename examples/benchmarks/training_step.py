@@ -306,8 +306,8 @@ def time_in_turns(calls: dict[str, Call], rounds: int) -> dict[str, float]:
 
 def measure(case: Case, sides: list[str], rounds: int) -> Result:
     """Time the sides on a case."""
-    there = [getattr(case.optimizer, side, case.workload.flax) for side in sides]
-    calls = {side: SIDES[side](case) for side in itertools.compress(sides, there)}
+    available = [getattr(case.optimizer, side, case.workload.flax) for side in sides]
+    calls = {side: SIDES[side](case) for side in itertools.compress(sides, available)}
     check_agreement(case, calls)
     return {
         "workload": case.workload.name,

@@ -276,7 +276,7 @@ def _scatter_add_impl(
     implementation: str | None,
 ) -> Float[Array, "rows D"]:
     """Return the array of which each owner's rows are the sums of what it receives."""
-    wide = accumulation_dtype(rows.dtype)
+    dtype = accumulation_dtype(rows.dtype)
     route = router(strategy, num_rows, unique.size // strategy.size, rows_per_round)
 
     def scatter_add_shard(rows: Float[Array, "U D"], unique: Int[Array, " U"]) -> Array:
@@ -287,13 +287,13 @@ def _scatter_add_impl(
                 None,
                 None,
                 num_embeddings=route.shard,
-                dtype=wide,
+                dtype=dtype,
                 pad_id=None,
                 implementation=implementation,
             )
 
-        total = jnp.zeros((route.shard, rows.shape[1]), wide)
-        total = route.scatter_rows(unique, rows.astype(wide), receive, total)
+        total = jnp.zeros((route.shard, rows.shape[1]), dtype)
+        total = route.scatter_rows(unique, rows.astype(dtype), receive, total)
         return total.astype(rows.dtype)
 
     spec = P(strategy.batch, None)

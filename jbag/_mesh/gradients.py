@@ -19,11 +19,11 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jbag._mesh.all_to_all import router
 from jbag._mesh.partition_specs import (
-    ROWS_ARE_CUT,
+    SHARDED_BY_ROWS,
     ShardingType,
     Strategy,
-    lay,
     per_device,
+    reshard,
 )
 from jbag.ops._factored_gradient import (
     ONE_DEVICE,
@@ -84,7 +84,7 @@ class LocalGradients:
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return zeros that lie as the cotangent does."""
-        return lay(jnp.zeros(shape, dtype), self.strategy, self.cotangent)
+        return reshard(jnp.zeros(shape, dtype), self.strategy, self.cotangent)
 
     def update_rows(
         self,
@@ -101,8 +101,8 @@ class LocalGradients:
         numbers = jnp.stack([jnp.asarray(x, dtype) for x in scalars])
         specs = tuple(self._spec(x) for x in (table, *states))
         # Each device has some columns of a row, whose squares are averaged over all.
-        columns_are_cut = self.strategy.sharding_type == ShardingType.COLUMN_WISE
-        sums_squares = columns_are_cut and bool(rules.RULES[rule].per_row)
+        is_column_wise = self.strategy.sharding_type == ShardingType.COLUMN_WISE
+        sums_squares = is_column_wise and bool(rules.RULES[rule].per_row)
 
         def move(
             arrays: tuple[Array, ...],
@@ -174,12 +174,16 @@ class LocalGradients:
             ) -> tuple[Any, ...]:
                 # Rounds go up the shard: what they receive stays in order.
                 indices, sums, count = carry
-                fresh, rows = term.apply(coalesce, num_embeddings=own[0])
-                slots = count + jnp.arange(fresh.size, dtype=count.dtype)
-                slots = jnp.where(fresh < own[0], slots, max_rows)
-                indices = indices.at[slots].set(fresh, mode="drop")
+                new_indices, rows = term.apply(coalesce, num_embeddings=own[0])
+                slots = count + jnp.arange(new_indices.size, dtype=count.dtype)
+                slots = jnp.where(new_indices < own[0], slots, max_rows)
+                indices = indices.at[slots].set(new_indices, mode="drop")
                 sums = sums.at[slots].set(rows.astype(sums.dtype), mode="drop")
-                return indices, sums, count + (fresh < own[0]).sum(dtype=count.dtype)
+                return (
+                    indices,
+                    sums,
+                    count + (new_indices < own[0]).sum(dtype=count.dtype),
+                )
 
             dtype = terms[0].ids.dtype
             start = (
@@ -249,7 +253,7 @@ class LocalGradients:
         rows, columns = shape
         sharding_type, size = self.strategy.sharding_type, self.strategy.size
         return (
-            rows // size if sharding_type in ROWS_ARE_CUT else rows,
+            rows // size if sharding_type in SHARDED_BY_ROWS else rows,
             columns // size if sharding_type == ShardingType.COLUMN_WISE else columns,
         )
 
@@ -340,7 +344,7 @@ def _local(terms: list[FactoredGradient]) -> list[FactoredGradient]:
 
 def _first_row(strategy: Strategy, rows: int) -> Int[Array, ""]:
     """Return the number of this device's first row."""
-    if strategy.sharding_type in ROWS_ARE_CUT:
+    if strategy.sharding_type in SHARDED_BY_ROWS:
         return jax.lax.axis_index(strategy.batch) * rows
     return jnp.zeros((), jnp.int32)
 

@@ -31,7 +31,7 @@ class ShardingType(enum.StrEnum):
 
 
 # Those that cut the rows of the array that holds the tables.
-ROWS_ARE_CUT = (ShardingType.TABLE_WISE, ShardingType.ROW_WISE)
+SHARDED_BY_ROWS = (ShardingType.TABLE_WISE, ShardingType.ROW_WISE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ def per_device(
 ) -> Callable:
     """Return `body` as a function of whole arrays, run by every device on its blocks.
 
-    Where the mesh's axes are Explicit, the arguments are laid as `in_specs` say. With
+    Where the mesh's axes are Explicit, the arguments are resharded to `in_specs`. With
     `check`, JAX keeps track of what is equal on all devices, and sums gradients where
     it is; without, `body` must not be differentiated.
     """
@@ -180,17 +180,17 @@ def per_device(
     if not strategy.is_explicit:
         return mapped
 
-    def laid(spec: P, tree: Any) -> Any:
-        return jax.tree.map(lambda x: lay(x, strategy, spec), tree)
+    def resharded(spec: P, tree: Any) -> Any:
+        return jax.tree.map(lambda x: reshard(x, strategy, spec), tree)
 
     def call(*args: Any) -> Any:
-        return mapped(*jax.tree.map(laid, in_specs, args, is_leaf=_is_spec))
+        return mapped(*jax.tree.map(resharded, in_specs, args, is_leaf=_is_spec))
 
     return call
 
 
-def lay(x: Array, strategy: Strategy, spec: P) -> Array:
-    """Return an array laid over an Explicit mesh; on others, the compiler lays it."""
+def reshard(x: Array, strategy: Strategy, spec: P) -> Array:
+    """Return an array resharded over an Explicit mesh; unchanged on others."""
     if not strategy.is_explicit:
         return x
     spec = P(*spec[: jax.numpy.ndim(x)])

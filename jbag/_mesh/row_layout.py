@@ -117,7 +117,7 @@ class Lanes:
     num_lanes: int
 
     @functools.cached_property
-    def _dealt(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    def _assignment(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
         """Return the lane of each table, where it starts there, and lanes' length."""
         filled = [0] * self.num_lanes
         lanes, starts = [0] * len(self.sizes), [0] * len(self.sizes)
@@ -131,12 +131,12 @@ class Lanes:
     @property
     def lanes(self) -> tuple[int, ...]:
         """The lane of each table."""
-        return self._dealt[0]
+        return self._assignment[0]
 
     @property
     def length(self) -> int:
         """The rows of a lane."""
-        return self._dealt[2]
+        return self._assignment[2]
 
     @property
     def num_rows(self) -> int:
@@ -145,7 +145,7 @@ class Lanes:
 
     def start(self, table: int) -> int:
         """Return the row of the array where a table starts."""
-        return self.lanes[table] * self.length + self._dealt[1][table]
+        return self.lanes[table] * self.length + self._assignment[1][table]
 
 
 def place(

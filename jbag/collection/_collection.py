@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jbag._mesh.partition_specs import (
-    ROWS_ARE_CUT,
+    SHARDED_BY_ROWS,
     ShardingType,
     Strategy,
     TableWise,
     current_mesh,
-    lay,
+    reshard,
     strategy,
 )
 from jbag._mesh.row_layout import GRID
@@ -136,7 +136,7 @@ def _check_division(stack: Stack, found: Strategy) -> None:
             f"`embedding_dim` must be divisible by the {found.size} devices that share "
             f"the columns of {stack.name!r}; got {width}."
         )
-    if found.sharding_type in ROWS_ARE_CUT and rows % found.size:
+    if found.sharding_type in SHARDED_BY_ROWS and rows % found.size:
         raise ValueError(
             f"`grid` (or `lanes`) must be divisible by the {found.size} devices that "
             f"share the rows of {stack.name!r}; got {stack.layout}."
@@ -157,7 +157,7 @@ def initializer(module: Any, parts: Parts, stack: Stack) -> Callable[[Array], Ar
         array = stack.init(key)
         if stack.name not in found:
             return array
-        return lay(array, found[stack.name], found[stack.name].table)
+        return reshard(array, found[stack.name], found[stack.name].table)
 
     return init
 

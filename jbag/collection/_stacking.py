@@ -205,7 +205,7 @@ class Launch(NamedTuple):
     ) -> tuple[Ids, Offsets, Slots | None]:
         """Return all bags end to end: of each block, those of each feature in order."""
         parts, values = [], []
-        wide = accumulation_dtype(jnp.dtype(stack.dtype))
+        value_dtype = accumulation_dtype(jnp.dtype(stack.dtype))
         for bags in blocks:
             if KEYED in bags:
                 bag = bags[KEYED]
@@ -218,7 +218,7 @@ class Launch(NamedTuple):
             for ids, bag in placed:
                 parts.append((ids, bag.offsets))
                 if bag.weights is not None:
-                    values.append(bag.weights.astype(wide))
+                    values.append(bag.weights.astype(value_dtype))
         ids, offsets = concatenate_bags(parts)
         return ids, offsets, concatenate_slots(parts, values) if values else None
 

@@ -40,7 +40,7 @@ class Batch:
       arrays: the tree of arrays, each [B, ...], or None; zeros where filled up.
       mask: [B], False where an empty bag fills the batch up.
       positions: [B], where in the data set each example is, -1 where filled up; or
-        None, where `Collate` wasn't told.
+        None, where `Collate` doesn't know it.
 
     Example:
       >>> bags = jbag.Bags.from_lists([[1, 2], [3], [4, 5, 6]])

@@ -139,9 +139,9 @@ class FastText:
                 labels += names[places].tolist()
                 probabilities += list(np.exp(scores))
                 continue
-            for own, score, there in zip(places, scores, found, strict=True):
-                labels.append(names[own[there]].tolist())
-                probabilities.append(np.exp(score[there]))
+            for own, score, is_found in zip(places, scores, found, strict=True):
+                labels.append(names[own[is_found]].tolist())
+                probabilities.append(np.exp(score[is_found]))
         return labels, probabilities
 
     def probabilities(self, bags: Bags) -> Float[Array, "B L"]:
@@ -234,9 +234,9 @@ class FastText:
         args = (self.table, self.output, _padded(bags), self._tree)
         p = values(*args, loss=self.loss)
         best = largest(p, min(k + 1, len(self.labels)))
-        there = np.asarray(bags.lengths) > 0
+        has_rows = np.asarray(bags.lengths) > 0
         return functools.partial(
-            best_labels, p, best, there, k=k, least=least, tree=self._tree
+            best_labels, p, best, has_rows, k=k, least=least, tree=self._tree
         )
 
     def _pool(self, table: Array, bags: Bags) -> np.ndarray:

@@ -92,7 +92,7 @@ def _measure(file: BinaryIO, size: int) -> tuple[int, int, int]:
     fields = line.split()
     if len(fields) == 2 and all(map(_is_size, fields)):
         num, features = map(int, fields)
-        told, first = "as its first line says", file.tell()
+        source, first = "as its first line says", file.tell()
         if features < 1:
             raise ValueError(f"its words can't have {features} numbers")
     elif len(fields) < 2:
@@ -101,13 +101,13 @@ def _measure(file: BinaryIO, size: int) -> tuple[int, int, int]:
             f"and its vector; got {line[:80]!r}"
         )
     else:
-        told, first = "as many as its first line has", start
+        source, first = "as many as its first line has", start
         file.seek(first)
         num, features = sum(map(len, _blocks(file))), len(fields) - 1
     if 2 * num * features > size:
         raise ValueError(
-            f"it must hold {num} words of {features} numbers, {told}; it is of {size} "
-            "bytes"
+            f"it must hold {num} words of {features} numbers, {source}; it is of "
+            f"{size} bytes"
         )
     return num, features, first
 

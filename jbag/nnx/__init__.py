@@ -143,7 +143,7 @@ class EmbeddingBag(nnx.Module):
     def from_pretrained(
         cls, table: ArrayLike, freeze: bool = True, **options: Any
     ) -> EmbeddingBag:
-        """Return a module that holds `table`, frozen unless told otherwise.
+        """Return a module that holds `table`, frozen by default.
 
         Args:
           table: [V, D], floating.

@@ -110,7 +110,7 @@ def value_and_grad(
             ctxtag=_TAG,
         )
         outer = jax.tree.leaves((parts, options))
-        moving = [
+        differentiable = [
             jax.tree.flatten(_first_states(part)) if position in filters else ([], None)
             for position, part in enumerate(parts)
         ]
@@ -120,7 +120,9 @@ def value_and_grad(
             merged = (
                 tuple(
                     part if tree is None else _replace(part, tree.unflatten(x))
-                    for part, (_, tree), x in zip(parts, moving, leaves, strict=True)
+                    for part, (_, tree), x in zip(
+                        parts, differentiable, leaves, strict=True
+                    )
                 ),
                 options,
             )
@@ -144,13 +146,13 @@ def value_and_grad(
         both = _gradient.value_and_grad(
             pure, tuple(filters), has_aux=True, allow_dense=allow_dense
         )
-        (value, changed), gradients = both(*(leaves for leaves, _ in moving))
+        (value, changed), gradients = both(*(leaves for leaves, _ in differentiable))
         tree, origins = structure
         new = iter(changed)
         out = tree.unflatten([next(new) if k is None else outer[k] for k in origins])
         _, aux = nnx.from_tree(out, ctxtag=_TAG, is_inner=False)
         gradient = tuple(
-            moving[position][1].unflatten(leaves)
+            differentiable[position][1].unflatten(leaves)
             for position, leaves in zip(filters, gradients, strict=True)
         )
         value = (value, aux) if has_aux else value

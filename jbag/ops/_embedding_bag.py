@@ -67,7 +67,7 @@ def embedding_bag(
     Args:
       table: [V, D], float32, float64, bfloat16 or float16.
       indices: ids of rows, integers: [N] with `offsets`; or [B, L], B bags of L; or a
-        `Bags`, which brings its own offsets and may bring weights.
+        `Bags`, which has its own offsets and may have weights.
       offsets: where each bag starts, from 0, never decreasing. [B], the last bag
         running to the end of `indices`; or [B + 1] with `include_last_offset`.
       mode: "sum", "mean", "max", "min" or "sqrtn".

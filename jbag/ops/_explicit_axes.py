@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jbag._validation import is_cut
+from jbag._validation import is_sharded
 
 
 def pooled_sharding(
@@ -24,7 +24,7 @@ def pooled_sharding(
       ValueError: the table is cut by rows, or its columns and the bags along one axis.
     """
     operands = [x for x in (table, ids, offsets, weights) if x is not None]
-    meshes = [jax.typeof(x).sharding.mesh for x in operands if is_cut(x)]
+    meshes = [jax.typeof(x).sharding.mesh for x in operands if is_sharded(x)]
     if not meshes:
         return None
     rows, columns = jax.typeof(table).sharding.spec

@@ -276,21 +276,21 @@ def concatenate_gradients(
         elif jnp.issubdtype(ids.dtype, jnp.signedinteger):
             ids = jnp.maximum(ids, OUT_OF_RANGE_ID)  # -1 is an empty slot from here on
         parts.append((ids.astype(dtype), term.offsets))
-    wide = jnp.result_type(*(term.cotangent.dtype for term in terms))
+    value_dtype = jnp.result_type(*(term.cotangent.dtype for term in terms))
     coefficients = None
     if any(term.coefficients is not None for term in terms):
         coefficients = concatenate_slots(
             parts,
             [
-                unit_weights(term.ids, wide)
+                unit_weights(term.ids, value_dtype)
                 if term.coefficients is None
-                else term.coefficients.astype(wide)
+                else term.coefficients.astype(value_dtype)
                 for term in terms
             ],
         )
     ids, offsets = concatenate_bags(parts)
     return FactoredGradient(
-        jnp.concatenate([term.cotangent.astype(wide) for term in terms]),
+        jnp.concatenate([term.cotangent.astype(value_dtype) for term in terms]),
         ids,
         offsets,
         coefficients,

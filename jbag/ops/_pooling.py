@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jbag._validation import whole
+from jbag._validation import unsharded
 from jbag.ops import _spmm
 from jbag.ops._explicit_axes import partitioned, pooled_sharding
 from jbag.ops._factored_gradient import ONE_DEVICE, Placement
@@ -64,7 +64,7 @@ def pool(
     """
     sharding = pooled_sharding(table, indices, offsets, weights)
     indices, offsets, weights, frequencies = map(
-        whole, (indices, offsets, weights, frequencies)
+        unsharded, (indices, offsets, weights, frequencies)
     )
     csr, pad_id = prepare(
         table,
@@ -81,7 +81,7 @@ def pool(
     combined = functools.partial(combine, how=how, pad_id=pad_id)
     total, winners = partitioned(combined, sharding)(table, csr)
     if sparse:
-        total = mark(total, whole(winners), table, csr, how=how, pad_id=pad_id)
+        total = mark(total, unsharded(winners), table, csr, how=how, pad_id=pad_id)
     return finish(total, csr, table, how=how, pad_id=pad_id)
 
 

@@ -117,26 +117,27 @@ def _jvp(
 ) -> tuple[Any, Any]:
     """Differentiate the reference of an operation with several results."""
     del implementation
-    moving = [
+    active = [
         not isinstance(moved, ad.Zero) and moved.dtype != jax.dtypes.float0
         for moved in tangents
     ]
 
-    def moved(*movable: Array) -> Any:
-        rest = iter(movable)
+    def moved(*active_operands: Array) -> Any:
+        rest = iter(active_operands)
         operands = (
-            next(rest) if moves else x for x, moves in zip(primals, moving, strict=True)
+            next(rest) if is_active else x
+            for x, is_active in zip(primals, active, strict=True)
         )
         return reference(*operands, **params)
 
     chosen, directions = (
-        [x for x, moves in zip(xs, moving, strict=True) if moves]
+        [x for x, is_active in zip(xs, active, strict=True) if is_active]
         for xs in (primals, tangents)
     )
     out, out_tangents = jax.jvp(moved, chosen, directions)
-    still = jax.dtypes.float0
+    float0 = jax.dtypes.float0
     return out, [
-        ad.Zero(jax.typeof(x).to_tangent_aval()) if t.dtype == still else t
+        ad.Zero(jax.typeof(x).to_tangent_aval()) if t.dtype == float0 else t
         for x, t in zip(out, out_tangents, strict=True)
     ]
 

@@ -83,9 +83,9 @@ def _follow_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
 def _pick(table: Float[Array, "V D"], rows: Int[Array, "B D"]) -> Float[Array, "B D"]:
     """Return table[rows[b, d], d]: zero at a negative row, NaN past the last."""
     # Cast first: the transpose then accumulates in float32 and rounds once.
-    wide = table.astype(_row_gather.accumulation_dtype(table.dtype))
+    values = table.astype(_row_gather.accumulation_dtype(table.dtype))
     pick = functools.partial(_row_gather.take, fill=jnp.nan)
-    picked = jax.vmap(pick, in_axes=1, out_axes=1)(wide, rows)
+    picked = jax.vmap(pick, in_axes=1, out_axes=1)(values, rows)
     return jnp.where(rows < 0, 0, picked)
 
 

@@ -168,17 +168,17 @@ def _jvp(
 ) -> tuple[Any, Any]:
     """Differentiate an operation that is linear in each floating operand."""
     value = primitive.bind(*equally_varying(*primals), **params)
-    moving = [
+    active = [
         (position, moved)
         for position, moved in enumerate(tangents)
         if not isinstance(moved, ad.Zero) and moved.dtype != jax.dtypes.float0
     ]
-    if not moving:
+    if not active:
         return value, ad.Zero(jax.typeof(value).to_tangent_aval())
-    if len(moving) > 1 and "dtype" in params:  # rounded when all is added up
+    if len(active) > 1 and "dtype" in params:  # rounded when all is added up
         params["dtype"] = _row_gather.accumulation_dtype(value.dtype)
     tangent = None
-    for position, moved in moving:
+    for position, moved in active:
         operands = [*primals[:position], moved, *primals[position + 1 :]]
         term = primitive.bind(*equally_varying(*operands), **params)
         tangent = term if tangent is None else ad.add_tangents(tangent, term)
@@ -254,13 +254,13 @@ def divided(
     implementation: str | None,
 ) -> Float[Array, "B D"]:
     """Divide by what the average divided by, in the accumulation dtype."""
-    wide = _row_gather.accumulation_dtype(dtype)
-    back = back.astype(wide)
+    accumulator = _row_gather.accumulation_dtype(dtype)
+    back = back.astype(accumulator)
     if average is None:
         return back
     pool = functools.partial(spmm, implementation=implementation)
     options: dict[str, Any] = {"pad_id": pad_id, "average": average}
-    return back / xla.divisors(pool, ids, offsets, wide, **options)
+    return back / xla.divisors(pool, ids, offsets, accumulator, **options)
 
 
 def _spmm_transpose_to_cotangent(

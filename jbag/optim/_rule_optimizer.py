@@ -209,13 +209,13 @@ def _scalars(
     values["decay"] = rate * jnp.asarray(weight_decay, dtype)
     steps = (count + 1).astype(dtype)
     if "b2" in values:  # as moments start from zero
-        values["rate"] *= jnp.sqrt(_filled(values["b2"], steps))
+        values["rate"] *= jnp.sqrt(_bias_correction(values["b2"], steps))
     if "b1" in values:
-        values["rate"] /= _filled(values["b1"], steps)
+        values["rate"] /= _bias_correction(values["b1"], steps)
     return [values[name] for name in RULES[rule].scalars]
 
 
-def _filled(b: Array, steps: Array) -> Array:
+def _bias_correction(b: Array, steps: Array) -> Array:
     """Return 1 - b ** steps, exactly where b is close to 1."""
     return -jnp.expm1(steps * jnp.log1p(b - 1))
 

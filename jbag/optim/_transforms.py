@@ -81,11 +81,11 @@ def apply_if_finite(
     """
 
     def update_plain(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        updates, state = wide.update(updates, state, params, **extra)
+        updates, state = extended.update(updates, state, params, **extra)
         # Of the structure of the gradients: a skipped update is zeros like these.
         return map_rows(lambda rows: rows.with_values(rows.values), updates), state
 
-    wide = optax.with_extra_args_support(inner)
+    extended = optax.with_extra_args_support(inner)
     plain = optax.GradientTransformationExtraArgs(inner.init, update_plain)
     outer = optax.apply_if_finite(plain, max_consecutive_errors)
 
@@ -157,7 +157,7 @@ def clip_by_row_norm(max_norm: float) -> optax.GradientTransformation:
             return gradient
         gradient = gradient.coalesce()
         norms = jnp.sqrt(jnp.square(gradient.values).sum(-1))
-        return gradient.scale_rows(_down_to(norms, max_norm))
+        return gradient.scale_rows(_norm_scale(norms, max_norm))
 
     return optax.stateless(
         lambda updates, _: jax.tree.map(clip, updates, is_leaf=is_rows)
@@ -178,7 +178,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
     def clip(updates: Any, _: Any) -> Any:
         updates = map_rows(RowSparse.coalesce, updates)
-        return _scaled(updates, _down_to(global_norm(updates), max_norm))
+        return _scaled(updates, _norm_scale(global_norm(updates), max_norm))
 
     return optax.stateless(clip)
 
@@ -198,11 +198,11 @@ def global_norm(updates: Any) -> Float[Array, ""]:
     ]
     if not squares:
         return jnp.zeros(())
-    wide = jnp.result_type(*(x.dtype for x in squares))
-    return jnp.sqrt(sum(x.astype(wide) for x in squares))
+    norm_dtype = jnp.result_type(*(x.dtype for x in squares))
+    return jnp.sqrt(sum(x.astype(norm_dtype) for x in squares))
 
 
-def _down_to(norm: Array, max_norm: Any) -> Array:
+def _norm_scale(norm: Array, max_norm: Any) -> Array:
     """Return what scales the norm down to the largest allowed."""
     largest = jnp.asarray(max_norm, norm.dtype)
     return jnp.where(norm > largest, largest / norm, 1)

@@ -25,8 +25,8 @@ with ``sparse=True`` are `RowSparse`; `jbag.optim` moves the rows where they lie
 one sum for each distinct row of a device has gone to its owner. Neither V x D numbers
 on a device, nor (ids x D) between devices, are ever made.
 
-`plan` chooses specs; what it reckons with, and 1 TB of tables on 1024 devices worked
-through, is told in `jbag.sharding._planner`.
+`plan` chooses specs. `jbag.sharding._planner` has its formulas, and the example of 1 TB
+of tables on 1024 devices.
 
 Make a large table where it lies, by `jax.jit` with ``out_shardings``, from a key of
 ``impl="rbg"``: to draw the numbers of the default one, each device would make all of
@@ -77,7 +77,7 @@ def embedding_bag(
 
     Args:
       table: [V', D], the array of the layout's rows.
-      bags: a stack of `Bags`, a block for each device, which may bring weights; or ids
+      bags: a stack of `Bags`, a block for each device, which may have weights; or ids
         [B, L].
       spec: how the table lies: ``P()``, ``P("x", None)`` or ``P(None, "x")``.
       mesh: the mesh; None is that of `jax.set_mesh`.

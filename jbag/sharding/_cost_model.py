@@ -76,14 +76,14 @@ class CostModel(NamedTuple):
         By Chernoff's bound on Poisson's law, less than one of all devices' buckets is
         expected to overflow then.
         """
-        ample = default_rows_per_round(load.default_slots, self.num_devices)
-        C, rounds = min(load.rows_per_round + ample, load.slots), 1
+        default = default_rows_per_round(load.default_slots, self.num_devices)
+        C, rounds = min(load.rows_per_round + default, load.slots), 1
         while (
             min(load.distinct, -(-self.padded(load) // (self.num_devices * rounds))) > C
         ):
             mean = load.distinct / (self.num_devices * rounds)
-            surprise = mean - (C + 1) + (C + 1) * math.log((C + 1) / mean)
-            if mean < C and surprise > math.log(self.num_devices**2 * rounds):
+            exponent = mean - (C + 1) + (C + 1) * math.log((C + 1) / mean)
+            if mean < C and exponent > math.log(self.num_devices**2 * rounds):
                 break
             rounds *= 2
         return C, rounds

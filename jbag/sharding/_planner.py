@@ -57,10 +57,10 @@ All go in rows, small ones too: a replicated row's gradient would be sent 1023 t
 and whole tables are fewer than devices. The grid, which P must divide, is 322560. The
 owners are all devices along the axis, or along several axes together.
 
-Of more devices each holds less, but doesn't send less: a bucket has room for n / P ids,
-six standard deviations and 8 more. On 1024, the 320 ids of users go in buckets of 16,
-8 kB each; that so many small messages take their time isn't reckoned. Who knows the
-data may ask for less room. If a bucket is full all the same, there is another round:
+Of more devices each holds less, but doesn't send less: a bucket has slots for n / P
+ids, six standard deviations and 8 more. On 1024, the 320 ids of users go in buckets of
+16, 8 kB each; the formulas leave out the latency of so many small messages. Set
+`rows_per_round` lower if the data allows it. A full bucket takes another round:
 
 >>> print(str(cut(1024, rows_per_round=2)).splitlines()[-1])
 A device sends 30.9 MB in a step, and holds 1.09 GB of 14.4 GB.
@@ -216,21 +216,21 @@ class Plan:
         lines: list[tuple[str, ...]] = [head]
         for name, V, D, strategy, _, *sizes, lane in rows:
             where = strategy if lane is None else f"{strategy} on {lane}"
-            lines.append((name, where, str(V), str(D), *map(_in_units, sizes)))
+            lines.append((name, where, str(V), str(D), *map(_format_bytes, sizes)))
         sums = (sum(column) for column in zip(*(row[5:8] for row in rows), strict=True))
-        lines.append(("total", "", "", "", *map(_in_units, sums)))
+        lines.append(("total", "", "", "", *map(_format_bytes, sums)))
         columns = []
         for at, cells in enumerate(zip(*lines, strict=True)):
             width = max(map(len, cells))
             columns.append(
                 [c.ljust(width) if at < 2 else c.rjust(width) for c in cells]
             )
-        sent, held = map(_in_units, (self.bytes_per_step, self.memory_per_device))
+        sent, held = map(_format_bytes, (self.bytes_per_step, self.memory_per_device))
         return "\n".join(
             [
                 *map("  ".join, zip(*columns, strict=True)),
                 f"A device sends {sent} in a step, and holds {held} of "
-                f"{_in_units(self.limit)}.",
+                f"{_format_bytes(self.limit)}.",
                 *(f"Mind: {warning}" for warning in self.warnings),
             ]
         )
@@ -395,7 +395,7 @@ def _check(tables: Any, loads: Any) -> dict[str, TableLoad]:
     return checked
 
 
-def _in_units(size: float) -> str:
+def _format_bytes(size: float) -> str:
     power = next(
         power for power in range(5) if size < 999.5 * 1000**power or power == 4
     )

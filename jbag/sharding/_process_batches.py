@@ -26,7 +26,7 @@ class Blocks:
     Args:
       mesh: the mesh, of this process's devices and the others'.
       batch_size: B, the examples of the whole batch, over all devices.
-      capacity: the ids that a device's block has room for: a number for all features,
+      capacity: the slots for the ids of a device's block: a number for all features,
         or a tree of them as the batch's bags are.
       axis: the axes of the mesh along which batches are cut; None is all of them.
 
@@ -66,7 +66,7 @@ class Blocks:
         self._capacity = capacity
         self._arrays: tuple[Any, ...] | None = None
         sizes = (batch_size, devices, tuple(jax.tree.leaves(capacity)))
-        self._agree("batch_size, devices and capacity", sizes)
+        self._check_processes_agree("batch_size, devices and capacity", sizes)
 
     @property
     def num_bags(self) -> int:
@@ -132,7 +132,7 @@ class Blocks:
             for x in jax.tree.leaves(leaf)
         )
         if self._arrays is None:
-            self._agree("arrays in a batch", signature)
+            self._check_processes_agree("arrays in a batch", signature)
             self._arrays = signature
         elif signature != self._arrays:
             # No word to the others: they may be on their way without this batch.
@@ -148,14 +148,14 @@ class Blocks:
             jax.tree.unflatten(examples.arrays_tree, placed[1]),
         )
 
-    def _agree(self, what: str, own: Any) -> None:
+    def _check_processes_agree(self, what: str, own: Any) -> None:
         """Raise unless all processes have the same."""
         if jax.process_count() == 1:
             return
         text = repr(own).encode()
-        room = 1 << 16
-        padded = np.zeros(room, np.uint8)
-        padded[: len(text[:room])] = np.frombuffer(text[:room], np.uint8)
+        max_bytes = 1 << 16
+        padded = np.zeros(max_bytes, np.uint8)
+        padded[: len(text[:max_bytes])] = np.frombuffer(text[:max_bytes], np.uint8)
         every = multihost_utils.process_allgather(padded)
         for process, other in enumerate(every):
             if not np.array_equal(other, padded):

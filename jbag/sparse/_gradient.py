@@ -112,15 +112,17 @@ def value_and_grad(
         positions = _positions(argnums, len(args))
         chosen = [args[position] for position in positions]
         leaves, tree = jax.tree.flatten(chosen)
-        moving = [k for k, leaf in enumerate(leaves) if _is_floating(leaf)]
+        differentiable = [k for k, leaf in enumerate(leaves) if _is_floating(leaf)]
         named = jax.tree.leaves_with_path(dict(zip(positions, chosen, strict=True)))
-        paths = [f"argument {jax.tree_util.keystr(named[k][0])}" for k in moving]
-        _check_moving(positions, chosen)
+        paths = [
+            f"argument {jax.tree_util.keystr(named[k][0])}" for k in differentiable
+        ]
+        _check_differentiable(positions, chosen)
         aux: list[Any] = []  # the structure of what was traced, without its arrays
 
         def traced(arrays: list[Array]) -> Any:
             merged = list(leaves)
-            for k, array in zip(moving, arrays, strict=True):
+            for k, array in zip(differentiable, arrays, strict=True):
                 merged[k] = array
             full = list(args)
             for position, arg in zip(
@@ -145,10 +147,10 @@ def value_and_grad(
 
         value, arrays, gradients = _differentiate(
             traced,
-            [jnp.asarray(leaves[k]) for k in moving],
+            [jnp.asarray(leaves[k]) for k in differentiable],
             functools.partial(_check_dense, allow_dense, paths),
         )
-        found = dict(zip(moving, gradients, strict=True))
+        found = dict(zip(differentiable, gradients, strict=True))
         result = [
             found[k] if k in found else _no_gradient(leaf)
             for k, leaf in enumerate(leaves)
@@ -244,7 +246,7 @@ def _is_floating(leaf: Any) -> bool:
     return _is_array(leaf) and jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact)
 
 
-def _check_moving(positions: list[int], chosen: list[Any]) -> None:
+def _check_differentiable(positions: list[int], chosen: list[Any]) -> None:
     for position, arg in zip(positions, chosen, strict=True):
         leaves = jax.tree.leaves(arg)
         if leaves and not any(map(_is_floating, leaves)):
@@ -282,11 +284,11 @@ def _differentiate(
     calls = {path: call for path, call in found.calls.items() if call.leaf in pooled}
     tables = {path: leaf for path, leaf in found.tables.items() if leaf in pooled}
     found = found._replace(calls=calls, tables=tables)
-    moving = [k for k in range(len(leaves)) if k not in pooled]
+    differentiable = [k for k in range(len(leaves)) if k not in pooled]
 
     def with_zeros(zeros: dict[Path, Array], arrays: list[Array]) -> Any:
         merged = list(leaves)
-        for k, array in zip(moving, arrays, strict=True):
+        for k, array in zip(differentiable, arrays, strict=True):
             merged[k] = array
         (value, *rest), bags = run(closed, merged, found, zeros, leaves)
         return value, (rest, bags)
@@ -294,8 +296,8 @@ def _differentiate(
     zeros = {path: call.zeros() for path, call in calls.items()}
     (value, (rest, bags)), (cotangents, to_leaves) = jax.value_and_grad(
         with_zeros, argnums=(0, 1), has_aux=True
-    )(zeros, [leaves[k] for k in moving])
-    gradients = dict(zip(moving, to_leaves, strict=True))
+    )(zeros, [leaves[k] for k in differentiable])
+    gradients = dict(zip(differentiable, to_leaves, strict=True))
     for path, call in calls.items():
         table = leaves[call.leaf]
         rows = _pull_back(value, cotangents[path], bags[path], call, table)

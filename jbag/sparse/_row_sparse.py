@@ -96,14 +96,14 @@ class RowSparse(metaclass=_RowSparseType):
         is_coalesced: bool = False,
     ) -> None:
         self.shape, self.dtype, self.is_coalesced = shape, dtype, is_coalesced
-        self._fresh: tuple[FactoredGradient, ...] | None = tuple(terms)
+        self._terms: tuple[FactoredGradient, ...] | None = tuple(terms)
         self._sealed: SealedGradients | None = None
 
     @property
     def terms(self) -> tuple[FactoredGradient, ...]:
         """The products that it is the sum of."""
-        if self._fresh is not None:
-            return self._fresh
+        if self._terms is not None:
+            return self._terms
         assert self._sealed is not None
         if self.batch_shape:
             raise ValueError(
@@ -134,7 +134,7 @@ class RowSparse(metaclass=_RowSparseType):
         structure, shape, dtype, is_coalesced = aux
         rows = cls.__new__(cls)
         RowSparse.__init__(rows, (), shape, dtype, is_coalesced)
-        rows._fresh = None
+        rows._terms = None
         rows._sealed = SealedGradients(children[0], structure, children[1])
         return rows
 
@@ -197,7 +197,7 @@ class RowSparse(metaclass=_RowSparseType):
     def coalesce(self) -> RowSparse:
         """Return the same array with each row once, in order.
 
-        There is room for as many rows as there are ids, or V; past the last one the
+        The result has as many rows as there are ids, or V; past the last one the
         index is V, and the row zero. Of a table over a mesh, each device has the rows
         that it owns.
 

@@ -28,7 +28,7 @@ class RowUpdate(RowSparse):
         difference: Callable[[], RowSparse],
     ) -> None:
         super().__init__((), table.shape, table.dtype, is_coalesced=True)
-        self._fresh = None
+        self._terms = None
         self._table, self._moved, self._difference = table, moved, difference
 
     @property

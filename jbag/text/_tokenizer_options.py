@@ -1,4 +1,4 @@
-"""What is asked of a reader of texts: where tokens end, and which rows they have."""
+"""Options of a tokenizer: where tokens end, and which rows they have."""
 
 from __future__ import annotations
 

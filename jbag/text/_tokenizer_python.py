@@ -122,13 +122,13 @@ def _ngrams(hashes: list[int], longest: int) -> np.ndarray:
     """Return fastText's rolling hash of n-grams, by their first word, then by n."""
     words = np.array(hashes, np.uint32).view(np.int32).astype(np.int64).view(np.uint64)
     grams = np.zeros((len(words), max(0, longest - 1)), np.uint64)
-    there = np.zeros(grams.shape, bool)
+    is_ngram = np.zeros(grams.shape, bool)
     rolling = words
     for n in range(2, min(longest, len(words)) + 1):
         rolling = rolling[:-1] * _NGRAM_FACTOR + words[n - 1 :]  # wraps around
         grams[: len(rolling), n - 2] = rolling
-        there[: len(rolling), n - 2] = True
-    return grams[there]
+        is_ngram[: len(rolling), n - 2] = True
+    return grams[is_ngram]
 
 
 @functools.lru_cache(1 << 16)

@@ -38,10 +38,10 @@ def read_losses(path):
 def alone(tmp_path_factory):
     """The losses of the example on one device, and what it prints."""
     path = tmp_path_factory.mktemp("alone") / "losses.txt"
-    [said] = succeed(train("--losses", path))
+    [output] = succeed(train("--losses", path))
     losses, _ = read_losses(path)
     assert list(losses) == list(range(1, 121))
-    return losses, said
+    return losses, output
 
 
 def assert_same_losses(found, expected):
@@ -65,9 +65,9 @@ def test_example_is_the_same_on_any_devices(alone, tmp_path, processes, devices)
     np.testing.assert_allclose(
         np.array(found, float), np.array(expected, float), atol=1e-3
     )
-    for said in others:
-        assert "AUC" not in said
-        assert "examples" not in said
+    for output in others:
+        assert "AUC" not in output
+        assert "examples" not in output
 
 
 def wait_for_steps(processes, path, count, seconds=60):
@@ -75,7 +75,7 @@ def wait_for_steps(processes, path, count, seconds=60):
     while not path.exists() or path.read_text().count("\n") < count:
         ended = [one.poll() for one in processes.all]
         if ended != [None] * len(ended) or time.monotonic() > end:
-            pytest.fail("\n\n".join(map(processes.said, range(len(ended)))))
+            pytest.fail("\n\n".join(map(processes.output, range(len(ended)))))
         time.sleep(0.01)
 
 
@@ -87,15 +87,15 @@ def test_example_goes_on_after_a_process_was_killed(alone, tmp_path):
     with Processes(commands) as processes:
         wait_for_steps(processes, path, 30)
         processes.all[1].send_signal(signal.SIGKILL)
-        code, said = processes.wait(0, heartbeat), processes.said(0)
-    assert code == 1, said
+        code, output = processes.wait(0, heartbeat), processes.output(0)
+    assert code == 1, output
     steps = [int(one.name) for one in saved.iterdir() if one.name.isdigit()]
     last = max(steps)
     assert 20 <= last < 120
-    assert "Process 0 of 2 stopped" in said
-    assert f"The last checkpoint in {saved} is that after step {last}." in said
-    [said] = succeed(train(*options, "--strategy", "column_wise", devices=8))
-    assert f"Going on after step {last}, from {saved}" in said
+    assert "Process 0 of 2 stopped" in output
+    assert f"The last checkpoint in {saved} is that after step {last}." in output
+    [output] = succeed(train(*options, "--strategy", "column_wise", devices=8))
+    assert f"Going on after step {last}, from {saved}" in output
     losses, counts = read_losses(path)
     assert_same_losses(losses, alone[0])
     assert {counts[step] for step in range(1, last + 1)} == {1}
@@ -109,9 +109,9 @@ def test_example_ends_where_a_process_hangs(tmp_path):
     with Processes(commands) as processes:
         wait_for_steps(processes, path, 5)
         processes.all[1].send_signal(signal.SIGSTOP)
-        code, said = processes.wait(0, 3 * heartbeat), processes.said(0)
-    assert code not in (0, None), said
-    assert "another task died" in said
+        code, output = processes.wait(0, 3 * heartbeat), processes.output(0)
+    assert code not in (0, None), output
+    assert "another task died" in output
 
 
 @pytest.mark.slow
@@ -125,9 +125,9 @@ def test_example_ends_where_the_first_process_is_killed_early():
             time.sleep(seconds)
             started[-1].all[0].send_signal(signal.SIGKILL)
         for processes in started:
-            code, said = processes.wait(1, 60), processes.said(1)
-            assert code not in (0, None), said
-            assert "another task died" in said or "Process 1 of 2 stopped" in said
+            code, output = processes.wait(1, 60), processes.output(1)
+            assert code not in (0, None), output
+            assert "another task died" in output or "Process 1 of 2 stopped" in output
 
 
 @pytest.mark.slow
@@ -135,6 +135,6 @@ def test_example_refuses_the_checkpoint_of_another_run(tmp_path):
     options = ["--checkpoint", tmp_path / "saved", "--steps", 3]
     succeed(train(*options))
     with Processes(train(*options, "--seed", 1)) as processes:
-        code, said = processes.wait(0, 60), processes.said(0)
+        code, output = processes.wait(0, 60), processes.output(0)
     assert code == 1
-    assert f"{tmp_path / 'saved'} is of another run" in said
+    assert f"{tmp_path / 'saved'} is of another run" in output

@@ -111,14 +111,14 @@ def test_what_processes_draw_is_the_same_batch(example, drawn, size, count):
 
 @pytest.mark.parametrize("size", [1, 8, 100, 4096, 100_000])
 @pytest.mark.parametrize("mean", [3, 9])
-def test_bags_have_room(example, size, mean):
-    room = example.room(size, mean)
+def test_bags_fit_their_capacity(example, size, mean):
+    capacity = example.capacity_of(size, mean)
     # Chernoff's bound on the sum of lengths: the probability that it is that large.
-    a = room / size
+    a = capacity / size
     rate = a * math.log(a / mean) - (1 + a) * math.log((1 + a) / (1 + mean))
     assert math.exp(-size * rate) < 1e-10
     if size >= 4096:
-        assert room < 1.2 * size * mean
+        assert capacity < 1.2 * size * mean
 
 
 def test_batches_have_one_shape(example, drawn, mesh):

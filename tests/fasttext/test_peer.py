@@ -20,24 +20,24 @@ WORDS = [
         for _ in range(300)
     ),
 ]
-STRANGERS = ["unknown", "\u00fcber", "\u672c", "x", "__label__", "__label__x", "#x"]
+UNKNOWN = ["unknown", "\u00fcber", "\u672c", "x", "__label__", "__label__x", "#x"]
 NUM_LABELS = 6
 THREADS = 11  # Of fewer, fastText starts from a table that memory's leftovers are in.
 SPACES = [" ", "  ", "\t", "\r", "\v", "\f", "\0", "\u00a0", "\u2003"]
 
 
 def texts(num, seed, prefix):
-    """Make texts up: known words, strangers, labels; empty ones, and other spaces."""
+    """Make texts up: known and unknown words, labels; empty ones, and other spaces."""
     rng = np.random.default_rng(seed)
     labels = [f"{prefix}{i}" for i in range(3)]
-    words = [*WORDS, *WORDS, *STRANGERS * 8, *labels * 4]
+    words = [*WORDS, *WORDS, *UNKNOWN * 8, *labels * 4]
     made = []
     for _ in range(num):
         chosen = rng.choice(words, rng.integers(0, 20))
         made.append(
             "".join(w + rng.choice(SPACES, p=[0.92, *[0.01] * 8]) for w in chosen)
         )
-    return ["", " ", "</s>", "a </s> b", *labels, *STRANGERS, *made]
+    return ["", " ", "</s>", "a </s> b", *labels, *UNKNOWN, *made]
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def check(path, peer, *, prefix="__label__", **options):
     )
     assert found.encoder.words == tuple(peer.get_words())
     assert found.labels == tuple(peer.get_labels())
-    words = [word for word in WORDS + STRANGERS if not word.startswith(prefix)]
+    words = [word for word in WORDS + UNKNOWN if not word.startswith(prefix)]
     vectors = [peer.get_word_vector(word) for word in words]
     np.testing.assert_allclose(found.word_vectors(words), vectors, rtol=1e-5, atol=1e-5)
     return found
@@ -160,7 +160,7 @@ def test_vectors_of_unsupervised_models_equal_fasttext(kind, subwords, tmp_path)
     peer = fasttext.load_model(str(path))
     found = jbag.fasttext.load(path)
     assert found.kind == kind
-    words = [word for word in WORDS + STRANGERS if not word.startswith("__label__")]
+    words = [word for word in WORDS + UNKNOWN if not word.startswith("__label__")]
     vectors = [peer.get_word_vector(word) for word in words]
     np.testing.assert_allclose(found.word_vectors(words), vectors, rtol=1e-5, atol=1e-6)
     # Of a label that it knows, fastText returns some bucket's row.

@@ -35,9 +35,9 @@ def test_weights_that_are_not_floating():
             TypeError, match=r"`weights` must be floating; got (int|bool)"
         ):
             pool(TABLE, IDS, OFFSETS, weights=weights)
-    for stranger in (None, "1.0"):
+    for invalid in (None, "1.0"):
         with pytest.raises(TypeError, match=r"`weights` must be .* at position 5"):
-            pool(TABLE, IDS, OFFSETS, weights=[1.0] * 5 + [stranger])
+            pool(TABLE, IDS, OFFSETS, weights=[1.0] * 5 + [invalid])
 
 
 def test_lists_of_whole_numbers_are_weights():
@@ -97,28 +97,28 @@ def test_indices_that_are_not_integers(convert):
         pool(TABLE, IDS, convert([0.0, 2.0]))
 
 
-@pytest.mark.parametrize("stranger", [None, "3", b"3", [1], {}, 1.5j])
-def test_lists_that_hold_strangers(stranger):
+@pytest.mark.parametrize("invalid", [None, "3", b"3", [1], {}, 1.5j])
+def test_lists_that_hold_no_numbers(invalid):
     with pytest.raises((TypeError, ValueError), match="`indices`"):
-        pool(TABLE, [1, stranger, 2], [0])
+        pool(TABLE, [1, invalid, 2], [0])
     with pytest.raises((TypeError, ValueError), match="`indices`"):
-        pool(TABLE, [[1, stranger, 2]])
+        pool(TABLE, [[1, invalid, 2]])
     with pytest.raises((TypeError, ValueError), match="`ids`"):
-        jbag.Bags.from_lists([[1], [1, stranger, 2]])
+        jbag.Bags.from_lists([[1], [1, invalid, 2]])
 
 
-@pytest.mark.parametrize("stranger", [None, "3"])
-def test_strangers_are_named_with_their_position(stranger):
-    with pytest.raises(TypeError, match=f"integers.* with {stranger!r} at position 1"):
-        pool(TABLE, [1, stranger, 2], [0])
+@pytest.mark.parametrize("invalid", [None, "3"])
+def test_invalid_elements_are_named_with_their_position(invalid):
+    with pytest.raises(TypeError, match=f"integers.* with {invalid!r} at position 1"):
+        pool(TABLE, [1, invalid, 2], [0])
     with pytest.raises(
-        TypeError, match=rf"numbers; got {stranger!r} at `ids\[1\]\[1\]`"
+        TypeError, match=rf"numbers; got {invalid!r} at `ids\[1\]\[1\]`"
     ):
-        jbag.Bags.from_lists([[1], [1, stranger, 2]])
+        jbag.Bags.from_lists([[1], [1, invalid, 2]])
 
 
 @pytest.mark.parametrize("whole", [None, "abc", b"abc", {}, {1, 2}])
-def test_strangers_in_place_of_indices(whole):
+def test_values_that_are_no_indices(whole):
     with pytest.raises(TypeError, match="`indices` must hold integers"):
         pool(TABLE, whole, [0])
 
@@ -147,8 +147,8 @@ def test_an_id_out_of_range_on_the_host(convert):
 
 def test_an_id_out_of_range_on_the_host_by_offsets_on_a_device():
     # Whether it is in a bag can't be seen: it is NaN if it is, and never wraps.
-    for stranger in (99, 2**40):
-        ids = np.array([0, stranger])
+    for invalid in (99, 2**40):
+        ids = np.array([0, invalid])
         out = pool(TABLE, ids, jnp.array([0, 1, 2]), include_last_offset=True)
         np.testing.assert_array_equal(np.isnan(out).all(1), [False, True])
         out = pool(TABLE, ids, jnp.array([0, 1]), include_last_offset=True)
@@ -227,7 +227,7 @@ def test_norms_that_are_none():
         pool(TABLE, IDS, [0], max_norm=jnp.ones(2))
     with pytest.raises(TypeError, match="`max_norm` must be a number; got '1'"):
         pool(TABLE, IDS, [0], max_norm="1")
-    for stranger in (
+    for invalid in (
         np.array(1j),
         np.array(True),
         np.array("1"),
@@ -235,7 +235,7 @@ def test_norms_that_are_none():
         jnp.array(True),
     ):
         with pytest.raises(TypeError, match="`max_norm` must be a number; got"):
-            pool(TABLE, IDS, [0], max_norm=stranger)
+            pool(TABLE, IDS, [0], max_norm=invalid)
     for norm_type in (0, -2.0):
         with pytest.raises(ValueError, match="`norm_type` must be above 0"):
             pool(TABLE, IDS, [0], max_norm=1.0, norm_type=norm_type)

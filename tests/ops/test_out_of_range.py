@@ -24,8 +24,8 @@ def test_an_unknown_id_on_a_device_makes_its_bag_nan(
     if rectangular:
         offsets = None
         weights = None if weights is None else weights.reshape(3, 2)
-    for stranger in (-1, -10, 10, 11, 2**31 - 1, -(2**31)):
-        ids = np.array([0, 1, stranger, 3, 4, 5], np.int32)
+    for invalid in (-1, -10, 10, 11, 2**31 - 1, -(2**31)):
+        ids = np.array([0, 1, invalid, 3, 4, 5], np.int32)
         results = every_mode(
             table,
             weights,

@@ -12,7 +12,7 @@ from slow import slow
 import jbag
 from jbag.ops.kernels.update_rules import RULES
 from jbag.sharding import Load, TableWise
-from jbag.sharding._cost_model import Site
+from jbag.sharding._cost_model import CostModel
 from jbag.sharding._planner import _check
 
 pytestmark = pytest.mark.standard_promotion
@@ -83,13 +83,17 @@ def test_a_step_sends_what_is_planned(strategy, weighted):
     compiled = compiled.lower(params, state, batch).compile()
 
     loads = {f"f{i}": Load(f"t{i}", SLOTS, weighted) for i in range(COUNT)}
-    site = Site(DEVICES, BAGS, 20160, RULES["rowwise_adagrad"])
-    asked = site.together(strategy, list(_check(collection.tables, loads).values()))
-    there, back, held = site.cost(strategy, asked)
+    model = CostModel(DEVICES, BAGS, 20160, RULES["rowwise_adagrad"])
+    load = model.combined(strategy, list(_check(collection.tables, loads).values()))
+    forward, backward, held = model.cost(strategy, load)
     # Besides, two slots a feature tell its bags apart, and losses are summed up.
     apart = 2 * COUNT * (WIDTH + 1) * 4 * DEVICES + 200
-    assert there <= sent <= there + apart
-    assert there + back <= bytes_sent(compiled, DEVICES) <= there + back + 2 * apart
+    assert forward <= sent <= forward + apart
+    assert (
+        forward + backward
+        <= bytes_sent(compiled, DEVICES)
+        <= forward + backward + 2 * apart
+    )
     memory = compiled.memory_analysis()
     of_batch = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) / DEVICES
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < held + of_batch

@@ -140,23 +140,25 @@ def test_processes_train_as_one_device(ran, shape, on_one_device, strategy):
 @by_shape
 def test_sizes_that_differ_are_found_by_all_processes(ran, shape):
     for process in range(shape[0]):
-        said = json.loads((ran(*shape) / f"blocks{process}.json").read_text())
-        assert f"process {process} has (8, 4, ({10 + process},))" in said["capacity"]
-        assert f"process {process} has ({8 * (1 + process)}, 4, (" in said["batch_size"]
+        output = json.loads((ran(*shape) / f"blocks{process}.json").read_text())
+        assert f"process {process} has (8, 4, ({10 + process},))" in output["capacity"]
+        assert (
+            f"process {process} has ({8 * (1 + process)}, 4, (" in output["batch_size"]
+        )
         for what in ("capacity", "batch_size"):
             other = 0 if process else 1
-            assert f"process {other} has " in said[what]
-        assert said["fine"] == ""
+            assert f"process {other} has " in output[what]
+        assert output["fine"] == ""
 
 
 @by_shape
 def test_a_block_that_does_not_fit_is_found_by_the_process_that_has_it(ran, shape):
     for process in range(shape[0]):
-        said = json.loads((ran(*shape) / f"blocks{process}.json").read_text())
+        output = json.loads((ran(*shape) / f"blocks{process}.json").read_text())
         if process != 1:
-            assert said["block"] == ""
+            assert output["block"] == ""
             continue
-        assert said["block"] == (
+        assert output["block"] == (
             "`capacity` must be at least the ids of a block of `bags['tags']`, "
             f"12 in block {shape[1] - 1} of this process; "
             "got 10."
@@ -174,5 +176,5 @@ def test_a_block_that_does_not_fit_is_found_by_the_process_that_has_it(ran, shap
 def test_checkpoints_go_on_with_other_devices(ran, processes, restored):
     """Bit by bit the same, and so are the losses that follow; see the worker."""
     devices = 8 if processes == 1 else 1
-    said = work("restore", ran(2, 2), processes, devices)
-    assert dict(re.findall(r"(\d) devices, (\w+): restored", said[0])) == restored
+    output = work("restore", ran(2, 2), processes, devices)
+    assert dict(re.findall(r"(\d) devices, (\w+): restored", output[0])) == restored

@@ -262,11 +262,11 @@ def test_one_table_by_itself_and_without_jit():
     with jax.set_mesh(mesh):  # which is where the function finds it
         out, gradient = pool(table, ids), jbag.grad(loss)(table)
         dense = jax.jit(jax.grad(loss))(table)
-        stranger = ids.copy()
-        stranger[2, 1] = V
+        invalid = ids.copy()
+        invalid[2, 1] = V
         expected = r"`indices` must lie in \[0, 24\).*got 24 at position \(2, 1\)"
         with pytest.raises(IndexError, match=expected):
-            pool(table, stranger)
+            pool(table, invalid)
     bags = [[(i, None) for i in bag] for bag in ids]
     oracle.assert_close(out, oracle.forward(rows, bags, "sum", padding_idx=V - 1))
     wanted, _ = oracle.gradients(rows, bags, g, "sum", padding_idx=V - 1)

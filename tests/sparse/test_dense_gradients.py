@@ -34,7 +34,7 @@ def untied(table, sparse=True):
 
 @pytest.mark.parametrize("loss", [tied, computed])
 @pytest.mark.parametrize("make", [jbag.value_and_grad, jbag.grad])
-def test_a_dense_gradient_of_a_sparse_table_is_told(loss, make):
+def test_a_dense_gradient_of_a_sparse_table_warns(loss, make):
     table, options = random_table(), {}
     with pytest.warns(jbag.DenseGradientWarning):
         found = make(loss)(table)
@@ -50,7 +50,7 @@ def test_a_dense_gradient_of_a_sparse_table_is_told(loss, make):
         make(loss, allow_dense=False)(table)
 
 
-def test_a_dense_gradient_is_told_as_a_step_is_compiled():
+def test_a_dense_gradient_warns_as_a_step_is_compiled():
     with pytest.warns(jbag.DenseGradientWarning):
         jax.jit(jbag.grad(tied))(random_table())
     with pytest.raises(ValueError, match="dense"):
@@ -58,7 +58,7 @@ def test_a_dense_gradient_is_told_as_a_step_is_compiled():
 
 
 @pytest.mark.parametrize("allow_dense", [None, True, False])
-def test_nothing_is_told_of_row_sparse_gradients_and_of_dense_tables(allow_dense):
+def test_row_sparse_gradients_and_dense_tables_do_not_warn(allow_dense):
     both = functools.partial(jbag.value_and_grad, allow_dense=allow_dense)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

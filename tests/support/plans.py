@@ -49,12 +49,14 @@ def oracle(tables, loads, choice, devices, batch_size, grid=20160):
         padded = math.ceil(rows / grid) * grid
         bags = batch_size // devices
         share = slots / devices
-        room = min(slots, math.ceil((share + 6 * math.sqrt(share) + 8) / 8) * 8)
+        rows_per_round = min(
+            slots, math.ceil((share + 6 * math.sqrt(share) + 8) / 8) * 8
+        )
         if strategy == "data_parallel":
             each = (0, min(slots, rows) * (4 * width + 4))
             held = padded * (width + 1) * 4 + 12 * min(slots, rows) * width
         elif strategy == "row_wise":
-            each = (room * (4 * width + 4), room * (4 * width + 4))
+            each = (rows_per_round * (4 * width + 4), rows_per_round * (4 * width + 4))
             held = padded * (width + 1) * 4 / devices
             held += 12 * min(slots, padded) * width
         elif strategy == "column_wise":

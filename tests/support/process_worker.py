@@ -212,7 +212,7 @@ def check_blocks(mesh):
     No process may hang: what differs is found by all of them, and what doesn't fit by
     the one that has it, while the others go on.
     """
-    process, said = jax.process_index(), {}
+    process, output = jax.process_index(), {}
     for what, arguments in {
         "capacity": {"batch_size": 8, "capacity": 10 + process},
         "batch_size": {"batch_size": 8 * (1 + process), "capacity": 10},
@@ -220,19 +220,19 @@ def check_blocks(mesh):
     }.items():
         try:
             blocks = jbag.sharding.Blocks(mesh, **arguments)
-            said[what] = ""
+            output[what] = ""
         except ValueError as error:
-            said[what] = str(error)
+            output[what] = str(error)
     lists = [[1]] * blocks.num_bags
     blocks({"tags": jbag.Bags.from_lists(lists)})
     if process == 1:
         lists[-1] = list(range(11))
     try:
         blocks({"tags": jbag.Bags.from_lists(lists)})
-        said["block"] = ""
+        output["block"] = ""
     except ValueError as error:
-        said["block"] = str(error)
-    return said
+        output["block"] = str(error)
+    return output
 
 
 def manager(folder):
@@ -252,9 +252,9 @@ def strategies(mesh, folder):
             _, losses, _ = take_steps(step, mesh, state, LATER)
             if jax.process_index() == 0:
                 np.savez(folder / "state.npz", losses=losses, **saved)
-    said = check_blocks(mesh)
+    output = check_blocks(mesh)
     name = f"blocks{jax.process_index()}.json"
-    (folder / name).write_text(json.dumps(said))
+    (folder / name).write_text(json.dumps(output))
 
 
 def restore(devices, folder):

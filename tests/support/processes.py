@@ -43,7 +43,7 @@ class Processes:
         except subprocess.TimeoutExpired:
             return None
 
-    def said(self, number):
+    def output(self, number):
         """Return what one of them has printed."""
         self.files[number].seek(0)
         return self.files[number].read()
@@ -55,6 +55,6 @@ def succeed(commands, seconds=300):
     with Processes(commands) as processes:
         numbers = range(len(commands))
         codes = [processes.wait(i, max(0, end - time.monotonic())) for i in numbers]
-        said = [processes.said(i) for i in numbers]
-    assert codes == [0] * len(commands), "\n\n".join(said)
-    return said
+        output = [processes.output(i) for i in numbers]
+    assert codes == [0] * len(commands), "\n\n".join(output)
+    return output

@@ -50,7 +50,7 @@ def operations(table, weights, ids, offsets, cotangent, implementation="cpu"):
     results = {"sum": value, "to_table": to_table, "to_weights": to_weights}
     bags = (ids, weights) if offsets is None else (ids, offsets, weights)
     for mode in ("max", "min"):
-        results[mode], results[f"slots of {mode}"] = _segment_max._extremum.bind(
+        results[mode], results[f"slots of {mode}"] = _segment_max.extremum_p.bind(
             table, *bags, largest=mode == "max", **options
         )
     return results
@@ -264,13 +264,15 @@ EVERYTHING = PADDING | {"max_norm": 1.5, "scale_grad_by_freq": True}
 
 def hostile_ids(rng, slots, dtype, rows):
     limits = np.iinfo(dtype)
-    strangers = [limits.min, limits.max, -1, -2, -3, rows, rows + 1, 2**31 - 1]
+    out_of_range = [limits.min, limits.max, -1, -2, -3, rows, rows + 1, 2**31 - 1]
     if limits.bits == 64:
-        strangers += [2**31, 2**32, 2**32 + 1, -(2**31) - 1, -(2**32)]
-    strangers = np.array([*strangers, *rng.integers(limits.min, limits.max, 4, dtype)])
+        out_of_range += [2**31, 2**32, 2**32 + 1, -(2**31) - 1, -(2**32)]
+    out_of_range = np.array(
+        [*out_of_range, *rng.integers(limits.min, limits.max, 4, dtype)]
+    )
     known = rng.random(slots) < rng.choice([0.3, 0.8, 0.95])
     return np.where(
-        known, rng.integers(0, rows, slots), rng.choice(strangers, slots)
+        known, rng.integers(0, rows, slots), rng.choice(out_of_range, slots)
     ).astype(dtype)
 
 
