@@ -7,7 +7,8 @@
 The first table is of training steps on one table: pool a batch in mode "sum", take the
 squares of what it pools as the loss, move the table by row-wise Adagrad. The sides:
 
-- row_wise, column_wise, data_parallel: `jbag.sharding.embedding_bag`, by the table's spec;
+- row_wise, column_wise, data_parallel: `jbag.sharding.embedding_bag`, by the table's
+  spec;
 - jit, rows: `jbag.embedding_bag` on a table of which each device has some rows, left to
   JAX's compiler, with the row-sparse gradient;
 - jit, dense: the same with JAX's dense gradient, and plain SGD.

@@ -441,7 +441,7 @@ def blocks_with(row):
             {},
             None,
             ValueError,
-            "`features` must be divisible by the 4 devices.*'embedding_6'; got 6",
+            "`embedding_dim` must be divisible by the 4 devices.*'embedding_6'; got 6",
         ),
         (
             {"embedding": P("x", None)},
