@@ -1,9 +1,9 @@
 """Guards against functions that map over the leaves of a row-sparse array.
 
-Any function may map over the leaves of a pytree. Multiplied or summed, the
-ids of a gradient would name other rows. Sealed, they are arrays of an extended dtype,
-as keys are: copying, stacking, selecting and `lax.scan` work, arithmetic is a TypeError
-that says what to use. Compiled, sealing is nothing: the bits stay as they are.
+Any function may map over the leaves of a pytree. Multiplied or summed, the ids of a
+gradient would name other rows. Sealed, they are arrays of an extended dtype, as keys
+are: copying, stacking, selecting and `lax.scan` work, arithmetic is a TypeError that
+says what to use. Compiled, sealing is nothing: the bits stay as they are.
 
 What such a function can do to the numbers beside them shows in a guard, three more
 leaves. Two hold numbers that follow from the sealed arrays. Linear functions of one
@@ -237,15 +237,15 @@ class SealedGradients(NamedTuple):
 _made_with: dict[int, list[Any]] = {}
 
 
-def _remember(closed: SealedTerms) -> None:
+def _remember(closed: SealedGradients) -> None:
     first, tail, *sealed = closed._bound()
     key = id(first)
     alive = weakref.ref(first, lambda _: _made_with.pop(key, None))
     _made_with[key] = [alive, lambda: tail, *map(weakref.ref, sealed)]
 
 
-def _is_as_made(opened: SealedTerms) -> bool:
-    """Return whether these are the very leaves that `SealedTerms.close` made."""
+def _is_as_made(opened: SealedGradients) -> bool:
+    """Return whether these are the very leaves that `from_terms` made."""
     bound = opened._bound()
     made = _made_with.get(id(bound[0]))
     return made is not None and all(
