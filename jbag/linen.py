@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.core import FrozenDict
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -27,21 +26,14 @@ from jbag.collection._lookup import Traffic
 from jbag.collection._stacking import Feature, Table
 from jbag.interop import _flax_state as _flax_state  # registers pytrees with Flax
 from jbag.interop import _torch
-from jbag.ops._embedding_bag_module import (
-    Initializer,
-    check_options,
-    default_embedding_init,
-    initialize,
-    pool,
-    pretrained_options,
-)
+from jbag.ops._embedding_bag_module import EmbeddingBagOptions, pretrained_options
 from jbag.ragged._bags import Bags
 
 if TYPE_CHECKING:
     import torch
 
 
-class EmbeddingBag(nn.Module):
+class EmbeddingBag(EmbeddingBagOptions, nn.Module):
     """A table of embeddings, pooled over bags of ids by `jbag.embedding_bag`.
 
     The table is the parameter "embedding", [V, D]. Frozen, it is in the collection
@@ -77,33 +69,18 @@ class EmbeddingBag(nn.Module):
       (3, 2)
     """
 
-    num_embeddings: int
-    features: int
-    mode: str = "mean"
-    padding_idx: int | None = None
-    include_last_offset: bool = False
-    max_norm: float | None = None
-    norm_type: float = 2.0
-    scale_grad_by_freq: bool = False
-    sparse: bool = False
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    embedding_init: Initializer = default_embedding_init
-    implementation: str | None = None
-    freeze: bool = False
-
     def setup(self) -> None:
         """Check the options and make the table."""
-        check_options(self)
+        self._check_options()
         if self.freeze:
             self.frozen = self.variable(
-                "frozen", "embedding", lambda: self._first(self.make_rng("params"))
+                "frozen", "embedding", lambda: self._initial(self.make_rng("params"))
             )
         else:
-            self.embedding = self.param("embedding", self._first)
+            self.embedding = self.param("embedding", self._initial)
 
-    def _first(self, key: Array) -> Any:
-        return initialize(self, self.embedding_init, key, jax.tree.map)
+    def _initial(self, key: Array) -> Any:
+        return self._initial_table(key, jax.tree.map)
 
     def __call__(
         self,
@@ -122,7 +99,7 @@ class EmbeddingBag(nn.Module):
           [B, D], of `dtype`.
         """
         table = self.frozen.value if self.freeze else self.embedding
-        return pool(self, table, indices, offsets, weights)
+        return self._pool(table, indices, offsets, weights)
 
     @classmethod
     def from_pretrained(

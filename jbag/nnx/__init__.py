@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 from flax import nnx
 from flax.core import FrozenDict
 from jax.sharding import Mesh, PartitionSpec
@@ -32,14 +31,7 @@ from jbag.interop import _flax_state as _flax_state  # registers pytrees with Fl
 from jbag.interop import _torch
 from jbag.nnx._gradient import grad as grad
 from jbag.nnx._gradient import value_and_grad as value_and_grad
-from jbag.ops._embedding_bag_module import (
-    Initializer,
-    check_options,
-    default_embedding_init,
-    initialize,
-    pool,
-    pretrained_options,
-)
+from jbag.ops._embedding_bag_module import EmbeddingBagOptions, pretrained_options
 from jbag.ragged._bags import Bags
 
 if TYPE_CHECKING:
@@ -50,7 +42,8 @@ class Frozen(nnx.Variable[Array]):
     """A table kept from training: not an `nnx.Param`, which optimizers select."""
 
 
-class EmbeddingBag(nnx.Module):
+@dataclasses.dataclass(eq=False, repr=False)
+class EmbeddingBag(EmbeddingBagOptions, nnx.Module):
     """A table of embeddings, pooled over bags of ids by `jbag.embedding_bag`.
 
     The table is `self.embedding`, an `nnx.Param` [V, D], or a `Frozen` variable.
@@ -82,43 +75,18 @@ class EmbeddingBag(nnx.Module):
       (3, 2)
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        features: int,
-        mode: str = "mean",
-        padding_idx: int | None = None,
-        include_last_offset: bool = False,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        embedding_init: Initializer = default_embedding_init,
-        implementation: str | None = None,
-        freeze: bool = False,
-        *,
-        embedding_metadata: Mapping[str, Any] = MappingProxyType({}),
-        rngs: nnx.Rngs,
+    embedding_metadata: dataclasses.InitVar[Mapping[str, Any]] = dataclasses.field(
+        default=MappingProxyType({}), kw_only=True
+    )
+    rngs: dataclasses.InitVar[nnx.Rngs] = dataclasses.field(kw_only=True)
+
+    def __post_init__(
+        self, embedding_metadata: Mapping[str, Any], rngs: nnx.Rngs
     ) -> None:
-        self.num_embeddings = num_embeddings
-        self.features = features
-        self.mode = mode
-        self.padding_idx = padding_idx
-        self.include_last_offset = include_last_offset
-        self.max_norm = max_norm
-        self.norm_type = norm_type
-        self.scale_grad_by_freq = scale_grad_by_freq
-        self.sparse = sparse
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.implementation = implementation
-        self.freeze = freeze
-        check_options(self)
-        # The initializer isn't kept: a pretrained one would keep its table alive.
-        table = initialize(self, embedding_init, rngs.params(), _map_value)
-        variable = Frozen if freeze else nnx.Param
+        self._check_options()
+        table = self._initial_table(rngs.params(), _map_value)
+        del self.embedding_init  # a pretrained one would keep its table alive
+        variable = Frozen if self.freeze else nnx.Param
         self.embedding = variable(table, **embedding_metadata)
 
     def __call__(
@@ -137,7 +105,7 @@ class EmbeddingBag(nnx.Module):
         Returns:
           [B, D], of `dtype`.
         """
-        return pool(self, self.embedding[...], indices, offsets, weights)
+        return self._pool(self.embedding[...], indices, offsets, weights)
 
     @classmethod
     def from_pretrained(

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from jbag._validation import Floats, Integers, check_flag, check_integer, check_table
@@ -54,59 +54,78 @@ def pretrained_options(table: ArrayLike, options: dict[str, Any]) -> dict[str, A
     }
 
 
-def check_options(module: Any) -> None:
-    """Raise where a module's options can't be meant, before any table is made."""
-    check_integer("num_embeddings", module.num_embeddings, low=1)
-    check_integer("features", module.features, low=1)
-    for name in ("dtype", "param_dtype"):
-        dtype = getattr(module, name)
-        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"`{name}` must be floating; got {jnp.dtype(dtype)}.")
-    check_mode(module.mode)
-    check_implementation(module.implementation)
-    check_norm(module.max_norm, module.norm_type)
-    for flag in ("include_last_offset", "scale_grad_by_freq", "sparse", "freeze"):
-        check_flag(flag, getattr(module, flag))
-    if module.padding_idx is not None:
-        check_padding_idx(module.padding_idx, module.num_embeddings)
+@dataclasses.dataclass(eq=False, repr=False)
+class EmbeddingBagOptions:
+    """The options of an `EmbeddingBag` module, and what both modules do with them.
 
-
-def initialize(
-    module: Any,
-    init: Initializer,
-    key: Array,
-    map_boxed: Callable[[Callable, Any], Any],
-) -> Any:
-    """Return the module's first table, in the box that its initializer puts it in.
-
-    `map_boxed` applies a function to the array inside such a box.
+    Not a frozen dataclass, which Linen's modules can't inherit: they are frozen by
+    Linen.
     """
-    table = init(key, (module.num_embeddings, module.features), module.param_dtype)
-    if module.padding_idx is None or isinstance(init, Pretrained):
-        return table
-    return map_boxed(lambda array: array.at[module.padding_idx].set(0), table)
 
+    num_embeddings: int
+    features: int
+    mode: str = "mean"
+    padding_idx: int | None = None
+    include_last_offset: bool = False
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    scale_grad_by_freq: bool = False
+    sparse: bool = False
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    embedding_init: Initializer = default_embedding_init
+    implementation: str | None = None
+    freeze: bool = False
 
-def pool(
-    module: Any,
-    table: Array,
-    indices: Integers | Bags,
-    offsets: Integers | None,
-    weights: Floats | None,
-) -> Float[Array, "B D"]:
-    """Apply `embedding_bag` with the module's options."""
-    out = embedding_bag(
-        table,
-        indices,
-        offsets,
-        mode=module.mode,
-        weights=weights,
-        padding_idx=module.padding_idx,
-        include_last_offset=module.include_last_offset,
-        max_norm=module.max_norm,
-        norm_type=module.norm_type,
-        scale_grad_by_freq=module.scale_grad_by_freq,
-        sparse=module.sparse,
-        implementation=module.implementation,
-    )
-    return out if module.dtype is None else out.astype(module.dtype)
+    def _check_options(self) -> None:
+        """Raise for options that no module can have, before a table is made."""
+        check_integer("num_embeddings", self.num_embeddings, low=1)
+        check_integer("features", self.features, low=1)
+        for name in ("dtype", "param_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+                raise TypeError(f"`{name}` must be floating; got {jnp.dtype(dtype)}.")
+        check_mode(self.mode)
+        check_implementation(self.implementation)
+        check_norm(self.max_norm, self.norm_type)
+        for flag in ("include_last_offset", "scale_grad_by_freq", "sparse", "freeze"):
+            check_flag(flag, getattr(self, flag))
+        if self.padding_idx is not None:
+            check_padding_idx(self.padding_idx, self.num_embeddings)
+
+    def _initial_table(
+        self, key: Array, map_boxed: Callable[[Callable[[Array], Array], Any], Any]
+    ) -> Any:
+        """Return the initial table, in the box that its initializer puts it in.
+
+        `map_boxed` applies a function to the array inside such a box.
+        """
+        init, padding_idx = self.embedding_init, self.padding_idx
+        table = init(key, (self.num_embeddings, self.features), self.param_dtype)
+        if padding_idx is None or isinstance(init, Pretrained):
+            return table
+        return map_boxed(lambda array: array.at[padding_idx].set(0), table)
+
+    def _pool(
+        self,
+        table: Array,
+        indices: Integers | Bags,
+        offsets: Integers | None,
+        weights: Floats | None,
+    ) -> Float[Array, "B D"]:
+        """Apply `embedding_bag` with these options."""
+        out = embedding_bag(
+            table,
+            indices,
+            offsets,
+            mode=self.mode,
+            weights=weights,
+            padding_idx=self.padding_idx,
+            include_last_offset=self.include_last_offset,
+            max_norm=self.max_norm,
+            norm_type=self.norm_type,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+            implementation=self.implementation,
+        )
+        return out if self.dtype is None else out.astype(self.dtype)
