@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
-from flax.core import FrozenDict
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jbag._validation import Floats, Integers
 from jbag.collection._collection import (
+    CollectionOptions,
     check_parts,
     collection_shardings,
     collection_traffic,
@@ -23,7 +23,6 @@ from jbag.collection._collection import (
     validate_batch,
 )
 from jbag.collection._lookup import Traffic
-from jbag.collection._stacking import Feature, Table
 from jbag.interop import _flax_state as _flax_state  # registers pytrees with Flax
 from jbag.interop import _torch
 from jbag.ops._embedding_bag_module import EmbeddingBagOptions, pretrained_options
@@ -126,7 +125,7 @@ class EmbeddingBag(EmbeddingBagOptions, nn.Module):
         return cls(freeze=freeze, **pretrained_options(table, options))
 
 
-class EmbeddingBagCollection(nn.Module):
+class EmbeddingBagCollection(CollectionOptions, nn.Module):
     """Several tables, and the features that are pooled from them.
 
     Tables of one group, width and dtype are stacked in one parameter, "group_width", so
@@ -175,18 +174,6 @@ class EmbeddingBagCollection(nn.Module):
       >>> list(variables["params"])
       ['embedding_8']
     """
-
-    tables: Mapping[str, Table]
-    features: Mapping[str, Feature]
-    specs: Mapping[str, Any] = FrozenDict()
-    mesh: Any = None
-    batch_axis: Any = None
-    rows_per_round: int | None = None
-    grid: int | None = None
-    sparse: bool = False
-    concatenate: bool = False
-    dtype: Any = None
-    implementation: str | None = None
 
     @nn.compact
     def __call__(self, batch: Any) -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jbag._mesh.partition_specs import (
@@ -38,17 +40,38 @@ from jbag.collection._stacking import (
 from jbag.ops.kernels import check_implementation
 
 
-def check_parts(module: Any) -> Parts:
+@dataclasses.dataclass(eq=False, repr=False)
+class CollectionOptions:
+    """The options of an `EmbeddingBagCollection` module.
+
+    Not a frozen dataclass, which Linen's modules can't inherit: they are frozen by
+    Linen.
+    """
+
+    tables: Mapping[str, Table]
+    features: Mapping[str, Feature]
+    specs: Mapping[str, P | TableWise] = dataclasses.field(default_factory=dict)
+    mesh: Mesh | AbstractMesh | None = None
+    batch_axis: Any = None
+    rows_per_round: int | None = None
+    grid: int | None = None
+    sparse: bool = False
+    concatenate: bool = False
+    dtype: DTypeLike | None = None
+    implementation: str | None = None
+
+
+def check_parts(options: CollectionOptions) -> Parts:
     """Return the parts of a collection; raise where its options can't be meant.
 
     Raises:
       TypeError: something is of the wrong type.
       ValueError: a feature's table isn't there, or a group's spec.
     """
-    tables = _check_mapping("tables", module.tables, Table, "Table")
-    features = _check_mapping("features", module.features, Feature, "Feature")
+    tables = _check_mapping("tables", options.tables, Table, "Table")
+    features = _check_mapping("features", options.features, Feature, "Feature")
     kinds = "PartitionSpec or a TableWise"
-    specs = _check_mapping("specs", module.specs, P | TableWise, kinds)
+    specs = _check_mapping("specs", options.specs, P | TableWise, kinds)
     if not tables:
         raise ValueError("`tables` must hold at least one Table; got none.")
     for name, feature in features.items():
@@ -60,13 +83,13 @@ def check_parts(module: Any) -> Parts:
     if KEYED in features:
         raise ValueError("`features` must have names; got an empty one.")
     for flag in ("sparse", "concatenate"):
-        check_flag(flag, getattr(module, flag))
-    check_implementation(module.implementation)
-    if module.dtype is not None and not jnp.issubdtype(module.dtype, jnp.floating):
-        raise TypeError(f"`dtype` must be floating; got {jnp.dtype(module.dtype)}.")
-    if module.rows_per_round is not None:
-        check_integer("rows_per_round", module.rows_per_round, low=1)
-    grid = module.grid
+        check_flag(flag, getattr(options, flag))
+    check_implementation(options.implementation)
+    if options.dtype is not None and not jnp.issubdtype(options.dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be floating; got {jnp.dtype(options.dtype)}.")
+    if options.rows_per_round is not None:
+        check_integer("rows_per_round", options.rows_per_round, low=1)
+    grid = options.grid
     if grid is None:
         grid = GRID if specs else 1
     return Parts(tables, features, make_stacks(tables, specs, grid))
@@ -149,11 +172,13 @@ def _check_division(stack: Stack, found: Strategy) -> None:
         )
 
 
-def initializer(module: Any, parts: Parts, stack: Stack) -> Callable[[Array], Array]:
+def initializer(
+    options: CollectionOptions, parts: Parts, stack: Stack
+) -> Callable[[Array], Array]:
     """Return the function of a key that makes a stack's first array, where it lies."""
 
     def init(key: Array) -> Array:
-        found = strategies(parts.stacks, module.mesh, module.batch_axis)
+        found = strategies(parts.stacks, options.mesh, options.batch_axis)
         array = stack.init(key)
         if stack.name not in found:
             return array
@@ -162,29 +187,13 @@ def initializer(module: Any, parts: Parts, stack: Stack) -> Callable[[Array], Ar
     return init
 
 
-class Collection(NamedTuple):
-    """The options of a collection, as the modules have them as attributes."""
-
-    tables: Any
-    features: Any
-    specs: Any
-    mesh: Any = None
-    batch_axis: Any = None
-    rows_per_round: int | None = None
-    grid: int | None = None
-    sparse: bool = False
-    concatenate: bool = False
-    dtype: Any = None
-    implementation: str | None = None
-
-
 def pool_collection(
-    module: Any, parts: Parts, arrays: Mapping[str, Array], batch: Any
+    options: CollectionOptions, parts: Parts, arrays: Mapping[str, Array], batch: Any
 ) -> Any:
     """Return what a collection pools: by feature, or all side by side."""
-    found, bags = _check_call(module, parts, batch)
+    found, bags = _check_call(options, parts, batch)
     pooled: dict[str, Array] = {}
-    for stack, launches, own in _calls(module, parts, bags):
+    for stack, launches, own in _calls(options, parts, bags):
         one = found.get(stack.name)
         if (
             one is not None
@@ -201,27 +210,27 @@ def pool_collection(
             stack=stack,
             launches=launches,
             strategy=one,
-            sparse=bool(module.sparse),
-            rows_per_round=module.rows_per_round,
+            sparse=bool(options.sparse),
+            rows_per_round=options.rows_per_round,
         )
     out = [pooled[name] for name in parts.features]
-    if module.dtype is not None:
-        out = [x.astype(module.dtype) for x in out]
-    if module.concatenate:
+    if options.dtype is not None:
+        out = [x.astype(options.dtype) for x in out]
+    if options.concatenate:
         return jnp.concatenate(out, axis=1)
     return dict(zip(parts.features, out, strict=True))
 
 
 def _check_call(
-    module: Any, parts: Parts, batch: Any
+    options: CollectionOptions, parts: Parts, batch: Any
 ) -> tuple[dict[str, Strategy], dict[str, Bag]]:
-    found = strategies(parts.stacks, module.mesh, module.batch_axis)
+    found = strategies(parts.stacks, options.mesh, options.batch_axis)
     blocks = next(iter(found.values())).size if found else None
     return found, check_batch(batch, parts, blocks)
 
 
 def _calls(
-    module: Any, parts: Parts, bags: Mapping[str, Bag]
+    options: CollectionOptions, parts: Parts, bags: Mapping[str, Bag]
 ) -> Iterator[tuple[Stack, tuple[Launch, ...], dict[str, Bag]]]:
     """Yield each stack with what is pooled from it, and of which bags."""
     weighted = {
@@ -229,7 +238,9 @@ def _calls(
         for name in parts.features
     }
     for stack in parts.stacks:
-        launches = make_launches(stack, parts.features, weighted, module.implementation)
+        launches = make_launches(
+            stack, parts.features, weighted, options.implementation
+        )
         own: dict[str, Bag] = {}
         for launch in launches:
             own |= launch.own(bags)
@@ -237,10 +248,10 @@ def _calls(
             yield stack, launches, own
 
 
-def collection_traffic(module: Any, batch: Any) -> dict[str, Traffic]:
+def collection_traffic(options: CollectionOptions, batch: Any) -> dict[str, Traffic]:
     """Return what the rows of each stack that are dealt out are sent for a batch."""
-    parts = check_parts(module)
-    found, bags = _check_call(module, parts, batch)
+    parts = check_parts(options)
+    found, bags = _check_call(options, parts, batch)
     bags = {name: bag._replace(weights=None) for name, bag in bags.items()}
     return {
         stack.name: measure_traffic(
@@ -248,21 +259,21 @@ def collection_traffic(module: Any, batch: Any) -> dict[str, Traffic]:
             stack=stack,
             launches=launches,
             strategy=found[stack.name],
-            rows_per_round=module.rows_per_round,
+            rows_per_round=options.rows_per_round,
         )
-        for stack, launches, own in _calls(module, parts, bags)
+        for stack, launches, own in _calls(options, parts, bags)
         if stack.name in found
         and found[stack.name].sharding_type == ShardingType.ROW_WISE
     }
 
 
-def validate_batch(module: Any, batch: Any) -> Any:
+def validate_batch(options: CollectionOptions, batch: Any) -> Any:
     """Check a batch by value, copied from the device if need be; return it."""
     # A list is no array of JAX's, and is checked by value as it is.
     on_host = jax.tree.map(
         lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, batch
     )
-    _check_call(module, check_parts(module), on_host)
+    _check_call(options, check_parts(options), on_host)
     return batch
 
 
@@ -303,14 +314,14 @@ def import_tables(parts: Parts, tables: Mapping[str, Any]) -> dict[str, Array]:
     return {stack.name: stack.fill(tables) for stack in parts.stacks}
 
 
-def collection_shardings(module: Any, tree: Any) -> Any:
+def collection_shardings(options: CollectionOptions, tree: Any) -> Any:
     """Return how each array of a tree lies on the mesh: a `NamedSharding` each.
 
     Arrays under a stack's name, of as many rows, lie as its spec says; others are
     replicated.
     """
-    stacks = check_parts(module).stacks
-    found = strategies(stacks, module.mesh, module.batch_axis)
+    stacks = check_parts(options).stacks
+    found = strategies(stacks, options.mesh, options.batch_axis)
     if not found:
         raise ValueError("`mesh` must be given, or set by jax.set_mesh; got neither.")
     mesh = next(iter(found.values())).mesh

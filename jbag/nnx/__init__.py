@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jbag._validation import Floats, Integers
 from jbag.collection._collection import (
-    Collection,
+    CollectionOptions,
     check_parts,
     collection_shardings,
     collection_traffic,
@@ -26,7 +26,6 @@ from jbag.collection._collection import (
     validate_batch,
 )
 from jbag.collection._lookup import Traffic
-from jbag.collection._stacking import Feature, Table
 from jbag.interop import _flax_state as _flax_state  # registers pytrees with Flax
 from jbag.interop import _torch
 from jbag.nnx._gradient import grad as grad
@@ -159,7 +158,8 @@ class EmbeddingBag(EmbeddingBagOptions, nnx.Module):
         return _torch.write(self.embedding[...], self)
 
 
-class EmbeddingBagCollection(nnx.Module):
+@dataclasses.dataclass(eq=False, repr=False)
+class EmbeddingBagCollection(CollectionOptions, nnx.Module):
     """Several tables, and the features that are pooled from them.
 
     It is `jbag.linen.EmbeddingBagCollection`, of which see the arguments, as an NNX
@@ -191,75 +191,53 @@ class EmbeddingBagCollection(nnx.Module):
       (1, 8)
     """
 
-    def __init__(
-        self,
-        tables: Mapping[str, Table],
-        features: Mapping[str, Feature],
-        specs: Mapping[str, Any] = MappingProxyType({}),
-        mesh: Any = None,
-        batch_axis: Any = None,
-        rows_per_round: int | None = None,
-        grid: int | None = None,
-        sparse: bool = False,
-        concatenate: bool = False,
-        dtype: Any = None,
-        implementation: str | None = None,
-        *,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.options = Collection(
-            FrozenDict(tables) if isinstance(tables, Mapping) else tables,
-            FrozenDict(features) if isinstance(features, Mapping) else features,
-            FrozenDict(specs) if isinstance(specs, Mapping) else specs,
-            mesh,
-            batch_axis,
-            rows_per_round,
-            grid,
-            sparse,
-            concatenate,
-            dtype,
-            implementation,
-        )
-        parts = check_parts(self.options)
+    rngs: dataclasses.InitVar[nnx.Rngs] = dataclasses.field(kw_only=True)
+
+    def __post_init__(self, rngs: nnx.Rngs) -> None:
+        for name in ("tables", "features", "specs"):
+            given = getattr(self, name)
+            if isinstance(given, Mapping):  # else an error, below
+                setattr(self, name, FrozenDict(given))
+        parts = check_parts(self)
         for stack in parts.stacks:
             metadata: dict[str, Any] = {}
             if stack.partition_spec is not None:
                 # A state of one number a row can't lie so: it follows the table.
                 metadata["out_sharding"] = stack.partition_spec
                 metadata["optimizer_sharding"] = PartitionSpec()
-                if isinstance(mesh, Mesh):
-                    metadata["mesh"] = mesh
-            array = initializer(self.options, parts, stack)(rngs.params())
+                if isinstance(self.mesh, Mesh):
+                    metadata["mesh"] = self.mesh
+            array = initializer(self, parts, stack)(rngs.params())
             setattr(self, stack.name, nnx.Param(array, **metadata))
 
     def __call__(self, batch: Any) -> Any:
         """Pool every feature; see `jbag.linen.EmbeddingBagCollection`."""
-        parts = check_parts(self.options)
-        return pool_collection(self.options, parts, self._arrays(), batch)
+        parts = check_parts(self)
+        return pool_collection(self, parts, self._arrays(), batch)
 
     def _arrays(self) -> dict[str, Array]:
-        names = [stack.name for stack in check_parts(self.options).stacks]
+        names = [stack.name for stack in check_parts(self).stacks]
         return {name: getattr(self, name)[...] for name in names}
 
     def validate(self, batch: Any) -> Any:
         """Check a batch by value; see `jbag.linen.EmbeddingBagCollection.validate`."""
-        return validate_batch(self.options, batch)
+        return validate_batch(self, batch)
 
     def traffic(self, batch: Any) -> dict[str, Traffic]:
         """Return the traffic of a batch for each parameter that is row-wise."""
-        return collection_traffic(self.options, batch)
+        return collection_traffic(self, batch)
 
     def shardings(self, tree: Any) -> Any:
         """Return a `NamedSharding` for each array of a tree, such as an `nnx.State`."""
-        return collection_shardings(self.options, tree)
+        return collection_shardings(self, tree)
 
     def export_tables(self) -> dict[str, Array]:
         """Return each table by name, [V, D], its rows in the order of their ids."""
-        return export_tables(check_parts(self.options), self._arrays())
+        return export_tables(check_parts(self), self._arrays())
 
     def import_tables(self, tables: Mapping[str, ArrayLike]) -> None:
         """Take over such tables; see `export_tables`."""
-        parts = check_parts(self.options)
+        parts = check_parts(self)
         for name, array in import_tables(parts, tables).items():
             getattr(self, name)[...] = array
 

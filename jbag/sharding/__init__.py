@@ -46,7 +46,11 @@ from jbag._mesh.partition_specs import TableWise as TableWise
 from jbag._mesh.partition_specs import current_mesh
 from jbag._mesh.row_layout import Layout as Layout
 from jbag._validation import check_table
-from jbag.collection._collection import Collection, check_parts, pool_collection
+from jbag.collection._collection import (
+    CollectionOptions,
+    check_parts,
+    pool_collection,
+)
 from jbag.collection._lookup import Traffic as Traffic
 from jbag.collection._stacking import Feature, Table
 from jbag.sharding._planner import Load as Load
@@ -137,7 +141,7 @@ def embedding_bag(
         scale_grad_by_freq=scale_grad_by_freq,
         param_dtype=table.dtype,
     )
-    options = Collection(
+    options = CollectionOptions(
         {"table": one},
         {"bags": Feature("table", mode)},
         {one.group: spec},
