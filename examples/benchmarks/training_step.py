@@ -127,7 +127,9 @@ def make_batches(workload: Workload) -> Iterator[Batch]:
         yield rng.integers(workload.V, size=N, dtype=np.int32), offsets
 
 
-def jax_call(case: Case, step: Callable, state: Any, table_of: Callable) -> Call:
+def jax_call(
+    case: Case, step: Callable[..., Any], state: Any, table_of: Callable[..., Any]
+) -> Call:
     """Step from state to state; `step` takes one, which it is donated, and a batch."""
     ring = [jax.device_put(batch) for batch in case.batches]
     cotangent = case.uniform(case.workload.B)

@@ -303,7 +303,7 @@ def _scatter_add_impl(
     )
 
 
-def _define(name: str, function: Callable) -> Primitive:
+def _define(name: str, function: Callable[..., Any]) -> Primitive:
     """Make the primitive of a function that is linear in its first operand."""
     primitive = Primitive(f"jbag_{name}")
     evaluate_compiled(primitive)

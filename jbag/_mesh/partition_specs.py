@@ -162,8 +162,13 @@ def _check_axis(mesh: Mesh | AbstractMesh, name: str, given: Any, axis: Any) -> 
 
 
 def per_device(
-    body: Callable, strategy: Strategy, in_specs: Any, out_specs: Any, *, check: bool
-) -> Callable:
+    body: Callable[..., Any],
+    strategy: Strategy,
+    in_specs: Any,
+    out_specs: Any,
+    *,
+    check: bool,
+) -> Callable[..., Any]:
     """Return `body` as a function of whole arrays, run by every device on its blocks.
 
     Where the mesh's axes are Explicit, the arguments are resharded to `in_specs`. With

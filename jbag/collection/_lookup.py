@@ -33,7 +33,8 @@ from jbag.collection._bag_dist import Bags, bag_dist, own_block
 from jbag.collection._stacking import Bag, Launch, Stack, only_in_bags
 from jbag.ops import _pooling
 from jbag.ops._pooling import CsrBags
-from jbag.ops._sparse_marks import mark_table
+from jbag.ops._row_gather import accumulation_dtype, take
+from jbag.ops._sparse_marks import mark_pooled, mark_table
 from jbag.ragged._csr import OUT_OF_RANGE_ID, PAD_ID
 
 Pooled = dict[str, Float[Array, "B D"]]
@@ -222,11 +223,11 @@ def _pool_row_wise(
             found.append((own.reshape(ids.shape), offsets))
             if launch.how.scale_grad_by_freq:
                 route = router(strategy, num_rows, unique.size, rows_per_round)
-                dtype = _pooling.accumulation_dtype(jnp.dtype(stack.dtype))
+                dtype = accumulation_dtype(jnp.dtype(stack.dtype))
                 own = jnp.where(own < 0, unique.size, own)
                 count = jnp.zeros(unique.size, dtype).at[own].add(1, mode="drop")
                 count = jnp.maximum(sum_counts(count, unique, route), 1)
-                counts.append(_pooling.take(count, own, 1).reshape(ids.shape))
+                counts.append(take(count, own, 1).reshape(ids.shape))
             else:
                 counts.append(None)
         return unique, found, counts
@@ -242,7 +243,7 @@ def _pool_row_wise(
     if sparse:
         placement = AllToAllGradients(strategy, mapped.rows, blocks, rows_per_round)
         to_bags = mapped.run(lambda x: x[:, None], (blocks,), mapped.rows, check=False)
-        rows = _pooling.mark_pooled(
+        rows = mark_pooled(
             rows,
             table,
             to_bags(unique),

@@ -24,12 +24,12 @@ _TAG = "jbag.grad"  # of the context in which Flax relates objects inside and ou
 
 
 def value_and_grad(
-    loss: Callable,
+    loss: Callable[..., Any],
     argnums: Argnum | Sequence[Argnum] = 0,
     has_aux: bool = False,
     *,
     allow_dense: bool | None = None,
-) -> Callable:
+) -> Callable[..., Any]:
     """Return a function that gives the loss and its gradient.
 
     It is `flax.nnx.value_and_grad` in graph mode, except that the gradient of a table
@@ -162,12 +162,12 @@ def value_and_grad(
 
 
 def grad(
-    loss: Callable,
+    loss: Callable[..., Any],
     argnums: Argnum | Sequence[Argnum] = 0,
     has_aux: bool = False,
     *,
     allow_dense: bool | None = None,
-) -> Callable:
+) -> Callable[..., Any]:
     """Return a function that gives the gradient of the loss; see `value_and_grad`.
 
     With `has_aux` it gives (gradient, auxiliary data), as `flax.nnx.grad` does.
@@ -206,7 +206,9 @@ def _diff_state(argnum: Any) -> nnx.DiffState:
         ) from None
 
 
-def _bind(loss: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _bind(
+    loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments, by position where they can be; as NNX does."""
     if isinstance(loss, functools.partial):
         return args, kwargs

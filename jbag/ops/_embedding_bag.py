@@ -145,7 +145,7 @@ def check_call(
     norm_type: float,
     scale_grad_by_freq: bool,
     implementation: str | None,
-) -> tuple[Array, tuple, Array | None, dict[str, Any]]:
+) -> tuple[Array, tuple[Any, ...], Array | None, dict[str, Any]]:
     """Check the arguments of `embedding_bag`.
 
     Returns the table, (ids, offsets, weights), `max_norm`, and the options that are

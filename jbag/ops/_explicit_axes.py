@@ -43,7 +43,9 @@ def pooled_sharding(
     return NamedSharding(meshes[0], P(batch, columns))
 
 
-def partitioned(function: Callable, sharding: NamedSharding | None) -> Callable:
+def partitioned(
+    function: Callable[..., Any], sharding: NamedSharding | None
+) -> Callable[..., Any]:
     """Return a function that the compiler partitions, and whose results lie so."""
     if sharding is None:
         return function

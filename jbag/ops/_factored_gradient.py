@@ -183,7 +183,9 @@ class FactoredGradient:
     average: str | None = None
     placement: Placement = ONE_DEVICE
 
-    def apply(self, operation: Callable, *operands: Any, **params: Any) -> Any:
+    def apply(
+        self, operation: Callable[..., Any], *operands: Any, **params: Any
+    ) -> Any:
         """Call an operation with the operands, the cotangent and the bags."""
         term = self.plain()
         return operation(

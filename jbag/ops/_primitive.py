@@ -47,7 +47,7 @@ def define(
     return primitive
 
 
-def dispatch(name: str, call: Callable, *, several: bool) -> Primitive:
+def dispatch(name: str, call: Callable[..., Any], *, several: bool) -> Primitive:
     """Make the primitive `name` that is `call(kernel, *operands, **params)`.
 
     The kernel is the one of the parameter `implementation`. By default its derivatives
@@ -69,7 +69,7 @@ def dispatch(name: str, call: Callable, *, several: bool) -> Primitive:
         inferred = jax.make_jaxpr(typed)(*avals)
         return inferred.out_avals if several else inferred.out_avals[0]
 
-    def lowering(platform: str | None) -> Callable:
+    def lowering(platform: str | None) -> Callable[..., Any]:
         def lower(
             context: mlir.LoweringRuleContext,
             *operands: Any,
@@ -97,7 +97,7 @@ def evaluate_compiled(primitive: Primitive) -> None:
     """Let a primitive be compiled where it is met outside of a program."""
 
     @functools.cache
-    def compiled(**params: Any) -> Callable:
+    def compiled(**params: Any) -> Callable[..., Any]:
         return jax.jit(functools.partial(primitive.bind, **params))
 
     @primitive.def_impl
@@ -108,9 +108,9 @@ def evaluate_compiled(primitive: Primitive) -> None:
 
 
 def _jvp(
-    reference: Callable,
-    primals: Sequence,
-    tangents: Sequence,
+    reference: Callable[..., Any],
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
     *,
     implementation: str | None,
     **params: Any,
@@ -143,9 +143,9 @@ def _jvp(
 
 
 def _vmap(
-    reference: Callable,
-    operands: Sequence,
-    dims: Sequence,
+    reference: Callable[..., Any],
+    operands: Sequence[Any],
+    dims: Sequence[Any],
     *,
     implementation: str | None,
     **params: Any,
@@ -171,7 +171,9 @@ def bind(
     return primitive.bind(*equally_varying(*dense, ids, *optional), **params)
 
 
-def layout(num_dense: int, operands: Sequence, batch_ndim: int = 0) -> tuple:
+def layout(
+    num_dense: int, operands: Sequence[Any], batch_ndim: int = 0
+) -> tuple[Any, ...]:
     """Split operands into (dense, ids, offsets or None, coefficients or None)."""
     dense, (ids, *rest) = operands[:num_dense], operands[num_dense:]
     offsets = rest.pop(0) if ids.ndim - batch_ndim == 1 else None

@@ -63,7 +63,9 @@ def _follow(
 
 
 @functools.partial(_follow.defjvp, symbolic_zeros=True)
-def _follow_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _follow_jvp(
+    primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
     _, slots, table, ids, coefficients, value_scale, gradient_scale = primals
     values = _follow(*primals)
     # A negative id that won names no row, and reads as one past the last.

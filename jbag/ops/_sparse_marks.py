@@ -81,7 +81,7 @@ def _define(name: str) -> Primitive:
 
 
 def _jvp(
-    mark: Primitive, primals: Sequence, tangents: Sequence, **params: Any
+    mark: Primitive, primals: Sequence[Any], tangents: Sequence[Any], **params: Any
 ) -> tuple[Any, Any]:
     return mark.bind(*primals, **params), tangents[0]
 
@@ -90,7 +90,7 @@ def _transpose(cotangent: Any, *operands: Any, **_: Any) -> list[Any]:
     return [cotangent, *(None for _ in operands[1:])]
 
 
-def _batch_table(operands: Sequence, dims: Sequence) -> tuple[Any, Any]:
+def _batch_table(operands: Sequence[Any], dims: Sequence[Any]) -> tuple[Any, Any]:
     # Several tables: the mark stays on all, but nothing that is pooled belongs to it.
     return table_mark.bind(operands[0]), dims[0]
 

@@ -108,7 +108,7 @@ def spmm_scaled(
     `value_scale` is seen by the value and by the gradient to the coefficients,
     `gradient_scale` by the gradient to the table; both are constants to autodiff.
     """
-    pool: Callable = functools.partial(spmm, **options)
+    pool: Callable[..., Any] = functools.partial(spmm, **options)
     bags = (ids, offsets, coefficients)
     if value_scale is None and gradient_scale is None:
         return pool(table, *bags)
@@ -117,7 +117,7 @@ def spmm_scaled(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _spmm_scaled(
-    pool: Callable,
+    pool: Callable[..., Any],
     table: Float[Array, "V D"],
     ids: Ids,
     offsets: Offsets,
@@ -131,7 +131,7 @@ def _spmm_scaled(
 
 @functools.partial(_spmm_scaled.defjvp, symbolic_zeros=True)
 def _spmm_scaled_jvp(
-    pool: Callable, primals: tuple, tangents: tuple
+    pool: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Array]:
     table, ids, offsets, coefficients, value_scale, gradient_scale = primals
     value = _spmm_scaled(pool, *primals)
@@ -164,7 +164,7 @@ sddmm_p = define("sddmm", dense=["rows", "bags"], coefficients=False, outputs=["
 
 
 def _jvp(
-    primitive: Primitive, primals: Sequence, tangents: Sequence, **params: Any
+    primitive: Primitive, primals: Sequence[Any], tangents: Sequence[Any], **params: Any
 ) -> tuple[Any, Any]:
     """Differentiate an operation that is linear in each floating operand."""
     value = primitive.bind(*equally_varying(*primals), **params)
@@ -187,7 +187,7 @@ def _jvp(
 
 
 def _transpose(
-    num_dense: int, rules: Sequence, cotangent: Any, *operands: Any, **params: Any
+    num_dense: int, rules: Sequence[Any], cotangent: Any, *operands: Any, **params: Any
 ) -> list[Any]:
     """Transpose in the one operand that is unknown; `rules` has one for each place.
 

@@ -14,7 +14,9 @@ from jbag._validation import check_integer
 from jbag.sparse._row_sparse import is_rows
 
 
-def accumulate_gradients(value_and_grad: Callable, steps: int) -> Callable:
+def accumulate_gradients(
+    value_and_grad: Callable[..., Any], steps: int
+) -> Callable[..., Any]:
     """Return a function that averages values and gradients over several batches.
 
     The batches are taken one after another, so that the memory is that of one; the

@@ -96,7 +96,7 @@ def apply_if_finite(
     return optax.GradientTransformationExtraArgs(outer.init, update)
 
 
-def map_rows(function: Callable, updates: Any) -> Any:
+def map_rows(function: Callable[..., Any], updates: Any) -> Any:
     """Apply a function to the row-sparse leaves of a tree."""
     return jax.tree.map(
         lambda x: function(x) if is_rows(x) else x, updates, is_leaf=is_rows

@@ -54,7 +54,7 @@ def describe_mismatch(lengths: np.ndarray, own: np.ndarray) -> str:
     )
 
 
-def _concatenate(lists: list) -> np.ndarray:
+def _concatenate(lists: list[Any]) -> np.ndarray:
     if all(isinstance(row, list | tuple) for row in lists):
         return np.array(list(itertools.chain.from_iterable(lists)))
     # An empty array is of some floating dtype by default: it has no say.
@@ -62,7 +62,7 @@ def _concatenate(lists: list) -> np.ndarray:
     return np.concatenate([row for row in rows if row.size])
 
 
-def _describe_non_number(name: str, lists: list) -> str:
+def _describe_non_number(name: str, lists: list[Any]) -> str:
     for bag, row in enumerate(lists):
         for at, value in enumerate(row):
             if isinstance(value, bool | np.bool_) or not isinstance(

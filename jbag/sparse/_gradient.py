@@ -48,12 +48,12 @@ class DenseGradientWarning(UserWarning):
 
 
 def value_and_grad(
-    loss: Callable,
+    loss: Callable[..., Any],
     argnums: Any = 0,
     has_aux: bool = False,
     *,
     allow_dense: bool | None = None,
-) -> Callable:
+) -> Callable[..., Any]:
     """Return a function that gives the loss and its gradient.
 
     It is `jax.value_and_grad`, except that the gradient of a table that is pooled with
@@ -168,12 +168,12 @@ def value_and_grad(
 
 
 def grad(
-    loss: Callable,
+    loss: Callable[..., Any],
     argnums: Any = 0,
     has_aux: bool = False,
     *,
     allow_dense: bool | None = None,
-) -> Callable:
+) -> Callable[..., Any]:
     """Return a function that gives the gradient of the loss; see `value_and_grad`.
 
     With `has_aux` it gives (gradient, auxiliary data), as `jax.grad` does.
@@ -263,7 +263,9 @@ def _no_gradient(leaf: Any) -> Any:
 
 
 def _differentiate(
-    function: Callable, leaves: list[Array], check_dense: Callable[[list[int]], None]
+    function: Callable[..., Any],
+    leaves: list[Array],
+    check_dense: Callable[[list[int]], None],
 ) -> tuple[Array, list[Array], list[Any]]:
     """Return the value of `function(leaves)`, what comes with it, and its gradient.
 
@@ -309,7 +311,7 @@ def _differentiate(
 def _pull_back(
     value: Float[Array, ""],
     cotangent: Float[Array, "*loops B D"],
-    bags: tuple,
+    bags: tuple[Any, ...],
     call: PooledCall,
     table: Float[Array, "V D"],
 ) -> RowSparse:
@@ -320,7 +322,7 @@ def _pull_back(
     else:
         offsets = _after(value, offsets)
     options = {k: x for k, x in call.equation.params.items() if k != "has_winners"}
-    one: Callable = functools.partial(
+    one: Callable[..., Any] = functools.partial(
         pull_back, shape=jnp.shape(table), dtype=jax.typeof(table).dtype, **options
     )
     for _ in call.loops:

@@ -79,7 +79,7 @@ class _Value(NamedTuple):
       table: the path of the mark of a table that it comes out of.
     """
 
-    sources: frozenset = frozenset()
+    sources: frozenset[Any] = frozenset()
     leaf: int | None = None
     table: Path | None = None
 

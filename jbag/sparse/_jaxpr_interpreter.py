@@ -163,7 +163,7 @@ class _Runner(NamedTuple):
         for one in branches:
             bags |= jax.eval_shape(one, operands, zeros)[1]
 
-        def with_all_bags(one: Callable) -> Callable:
+        def with_all_bags(one: Callable[..., Any]) -> Callable[..., Any]:
             def call(operands: list[Any], zeros: dict[Path, Array]) -> Any:
                 outs, own = one(operands, zeros)
                 others = {p: x for p, x in bags.items() if p not in own}

@@ -1,15 +1,14 @@
 """The implementations by name, and which one a platform gets.
 
-A kernel is a module with the six operations of `xla`: `spmm`, `spmm_transpose`,
-`sddmm`, `extremum`, `coalesce` and `update_rows`.
+A kernel is a module with the six operations of `contract`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from jbag.ops.kernels import cpu, xla
+from jbag.ops.kernels.contract import Operations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Kernel:
     runs only where jbag itself is loaded, which an exported program can't count on.
     """
 
-    operations: Any  # a module, or what has the same six functions
+    operations: Operations  # a module
     platforms: tuple[str, ...] | None = None
     missing: str | None = None
     portable: bool = False

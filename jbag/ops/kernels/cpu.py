@@ -1,6 +1,6 @@
 """The kernel for CPUs: C++ through XLA's FFI. Its source is in `csrc`.
 
-It keeps to the contract of `xla`, without an (N, D) intermediate: rows are summed as
+It implements `contract` without an (N, D) intermediate: rows are summed as
 they are gathered, and `spmm_transpose` sorts the slots by row. Results are the
 same from run to run and for any number of threads.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.resources
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -179,7 +180,10 @@ def _call(
     aliases: dict[int, int] | None = None,
     **attributes: bool | str,
 ) -> Any:
-    call = jax.ffi.ffi_call(f"jbag_cpu_{name}", results, input_output_aliases=aliases)
+    target = f"jbag_cpu_{name}"
+    call: Callable[..., Any] = jax.ffi.ffi_call(
+        target, results, input_output_aliases=aliases
+    )
     marked = {"has_empty": pad_id is not None, "empty": np.int64(pad_id or 0)}
     return call(*operands, **marked, **attributes)
 

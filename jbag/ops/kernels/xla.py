@@ -1,21 +1,12 @@
-"""The portable kernel: gather, then `jax.ops.segment_sum`. The meaning of record.
+"""The reference kernel: gather, then `jax.ops.segment_sum`. It runs on every platform.
 
-Every operation reads the bags in one of two layouts:
-
-- ragged: `ids` [N] with `offsets` [B + 1]; bag b is `ids[offsets[b]:offsets[b + 1]]`;
-- rectangular: `ids` [B, L] with `offsets` None; bag b is `ids[b]`.
-
-An id that equals `pad_id` is an empty slot, which adds nothing; `pad_id` None means
-that there are none. Any other id in [0, V) is a row. One outside names no row: it reads
-as NaN and receives nothing. Slots outside every bag are empty. A bag whose offsets are
-malformed (see `bag_bounds`) is NaN and receives nothing.
-
-`coefficients` has the shape of `ids` and the accumulation dtype; None means ones.
+`contract` has the meaning of the operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +59,7 @@ def spmm(
 
 
 def divisors(
-    pool: Callable,
+    pool: Callable[..., Any],
     ids: Ids,
     offsets: Offsets,
     dtype: jnp.dtype,

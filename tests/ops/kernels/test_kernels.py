@@ -1,7 +1,9 @@
 """Which kernel an implementation's name, or None, means on a platform."""
 
+import dataclasses
 import functools
 import re
+import types
 
 import jax
 import jax.export
@@ -70,7 +72,7 @@ REASON = "no working C++ compiler was found when it was installed"
 @pytest.fixture
 def without_cpu_kernel(monkeypatch):
     """An installation that lacks the CPU kernel."""
-    missing = Kernel(None, platforms=("cpu",), missing=REASON)
+    missing = dataclasses.replace(KERNELS["cpu"], missing=REASON)
     monkeypatch.setattr(kernels, "KERNELS", KERNELS | {"cpu": missing})
     # Programs compiled before took it.
     jax.clear_caches()
@@ -116,13 +118,12 @@ def test_the_kernel_is_chosen_at_lowering_not_at_tracing():
 def test_a_primitive_is_lowered_to_the_kernel_of_its_platform(monkeypatch):
     calls = []
 
-    class Native:
-        @staticmethod
-        def spmm(*operands, **options):
-            calls.append(operands)
-            return xla.spmm(*operands, **options)
+    def spmm(*operands, **options):
+        calls.append(operands)
+        return xla.spmm(*operands, **options)
 
-    native = Kernel(Native, platforms=(jax.default_backend(),))
+    operations = types.SimpleNamespace(**vars(xla) | {"spmm": spmm})
+    native = Kernel(operations, platforms=(jax.default_backend(),))
     monkeypatch.setattr(kernels, "KERNELS", {"native": native, **KERNELS})
     primitive = _primitive.define(
         "spmm", dense=["rows"], coefficients=True, outputs=["bags"]
