@@ -1,4 +1,4 @@
-"""The reader of texts in C++. Its source is `csrc/text.h`; it uses every core."""
+"""The reader of texts in C++. Its source is `csrc/text/text.h`; it uses every core."""
 
 from __future__ import annotations
 

@@ -447,7 +447,7 @@ def test_export_of_the_cpu_kernel_must_be_vouched_for(differentiated, require):
     args = make_table(5, 3), jnp.ones(9)
     with pytest.raises(ValueError, match=r"(?s)custom calls.*@jbag_cpu_") as error:
         export.export(jax.jit(pool))(*args)
-    for name in ("transposed_product", "sampled_dots"):
+    for name in ("spmm_transpose", "sddmm"):
         assert (f"@jbag_cpu_{name}" in str(error.value)) is differentiated
 
 

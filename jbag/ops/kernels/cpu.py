@@ -35,9 +35,7 @@ def spmm(
     shape = (_num_bags(ids, offsets), table.shape[1])
     pooled = jax.ShapeDtypeStruct(shape, dtype)
     bags = _bags(table, ids, offsets, coefficients)
-    return _call(
-        "product", pooled, table, *bags, pad_id=pad_id, average=average or "none"
-    )
+    return _call("spmm", pooled, table, *bags, pad_id=pad_id, average=average or "none")
 
 
 def spmm_transpose(
@@ -53,7 +51,7 @@ def spmm_transpose(
     """Return out[v] = sum of c[i] * cotangent[bag of i] where ids[i] = v."""
     rows = jax.ShapeDtypeStruct((num_embeddings, cotangent.shape[1]), dtype)
     bags = _bags(cotangent, ids, offsets, coefficients)
-    return _call("transposed_product", rows, cotangent, *bags, pad_id=pad_id)
+    return _call("spmm_transpose", rows, cotangent, *bags, pad_id=pad_id)
 
 
 def sddmm(
@@ -67,7 +65,7 @@ def sddmm(
     """Return out[i] = <table[ids[i]], cotangent[bag of i]>, zero at empty slots."""
     dots = jax.ShapeDtypeStruct(ids.shape, accumulation_dtype(table.dtype))
     bags = _bags(table, ids, offsets, None)[:-1]
-    return _call("sampled_dots", dots, table, cotangent, *bags, pad_id=pad_id)
+    return _call("sddmm", dots, table, cotangent, *bags, pad_id=pad_id)
 
 
 def extremum(
@@ -189,9 +187,9 @@ def _call(
 
 
 OPERATIONS = (
-    "product",
-    "transposed_product",
-    "sampled_dots",
+    "spmm",
+    "spmm_transpose",
+    "sddmm",
     "extremum",
     "coalesce",
     "update_rows",

@@ -338,7 +338,7 @@ def test_the_compiled_program_of_each_shard_calls_the_kernel(mode):
     def gradient(pool):
         return jax.jit(jax.grad(lambda t, i: jnp.sin(pool(t, i)).sum()))
 
-    forward = "jbag_cpu_product" if mode == "sum" else "jbag_cpu_extremum"
+    forward = "jbag_cpu_spmm" if mode == "sum" else "jbag_cpu_extremum"
     expected = pool(table, ids), gradient(pool)(table, ids)
     mesh = jax.make_mesh((4,), ("x",), devices=some_devices(4))
     with jax.set_mesh(mesh):
@@ -361,8 +361,8 @@ def test_under_jit_the_compiled_program_calls_the_kernel():
     pool = lambda t, w: jbag.embedding_bag(t, ids, mode="sum", weights=w)
     loss = lambda t, w: pool(t, w).sum()
     for function, names in (
-        (pool, ["product"]),
-        (jax.grad(loss, (0, 1)), ["transposed_product", "sampled_dots"]),
+        (pool, ["spmm"]),
+        (jax.grad(loss, (0, 1)), ["spmm_transpose", "sddmm"]),
     ):
         text = jax.jit(function).lower(table, jnp.ones((8, 3))).compile().as_text()
         for name in names:

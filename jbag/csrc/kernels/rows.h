@@ -7,13 +7,13 @@
 //
 // Traffic: each row once from memory, fetched some slots ahead; sums stay in registers.
 
-#ifndef JBAG_ROWS_H_
-#define JBAG_ROWS_H_
+#ifndef JBAG_KERNELS_ROWS_H_
+#define JBAG_KERNELS_ROWS_H_
 
 #include <stdint.h>
 
-#include "blocks.h"
-#include "numbers.h"
+#include "kernels/blocks.h"
+#include "kernels/numbers.h"
 
 namespace jbag {
 namespace {
@@ -166,7 +166,7 @@ constexpr Sum<Row> Slots<Row, Id>::kOne;
 // Calls f with the slots of the bags, their ids being of either width.
 template <typename Row, typename F>
 inline void WithSlots(const Matrix& table, const Bags& bags, int64_t size, F f) {
-  if (bags.ids.wide) {
+  if (bags.ids.is_64_bit) {
     f(Slots<Row, int64_t>(table, bags, size));
   } else {
     f(Slots<Row, int32_t>(table, bags, size));
@@ -450,4 +450,4 @@ inline Sum<Row> Dot(const Row* a, const Sum<Row>* b, int64_t width) {
 }  // namespace
 }  // namespace jbag
 
-#endif  // JBAG_ROWS_H_
+#endif  // JBAG_KERNELS_ROWS_H_

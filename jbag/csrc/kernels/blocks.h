@@ -8,12 +8,12 @@
 // task t does the blocks whose position lies in [t * task, (t + 1) * task). One huge
 // bag is so many tasks; many empty bags are, too.
 
-#ifndef JBAG_BLOCKS_H_
-#define JBAG_BLOCKS_H_
+#ifndef JBAG_KERNELS_BLOCKS_H_
+#define JBAG_KERNELS_BLOCKS_H_
 
 #include <stdint.h>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace jbag {
 namespace {
@@ -71,8 +71,8 @@ class Bounds {
     length_ = bags.length;
     longest_ = bags.length;
     if (offsets_.data == nullptr) return nullptr;
-    const bool well_formed =
-        offsets_.wide ? Check<int64_t, uint64_t>(bags) : Check<int32_t, uint32_t>(bags);
+    const bool well_formed = offsets_.is_64_bit ? Check<int64_t, uint64_t>(bags)
+                                                : Check<int32_t, uint32_t>(bags);
     return well_formed ? nullptr : Repair(bags);
   }
 
@@ -223,4 +223,4 @@ inline int64_t BagOf(const Bounds& bounds, int64_t num_bags, int64_t slot) {
 }  // namespace
 }  // namespace jbag
 
-#endif  // JBAG_BLOCKS_H_
+#endif  // JBAG_KERNELS_BLOCKS_H_

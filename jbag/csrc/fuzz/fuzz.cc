@@ -2,7 +2,7 @@
 //
 //   jbag_fuzz [seconds [seed]]
 
-#include "fuzz.h"
+#include "fuzz/fuzz.h"
 
 #include <math.h>
 #include <stdint.h>
@@ -13,7 +13,7 @@
 #include <chrono>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace jbag {
 namespace {
@@ -32,7 +32,7 @@ bool Rounded(double number, double exact, Type type) {
 
 }  // namespace
 
-void CheckProducts(const Kernels& kernels, uint64_t seed) {
+void CheckBags(const Kernels& kernels, uint64_t seed) {
   Case c(seed);
   CaseBags given(c);
   const Bags& bags = given.bags;
@@ -48,7 +48,7 @@ void CheckProducts(const Kernels& kernels, uint64_t seed) {
   const Matrix bag_rows{cotangent.data(), sums, c.num_bags, c.width};
 
   // The definition.
-  std::vector<double> product(c.num_bags * c.width, 0);
+  std::vector<double> pooled_rows(c.num_bags * c.width, 0);
   std::vector<int64_t> filled(c.num_bags, 0);
   std::vector<double> best(c.num_bags * c.width, 0);
   std::vector<int64_t> winners(c.num_bags * c.width, c.num_slots);
@@ -61,7 +61,7 @@ void CheckProducts(const Kernels& kernels, uint64_t seed) {
     for (int64_t d = 0; d < c.width; ++d) {
       const int64_t at = bag * c.width + d;
       const double e = known ? table.Get(id * c.width + d) : NAN;
-      product[at] += coefficient * e;
+      pooled_rows[at] += coefficient * e;
       dots[slot] += e * cotangent.Get(at);
       if (known) transposed[id * c.width + d] += coefficient * cotangent.Get(at);
       const double x = coefficient * e;
@@ -73,10 +73,10 @@ void CheckProducts(const Kernels& kernels, uint64_t seed) {
     }
   });
   for (int64_t i = 0; i < c.num_bags * c.width; ++i) {
-    if (given.malformed[i / c.width]) product[i] = best[i] = NAN;
+    if (given.malformed[i / c.width]) pooled_rows[i] = best[i] = NAN;
     const double count = std::max<double>(1, filled[i / c.width]);
-    if (c.average == Average::kMean) product[i] /= count;
-    if (c.average == Average::kSqrtN) product[i] /= sqrt(count);
+    if (c.average == Average::kMean) pooled_rows[i] /= count;
+    if (c.average == Average::kSqrtN) pooled_rows[i] /= sqrt(count);
   }
 
   std::vector<char> first_bytes;
@@ -89,24 +89,24 @@ void CheckProducts(const Kernels& kernels, uint64_t seed) {
     Numbers slot_dots(sums, c.num_slots);
     const Matrix pooled{out.data(), c.out_type, c.num_bags, c.width};
     const Matrix to{gradient.data(), c.type, c.rows, c.width};
-    if (kernels.product(pool, rows, bags, c.average, pooled) != nullptr ||
+    if (kernels.spmm(pool, rows, bags, c.average, pooled) != nullptr ||
         kernels.extremum(pool, rows, bags, largest, values.data(), slots.data()) !=
             nullptr ||
-        kernels.transposed_product(pool, bag_rows, bags, to) != nullptr ||
-        kernels.sampled_dots(pool, rows, bag_rows, bags, slot_dots.data()) != nullptr) {
+        kernels.spmm_transpose(pool, bag_rows, bags, to) != nullptr ||
+        kernels.sddmm(pool, rows, bag_rows, bags, slot_dots.data()) != nullptr) {
       Fail("out of memory", seed);
     }
     for (int64_t i = 0; i < c.num_bags * c.width; ++i) {
-      if (!Rounded(out.Get(i), product[i], c.out_type)) Fail("product", seed);
+      if (!Rounded(out.Get(i), pooled_rows[i], c.out_type)) Fail("spmm", seed);
       if (!Same(values.Get(i), best[i])) Fail("extremum", seed);
       if (slots[i] != winners[i]) Fail("winners", seed);
     }
     for (int64_t i = 0; i < c.rows * c.width; ++i) {
       if (fabs(transposed[i]) > 200) continue;  // rounded
-      if (!Same(gradient.Get(i), transposed[i])) Fail("transposed product", seed);
+      if (!Same(gradient.Get(i), transposed[i])) Fail("transposed pooled_rows", seed);
     }
     for (int64_t i = 0; i < c.num_slots; ++i) {
-      if (!Same(slot_dots.Get(i), dots[i])) Fail("sampled dots", seed);
+      if (!Same(slot_dots.Get(i), dots[i])) Fail("sddmm", seed);
     }
     std::vector<char> bytes = out.bytes();
     bytes.insert(bytes.end(), gradient.bytes().begin(), gradient.bytes().end());
@@ -134,7 +134,7 @@ int main(int argc, char** argv) {
   for (; elapsed() < seconds; ++cases, ++seed) {
     jbag::CheckTexts(seed);
     for (const jbag::Kernels* kernels : all) {
-      jbag::CheckProducts(*kernels, seed);
+      jbag::CheckBags(*kernels, seed);
       jbag::CheckUpdates(*kernels, seed);
     }
   }

@@ -8,8 +8,8 @@
 #include <map>
 #include <vector>
 
-#include "fuzz.h"
-#include "kernels.h"
+#include "fuzz/fuzz.h"
+#include "kernels/kernels.h"
 
 namespace jbag {
 namespace {
@@ -102,13 +102,13 @@ void CheckCoalesced(const Kernels& kernels, Case& c, const Bags& bags,
   std::vector<char> first;
   for (const int64_t threads : {int64_t{1}, 2 + c.Below(3)}) {
     ThreadPool pool(threads);
-    std::vector<char> indices(capacity * (c.wide_ids ? 8 : 4), 77);
+    std::vector<char> indices(capacity * (c.ids_64_bit ? 8 : 4), 77);
     Numbers out(sums, capacity * c.width);
     const Matrix to{out.data(), sums, capacity, c.width};
     if (kernels.coalesce(pool, bag_rows, bags, c.rows, indices.data(), to) != nullptr) {
       Fail("out of memory", seed);
     }
-    const Integers found{indices.data(), c.wide_ids, capacity};
+    const Integers found{indices.data(), c.ids_64_bit, capacity};
     auto next = gradient.begin();
     for (int64_t i = 0; i < capacity; ++i) {
       const bool named = next != gradient.end();
@@ -155,8 +155,9 @@ void CheckUpdates(const Kernels& kernels, uint64_t seed) {
   const bool at_random = c.type == Type::kBFloat16 && c.OneIn(2);
 
   const int64_t size = c.rows * c.width;
-  const int64_t sizes[] = {size, shape.wide > 0 ? size : shape.narrow * c.rows,
-                           shape.wide > 1 ? size : shape.wide * shape.narrow * c.rows};
+  const int64_t sizes[] = {
+      size, shape.per_element > 0 ? size : shape.per_row * c.rows,
+      shape.per_element > 1 ? size : shape.per_element * shape.per_row * c.rows};
   std::vector<double> before[3], after[3];  // the table and the states
   for (int a = 0; a < 3; ++a) {
     for (int64_t i = 0; i < sizes[a]; ++i) {
@@ -168,10 +169,10 @@ void CheckUpdates(const Kernels& kernels, uint64_t seed) {
   std::vector<double> slack(size, 0);  // what the numbers are made of
   for (const auto& [row, g] : gradient) {
     double row_state = 0;
-    if (shape.narrow > 0) {
+    if (shape.per_row > 0) {
       double squares = 0;
       for (const double x : g) squares += x * x;
-      double& state = after[1 + shape.wide][row];
+      double& state = after[1 + shape.per_element][row];
       squares /= static_cast<double>(std::max<int64_t>(c.width, 1));
       row_state = state = MovedRow(shape.rule, state, squares, n);
     }
@@ -179,12 +180,12 @@ void CheckUpdates(const Kernels& kernels, uint64_t seed) {
       const int64_t at = row * c.width + d;
       double states[2] = {0, 0};
       slack[at] = 1 + fabs(before[0][at]) + fabs(g[d]);
-      for (int i = 0; i < shape.wide; ++i) {
+      for (int i = 0; i < shape.per_element; ++i) {
         states[i] = before[1 + i][at];
         slack[at] += states[i];
       }
       after[0][at] = Moved(shape.rule, before[0][at], g[d], states, row_state, n);
-      for (int i = 0; i < shape.wide; ++i) after[1 + i][at] = states[i];
+      for (int i = 0; i < shape.per_element; ++i) after[1 + i][at] = states[i];
     }
   }
 
@@ -207,7 +208,7 @@ void CheckUpdates(const Kernels& kernels, uint64_t seed) {
     std::vector<char> bytes;
     for (int a = 0; a < 3; ++a) {
       bytes.insert(bytes.end(), arrays[a].bytes().begin(), arrays[a].bytes().end());
-      const bool by_row = a > shape.wide;
+      const bool by_row = a > shape.per_element;
       const double unit = Unit(a == 0 ? c.type : sums, a == 0 && at_random);
       for (int64_t i = 0; i < sizes[a]; ++i) {
         const int64_t row = by_row ? i : i / c.width;

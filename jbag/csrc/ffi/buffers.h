@@ -1,15 +1,15 @@
 // XLA's buffers as the kernels' matrices, integers and bags: shapes and types are
 // checked, nothing else is done.
 
-#ifndef JBAG_BUFFERS_H_
-#define JBAG_BUFFERS_H_
+#ifndef JBAG_FFI_BUFFERS_H_
+#define JBAG_FFI_BUFFERS_H_
 
 #include <stdint.h>
 
 #include <string>
 #include <string_view>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jbag {
@@ -65,7 +65,7 @@ inline bool ReadIntegers(const ffi::AnyBuffer& buffer, Integers* out) {
   const ffi::DataType type = buffer.element_type();
   if (type != ffi::S32 && type != ffi::S64) return false;
   out->data = buffer.untyped_data();
-  out->wide = type == ffi::S64;
+  out->is_64_bit = type == ffi::S64;
   out->size = static_cast<int64_t>(buffer.element_count());
   return true;
 }
@@ -127,4 +127,4 @@ inline const char* ReadBags(const ffi::AnyBuffer& ids, const ffi::AnyBuffer& off
 
 }  // namespace jbag
 
-#endif  // JBAG_BUFFERS_H_
+#endif  // JBAG_FFI_BUFFERS_H_

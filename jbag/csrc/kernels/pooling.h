@@ -1,13 +1,13 @@
-// The operations that walk the bags: product, extremum and sampled dots.
+// The operations that walk the bags: spmm, extremum and sddmm.
 
-#ifndef JBAG_POOLING_H_
-#define JBAG_POOLING_H_
+#ifndef JBAG_KERNELS_POOLING_H_
+#define JBAG_KERNELS_POOLING_H_
 
 #include <stdint.h>
 
-#include "blocks.h"
-#include "numbers.h"
-#include "rows.h"
+#include "kernels/blocks.h"
+#include "kernels/numbers.h"
+#include "kernels/rows.h"
 
 namespace jbag {
 namespace {
@@ -51,8 +51,7 @@ inline void ForEachBag(Pool& pool, const Bags& bags, const Bounds& bounds,
 }
 
 template <typename Row, typename T>
-Error Product(Pool& pool, const Matrix& table, const Bags& bags, Average average,
-              T* out) {
+Error Spmm(Pool& pool, const Matrix& table, const Bags& bags, Average average, T* out) {
   using A = Sum<Row>;
   const int64_t width = table.width;
   const Cut cut(width * sizeof(Row), width * sizeof(A));
@@ -145,8 +144,8 @@ Error Extremum(Pool& pool, const Matrix& table, const Bags& bags, bool largest,
 }
 
 template <typename Row>
-Error SampledDots(Pool& pool, const Matrix& table, const Matrix& cotangent,
-                  const Bags& bags, void* output) {
+Error Sddmm(Pool& pool, const Matrix& table, const Matrix& cotangent, const Bags& bags,
+            void* output) {
   using A = Sum<Row>;
   const int64_t width = table.width;
   const Cut cut(width * sizeof(Row), width * sizeof(A));
@@ -185,4 +184,4 @@ Error SampledDots(Pool& pool, const Matrix& table, const Matrix& cotangent,
 }  // namespace
 }  // namespace jbag
 
-#endif  // JBAG_POOLING_H_
+#endif  // JBAG_KERNELS_POOLING_H_

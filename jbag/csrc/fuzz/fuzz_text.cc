@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "decimals.h"
-#include "fuzz.h"
-#include "text.h"
+#include "fuzz/fuzz.h"
+#include "text/decimals.h"
+#include "text/text.h"
 
 namespace jbag {
 namespace {

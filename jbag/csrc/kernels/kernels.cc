@@ -6,9 +6,9 @@
 
 #include <stdint.h>
 
-#include "pooling.h"
-#include "transposing.h"
-#include "updating.h"
+#include "kernels/pooling.h"
+#include "kernels/transposing.h"
+#include "kernels/updating.h"
 
 namespace jbag {
 namespace {
@@ -29,28 +29,28 @@ Error WithType(Type type, F f) {
   return "jbag: unknown type";
 }
 
-Error DoProduct(Pool& pool, const Matrix& table, const Bags& bags, Average average,
-                const Matrix& out) {
+Error DoSpmm(Pool& pool, const Matrix& table, const Bags& bags, Average average,
+             const Matrix& out) {
   return WithType(table.type, [&](auto number) {
     using Row = decltype(number);
     if (out.type == table.type) {
-      return Product<Row>(pool, table, bags, average, static_cast<Row*>(out.data));
+      return Spmm<Row>(pool, table, bags, average, static_cast<Row*>(out.data));
     }
-    return Product<Row>(pool, table, bags, average, static_cast<Sum<Row>*>(out.data));
+    return Spmm<Row>(pool, table, bags, average, static_cast<Sum<Row>*>(out.data));
   });
 }
 
-Error DoTransposedProduct(Pool& pool, const Matrix& cotangent, const Bags& bags,
-                          const Matrix& out) {
+Error DoSpmmTranspose(Pool& pool, const Matrix& cotangent, const Bags& bags,
+                      const Matrix& out) {
   return WithType(out.type, [&](auto number) {
-    return TransposedProduct<decltype(number)>(pool, cotangent, bags, out);
+    return SpmmTranspose<decltype(number)>(pool, cotangent, bags, out);
   });
 }
 
-Error DoSampledDots(Pool& pool, const Matrix& table, const Matrix& cotangent,
-                    const Bags& bags, void* out) {
+Error DoSddmm(Pool& pool, const Matrix& table, const Matrix& cotangent,
+              const Bags& bags, void* out) {
   return WithType(table.type, [&](auto number) {
-    return SampledDots<decltype(number)>(pool, table, cotangent, bags, out);
+    return Sddmm<decltype(number)>(pool, table, cotangent, bags, out);
   });
 }
 
@@ -64,7 +64,7 @@ Error DoExtremum(Pool& pool, const Matrix& table, const Bags& bags, bool largest
 template <typename A>
 Error CoalesceAs(Pool& pool, const Matrix& cotangent, const Bags& bags,
                  int64_t num_rows, void* indices, const Matrix& sums) {
-  if (bags.ids.wide) {
+  if (bags.ids.is_64_bit) {
     return Coalesce<A>(pool, cotangent, bags, num_rows, static_cast<int64_t*>(indices),
                        sums);
   }
@@ -96,9 +96,8 @@ constexpr char kInstructionSet[] =
     "baseline";
 #endif
 
-constexpr Kernels kKernels = {kInstructionSet, DoProduct,  DoTransposedProduct,
-                              DoSampledDots,   DoExtremum, DoCoalesce,
-                              DoUpdateRows};
+constexpr Kernels kKernels = {kInstructionSet, DoSpmm,     DoSpmmTranspose, DoSddmm,
+                              DoExtremum,      DoCoalesce, DoUpdateRows};
 
 }  // namespace
 

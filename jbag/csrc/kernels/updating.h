@@ -6,17 +6,17 @@
 // Traffic: that of the sorted slots; of the table and each state the rows that slots
 // name, once in and once out, fetched some runs ahead. They come in order.
 
-#ifndef JBAG_UPDATING_H_
-#define JBAG_UPDATING_H_
+#ifndef JBAG_KERNELS_UPDATING_H_
+#define JBAG_KERNELS_UPDATING_H_
 
 #include <stdint.h>
 #include <string.h>
 
-#include "blocks.h"
-#include "numbers.h"
-#include "rows.h"
-#include "rules.h"
-#include "sorting.h"
+#include "kernels/blocks.h"
+#include "kernels/numbers.h"
+#include "kernels/rows.h"
+#include "kernels/rules.h"
+#include "kernels/sorting.h"
 
 namespace jbag {
 namespace {
@@ -140,12 +140,12 @@ struct RowMover {
     RuleOf<A> rule;
     memcpy(&rule, update.numbers, sizeof(rule));
     A divisor = 1;
-    if constexpr (kShape.narrow > 0) {
+    if constexpr (kShape.per_row > 0) {
       const A squares = SumOfSquares(gradient, scale, table.width);
       const A mean = squares / static_cast<A>(Max(table.width, 1));
-      divisor = rule.Divisor(mean, states[kWide] + row);
+      divisor = rule.Divisor(mean, states[kPerElement] + row);
     }
-    for (int i = 0; i < kWide; ++i) states[i] += row * table.width;
+    for (int i = 0; i < kPerElement; ++i) states[i] += row * table.width;
     T* numbers = static_cast<T*>(table.data) + row * table.width;
     const RowMover mover{
         rule,     divisor, Rounding(update.seed, row), numbers, {states[0], states[1]},
@@ -154,14 +154,14 @@ struct RowMover {
   }
 
   static constexpr RuleShape kShape = ShapeOf(RuleOf<A>::kRule);
-  static constexpr int kWide = kShape.wide;
+  static constexpr int kPerElement = kShape.per_element;
   static_assert(sizeof(RuleOf<A>) == kShape.numbers * sizeof(A), "all its numbers");
 
   template <int W>
   struct Columns {
     Vector<A, W> row;
     Vector<A, W> gradient;
-    Vector<A, W> states[kWide + 1];
+    Vector<A, W> states[kPerElement + 1];
   };
 
   template <int W>
@@ -169,7 +169,8 @@ struct RowMover {
     Columns<W> columns;
     columns.row = Load<W>(row + column);
     columns.gradient = scale * Load<W>(gradient + column);
-    for (int i = 0; i < kWide; ++i) columns.states[i] = Load<W>(states[i] + column);
+    for (int i = 0; i < kPerElement; ++i)
+      columns.states[i] = Load<W>(states[i] + column);
     return columns;
   }
 
@@ -178,7 +179,8 @@ struct RowMover {
     const auto moved =
         rule.Moved(columns.row, columns.gradient, columns.states, divisor);
     rounding.template Put<W>(row, column, moved);
-    for (int i = 0; i < kWide; ++i) Store<W>(states[i] + column, columns.states[i]);
+    for (int i = 0; i < kPerElement; ++i)
+      Store<W>(states[i] + column, columns.states[i]);
   }
 
   // Where W doesn't divide the width the last vector overlaps the one before, so it is
@@ -208,8 +210,8 @@ class MovingRows {
   MovingRows(const Matrix& table, int64_t number, const Update& update, int64_t sum) {
     const RuleShape shape = ShapeOf(update.rule);
     Add(table.data, table.width * number);
-    for (int i = 0; i < shape.wide + shape.narrow; ++i) {
-      Add(update.states[i], i < shape.wide ? table.width * sum : sum);
+    for (int i = 0; i < shape.per_element + shape.per_row; ++i) {
+      Add(update.states[i], i < shape.per_element ? table.width * sum : sum);
     }
     int64_t bytes = 0;
     for (int i = 0; i < size_; ++i) bytes += parts_[i].bytes;
@@ -344,4 +346,4 @@ Error UpdateRows(Pool& pool, const Matrix& table, const Update& update,
 }  // namespace
 }  // namespace jbag
 
-#endif  // JBAG_UPDATING_H_
+#endif  // JBAG_KERNELS_UPDATING_H_

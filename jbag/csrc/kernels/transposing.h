@@ -2,16 +2,16 @@
 //
 // Traffic: that of the sorted slots, and the output once.
 
-#ifndef JBAG_TRANSPOSING_H_
-#define JBAG_TRANSPOSING_H_
+#ifndef JBAG_KERNELS_TRANSPOSING_H_
+#define JBAG_KERNELS_TRANSPOSING_H_
 
 #include <stdint.h>
 #include <string.h>
 
-#include "blocks.h"
-#include "numbers.h"
-#include "rows.h"
-#include "sorting.h"
+#include "kernels/blocks.h"
+#include "kernels/numbers.h"
+#include "kernels/rows.h"
+#include "kernels/sorting.h"
 
 namespace jbag {
 namespace {
@@ -44,8 +44,8 @@ struct RowWriter {
 };
 
 template <typename T>
-Error TransposedProduct(Pool& pool, const Matrix& cotangent, const Bags& bags,
-                        const Matrix& output) {
+Error SpmmTranspose(Pool& pool, const Matrix& cotangent, const Bags& bags,
+                    const Matrix& output) {
   using A = Sum<T>;
   const int64_t width = output.width;
   const int64_t num_rows = output.rows;
@@ -144,4 +144,4 @@ Error Coalesce(Pool& pool, const Matrix& cotangent, const Bags& bags, int64_t nu
 }  // namespace
 }  // namespace jbag
 
-#endif  // JBAG_TRANSPOSING_H_
+#endif  // JBAG_KERNELS_TRANSPOSING_H_

@@ -9,7 +9,7 @@
 #include <memory>
 #include <mutex>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>

@@ -4,8 +4,8 @@
 // the arrays that are given, whatever the ids and offsets hold. Results don't depend on
 // the number of threads: sums run in an order that the bags alone decide.
 
-#ifndef JBAG_KERNELS_H_
-#define JBAG_KERNELS_H_
+#ifndef JBAG_KERNELS_KERNELS_H_
+#define JBAG_KERNELS_KERNELS_H_
 
 #include <stdint.h>
 
@@ -24,12 +24,12 @@ struct Matrix {
 // Integers of 32 or 64 bits; none where `data` is null.
 struct Integers {
   const void* data;
-  bool wide;
+  bool is_64_bit;
   int64_t size;
 
   int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i]
-                : static_cast<const int32_t*>(data)[i];
+    return is_64_bit ? static_cast<const int64_t*>(data)[i]
+                     : static_cast<const int32_t*>(data)[i];
   }
 };
 
@@ -80,13 +80,14 @@ enum class Rule {
   kFtrl,
 };
 
-// A rule's name, how many numbers it takes, its wide states [V, D] and narrow ones [V].
+// A rule's name, how many numbers it takes, and how many states it keeps per element of
+// the table [V, D] and per row [V].
 struct RuleShape {
   const char* name;
   Rule rule;
   int numbers;
-  int wide;
-  int narrow;
+  int per_element;
+  int per_row;
 };
 constexpr RuleShape kRules[] = {
     {"sgd", Rule::kSgd, 2, 0, 0},
@@ -103,7 +104,7 @@ constexpr RuleShape kRules[] = {
 struct Update {
   Rule rule;
   const void* numbers;
-  void* states[2];       // the wide ones first
+  void* states[2];       // those per element first
   const uint32_t* seed;  // [2] to round to bfloat16 at random; null: to nearest
 };
 
@@ -116,13 +117,13 @@ struct Kernels {
   const char* instruction_set;
   // out [B, D] in the table's type or that of sums, rounded once: out[b] = sum of c[i]
   // table[ids[i]], averaged.
-  Error (*product)(Pool&, const Matrix& table, const Bags&, Average, const Matrix& out);
+  Error (*spmm)(Pool&, const Matrix& table, const Bags&, Average, const Matrix& out);
   // out [V, D]: out[v] = sum of c[i] cotangent[bag of i] where ids[i] = v.
-  Error (*transposed_product)(Pool&, const Matrix& cotangent, const Bags&,
-                              const Matrix& out);
+  Error (*spmm_transpose)(Pool&, const Matrix& cotangent, const Bags&,
+                          const Matrix& out);
   // out [N] in the type of sums: <table[ids[i]], cotangent[bag of i]>.
-  Error (*sampled_dots)(Pool&, const Matrix& table, const Matrix& cotangent,
-                        const Bags&, void* out);
+  Error (*sddmm)(Pool&, const Matrix& table, const Matrix& cotangent, const Bags&,
+                 void* out);
   // values [B, D] in the type of sums, and the slots [B, D] that hold them.
   Error (*extremum)(Pool&, const Matrix& table, const Bags&, bool largest, void* values,
                     int32_t* winners);
@@ -172,4 +173,4 @@ void CopyToHugePages(Pool& pool, const void* from, void* to, int64_t bytes);
 
 }  // namespace jbag
 
-#endif  // JBAG_KERNELS_H_
+#endif  // JBAG_KERNELS_KERNELS_H_

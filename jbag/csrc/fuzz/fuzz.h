@@ -1,8 +1,8 @@
 // Random bags, well formed and not, for the fuzzer of the kernels. Every array has its
 // exact size on the heap, so that AddressSanitizer sees an access beside it.
 
-#ifndef JBAG_FUZZ_H_
-#define JBAG_FUZZ_H_
+#ifndef JBAG_FUZZ_FUZZ_H_
+#define JBAG_FUZZ_FUZZ_H_
 
 #include <math.h>
 #include <stdint.h>
@@ -19,7 +19,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace jbag {
 
@@ -175,8 +175,8 @@ struct Case {
     const int64_t most = OneIn(4) ? 6000 : 60;
     num_slots = rectangular ? num_bags * length : Below(most);
     hostile = OneIn(3);
-    wide_ids = OneIn(2);
-    wide_offsets = OneIn(2);
+    ids_64_bit = OneIn(2);
+    offsets_64_bit = OneIn(2);
     weighted = OneIn(2);
     for (int64_t i = 0; i < num_slots; ++i) ids.push_back(Id());
     if (!rectangular) {
@@ -206,7 +206,7 @@ struct Case {
                                 rows, num_slots + 1, -num_slots};
     if (OneIn(2)) return extremes[Below(6)];
     const int64_t bits = static_cast<int64_t>(random());
-    return wide_ids && wide_offsets ? bits : static_cast<int32_t>(bits);
+    return ids_64_bit && offsets_64_bit ? bits : static_cast<int32_t>(bits);
   }
   int64_t Id() {
     if (hostile && OneIn(10)) return Anything();
@@ -222,16 +222,16 @@ struct Case {
   Type type, out_type;
   Average average;
   int64_t width, rows, num_bags, length, num_slots, empty;
-  bool has_empty, rectangular, hostile, wide_ids, wide_offsets, weighted;
+  bool has_empty, rectangular, hostile, ids_64_bit, offsets_64_bit, weighted;
   std::vector<int64_t> ids, offsets;
 };
 
-inline std::vector<char> Packed(const std::vector<int64_t>& values, bool wide) {
-  std::vector<char> bytes(values.size() * (wide ? 8 : 4));
+inline std::vector<char> Packed(const std::vector<int64_t>& values, bool is_64_bit) {
+  std::vector<char> bytes(values.size() * (is_64_bit ? 8 : 4));
   for (size_t i = 0; i < values.size(); ++i) {
     const int32_t narrow = static_cast<int32_t>(values[i]);
-    if (wide) memcpy(bytes.data() + i * 8, &values[i], 8);
-    if (!wide) memcpy(bytes.data() + i * 4, &narrow, 4);
+    if (is_64_bit) memcpy(bytes.data() + i * 8, &values[i], 8);
+    if (!is_64_bit) memcpy(bytes.data() + i * 4, &narrow, 4);
   }
   return bytes;
 }
@@ -239,14 +239,15 @@ inline std::vector<char> Packed(const std::vector<int64_t>& values, bool wide) {
 // The bags of a case in memory, and by definition.
 struct CaseBags {
   explicit CaseBags(Case& c)
-      : ids(Packed(c.ids, c.wide_ids)),
-        offsets(Packed(c.offsets, c.wide_offsets)),
+      : ids(Packed(c.ids, c.ids_64_bit)),
+        offsets(Packed(c.offsets, c.offsets_64_bit)),
         coefficients(SumType(c.type), c.num_slots),
         bag_of(c.num_slots, -1),
         malformed(c.num_bags, false) {
     for (int64_t i = 0; i < c.num_slots; ++i) coefficients.Set(i, c.Below(5) - 2);
-    bags.ids = {ids.data(), c.wide_ids, c.num_slots};
-    if (!c.rectangular) bags.offsets = {offsets.data(), c.wide_offsets, c.num_bags + 1};
+    bags.ids = {ids.data(), c.ids_64_bit, c.num_slots};
+    if (!c.rectangular)
+      bags.offsets = {offsets.data(), c.offsets_64_bit, c.num_bags + 1};
     bags.num_bags = c.num_bags;
     bags.length = c.length;
     bags.coefficients = c.weighted ? coefficients.data() : nullptr;
@@ -257,8 +258,8 @@ struct CaseBags {
       int64_t start = bag * c.length;
       int64_t end = start + c.length;
       if (!c.rectangular) {
-        const int64_t wanted_start = Seen(c.offsets[bag], c.wide_offsets);
-        const int64_t wanted_end = Seen(c.offsets[bag + 1], c.wide_offsets);
+        const int64_t wanted_start = Seen(c.offsets[bag], c.offsets_64_bit);
+        const int64_t wanted_end = Seen(c.offsets[bag + 1], c.offsets_64_bit);
         start = bound;
         end = bound = std::max(bound, std::min(wanted_end, c.num_slots));
         malformed[bag] = start != wanted_start || end != wanted_end;
@@ -272,14 +273,16 @@ struct CaseBags {
   void Visit(const Case& c, F f) {
     for (int64_t slot = 0; slot < c.num_slots; ++slot) {
       const int64_t bag = bag_of[slot];
-      const int64_t id = Seen(c.ids[slot], c.wide_ids);
+      const int64_t id = Seen(c.ids[slot], c.ids_64_bit);
       if (bag < 0 || malformed[bag] || (c.has_empty && id == c.empty)) continue;
       f(slot, bag, id, c.weighted ? coefficients.Get(slot) : 1);
     }
   }
 
   // As the kernels see it.
-  static int64_t Seen(int64_t x, bool wide) { return wide ? x : int64_t{int32_t(x)}; }
+  static int64_t Seen(int64_t x, bool is_64_bit) {
+    return is_64_bit ? x : int64_t{int32_t(x)};
+  }
 
   std::vector<char> ids, offsets;
   Numbers coefficients;
@@ -291,10 +294,10 @@ struct CaseBags {
 inline bool Same(double a, double b) { return isnan(a) ? isnan(b) : a == b; }
 
 // Compares what the kernels make of a case with the definition.
-void CheckProducts(const Kernels& kernels, uint64_t seed);
+void CheckBags(const Kernels& kernels, uint64_t seed);
 void CheckUpdates(const Kernels& kernels, uint64_t seed);
 void CheckTexts(uint64_t seed);
 
 }  // namespace jbag
 
-#endif  // JBAG_FUZZ_H_
+#endif  // JBAG_FUZZ_FUZZ_H_

@@ -1,16 +1,16 @@
 // The rules of jbag/ops/kernels/update_rules.py, by the vector. Each is a struct of its
 // numbers, in order; the rule's name there is the struct's here.
 //
-// Moved(w, g, states, divisor) returns the row's new numbers and leaves the new ones of
-// the wide states. A rule with a narrow state first makes of it, and of the mean square
+// Moved(w, g, states, divisor) returns the row's new numbers and updates the states per
+// element. A rule with a state per row first computes, from it and from the mean square
 // of the row's gradient, the row's divisor.
 
-#ifndef JBAG_RULES_H_
-#define JBAG_RULES_H_
+#ifndef JBAG_KERNELS_RULES_H_
+#define JBAG_KERNELS_RULES_H_
 
 #include <stdint.h>
 
-#include "numbers.h"
+#include "kernels/numbers.h"
 
 namespace jbag {
 namespace {
@@ -178,4 +178,4 @@ struct Ftrl {
 }  // namespace
 }  // namespace jbag
 
-#endif  // JBAG_RULES_H_
+#endif  // JBAG_KERNELS_RULES_H_

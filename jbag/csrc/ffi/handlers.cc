@@ -8,17 +8,17 @@
 
 #include <string_view>
 
-#include "buffers.h"
-#include "kernels.h"
+#include "ffi/buffers.h"
+#include "kernels/kernels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jbag {
 namespace {
 
-ffi::Error Product(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer ids,
-                   ffi::AnyBuffer offsets, ffi::AnyBuffer coefficients, bool has_empty,
-                   int64_t empty, std::string_view average,
-                   ffi::Result<ffi::AnyBuffer> out) {
+ffi::Error Spmm(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer ids,
+                ffi::AnyBuffer offsets, ffi::AnyBuffer coefficients, bool has_empty,
+                int64_t empty, std::string_view average,
+                ffi::Result<ffi::AnyBuffer> out) {
   XlaPool pool(threads);
   Matrix rows;
   Matrix sums;
@@ -36,13 +36,13 @@ ffi::Error Product(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer
                                    rows.type, sums.rows, &bags)) {
     return Invalid(wrong);
   }
-  return Returned(BestKernels().product(pool, rows, bags, kind, sums));
+  return Returned(BestKernels().spmm(pool, rows, bags, kind, sums));
 }
 
-ffi::Error TransposedProduct(ffi::ThreadPool threads, ffi::AnyBuffer cotangent,
-                             ffi::AnyBuffer ids, ffi::AnyBuffer offsets,
-                             ffi::AnyBuffer coefficients, bool has_empty, int64_t empty,
-                             ffi::Result<ffi::AnyBuffer> out) {
+ffi::Error SpmmTranspose(ffi::ThreadPool threads, ffi::AnyBuffer cotangent,
+                         ffi::AnyBuffer ids, ffi::AnyBuffer offsets,
+                         ffi::AnyBuffer coefficients, bool has_empty, int64_t empty,
+                         ffi::Result<ffi::AnyBuffer> out) {
   XlaPool pool(threads);
   Matrix bag_rows;
   Matrix rows;
@@ -55,13 +55,12 @@ ffi::Error TransposedProduct(ffi::ThreadPool threads, ffi::AnyBuffer cotangent,
                                    rows.type, bag_rows.rows, &bags)) {
     return Invalid(wrong);
   }
-  return Returned(BestKernels().transposed_product(pool, bag_rows, bags, rows));
+  return Returned(BestKernels().spmm_transpose(pool, bag_rows, bags, rows));
 }
 
-ffi::Error SampledDots(ffi::ThreadPool threads, ffi::AnyBuffer table,
-                       ffi::AnyBuffer cotangent, ffi::AnyBuffer ids,
-                       ffi::AnyBuffer offsets, bool has_empty, int64_t empty,
-                       ffi::Result<ffi::AnyBuffer> out) {
+ffi::Error Sddmm(ffi::ThreadPool threads, ffi::AnyBuffer table,
+                 ffi::AnyBuffer cotangent, ffi::AnyBuffer ids, ffi::AnyBuffer offsets,
+                 bool has_empty, int64_t empty, ffi::Result<ffi::AnyBuffer> out) {
   XlaPool pool(threads);
   Matrix rows;
   Matrix bag_rows;
@@ -78,8 +77,7 @@ ffi::Error SampledDots(ffi::ThreadPool threads, ffi::AnyBuffer table,
       static_cast<int64_t>(out->element_count()) != bags.ids.size) {
     return Invalid("out must have the shape of ids and the type of sums");
   }
-  return Returned(
-      BestKernels().sampled_dots(pool, rows, bag_rows, bags, out->untyped_data()));
+  return Returned(BestKernels().sddmm(pool, rows, bag_rows, bags, out->untyped_data()));
 }
 
 ffi::Error Extremum(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer ids,
@@ -182,7 +180,7 @@ ffi::Error UpdateRows(ffi::ThreadPool threads, ffi::AnyBuffer table,
                                    rows.type, bag_rows.rows, &bags)) {
     return Invalid(wrong);
   }
-  const size_t num_states = static_cast<size_t>(shape->wide + shape->narrow);
+  const size_t num_states = static_cast<size_t>(shape->per_element + shape->per_row);
   if (states.size() != num_states || moved_states.size() != num_states) {
     return Invalid("states must be those of the rule");
   }
@@ -190,7 +188,7 @@ ffi::Error UpdateRows(ffi::ThreadPool threads, ffi::AnyBuffer table,
   for (size_t i = 0; i < num_states; ++i) {
     const auto state = states.get<ffi::AnyBuffer>(i);
     auto moved = moved_states.get<ffi::AnyBuffer>(i);
-    const int64_t width = static_cast<int>(i) < shape->wide ? rows.width : 1;
+    const int64_t width = static_cast<int>(i) < shape->per_element ? rows.width : 1;
     if (!state.has_value() || !moved.has_value() || !SameShape(*state, **moved) ||
         state->element_type() != SumDataType(rows.type) ||
         static_cast<int64_t>(state->element_count()) != rows.rows * width) {
@@ -217,7 +215,7 @@ ffi::Error ToHugePages(ffi::ThreadPool threads, ffi::AnyBuffer from,
 #pragma GCC visibility push(default)
 extern "C" {
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_product, Product,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_spmm, Spmm,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // table
@@ -229,7 +227,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_product, Product,
                                   .Attr<std::string_view>("average")
                                   .Ret<ffi::AnyBuffer>());  // out
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_transposed_product, TransposedProduct,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_spmm_transpose, SpmmTranspose,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // cotangent
@@ -240,7 +238,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_transposed_product, TransposedProduct,
                                   .Attr<int64_t>("empty")
                                   .Ret<ffi::AnyBuffer>());  // out
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_sampled_dots, SampledDots,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_sddmm, Sddmm,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // table

@@ -5,15 +5,15 @@
 // Traffic: the ids, a few bytes a slot for each pass of the sort, the cotangent's rows
 // (mostly from cache).
 
-#ifndef JBAG_SORTING_H_
-#define JBAG_SORTING_H_
+#ifndef JBAG_KERNELS_SORTING_H_
+#define JBAG_KERNELS_SORTING_H_
 
 #include <stdint.h>
 #include <string.h>
 
-#include "blocks.h"
-#include "numbers.h"
-#include "rows.h"
+#include "kernels/blocks.h"
+#include "kernels/numbers.h"
+#include "kernels/rows.h"
 
 namespace jbag {
 namespace {
@@ -165,7 +165,7 @@ class SortedSlots {
           for (const Slot* entry = from + first; entry != end; ++entry) {
             visit_entry(*entry);
           }
-        } else if (bags.ids.wide) {
+        } else if (bags.ids.is_64_bit) {
           VisitFilled<Slot, int64_t, C>(bags, bounds, num_rows, first, last,
                                         bags_matter, visit_entry);
         } else {
@@ -314,4 +314,4 @@ Error WalkRuns(Pool& pool, const SortedSlots<A>& sorted, const Slots<A, int32_t>
 }  // namespace
 }  // namespace jbag
 
-#endif  // JBAG_SORTING_H_
+#endif  // JBAG_KERNELS_SORTING_H_

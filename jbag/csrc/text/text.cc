@@ -1,11 +1,11 @@
 // What Python calls of text.h, by a C interface. A null pointer or a negative number
 // says that there was no memory.
 
-#include "text.h"
+#include "text/text.h"
 
 #include <memory>
 
-#include "decimals.h"
+#include "text/decimals.h"
 
 namespace {
 
