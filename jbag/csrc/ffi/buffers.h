@@ -34,7 +34,9 @@ inline ffi::Error Invalid(const std::string& what) {
 
 inline ffi::Error Returned(Error error) {
   if (error == nullptr) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted, error);
+  return ffi::Error(error == kOutOfMemory ? ffi::ErrorCode::kResourceExhausted
+                                          : ffi::ErrorCode::kInvalidArgument,
+                    error);
 }
 
 inline bool ReadMatrix(const ffi::AnyBuffer& buffer, Matrix* out) {

@@ -15,10 +15,10 @@
 namespace jbag {
 namespace {
 
-ffi::Error Spmm(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer ids,
-                ffi::AnyBuffer offsets, ffi::AnyBuffer coefficients, bool has_empty,
-                int64_t empty, std::string_view average,
-                ffi::Result<ffi::AnyBuffer> out) {
+ffi::Error BindSpmm(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer ids,
+                    ffi::AnyBuffer offsets, ffi::AnyBuffer coefficients, bool has_empty,
+                    int64_t empty, std::string_view average,
+                    ffi::Result<ffi::AnyBuffer> out) {
   XlaPool pool(threads);
   Matrix rows;
   Matrix sums;
@@ -36,13 +36,13 @@ ffi::Error Spmm(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer id
                                    rows.type, sums.rows, &bags)) {
     return Invalid(wrong);
   }
-  return Returned(BestKernels().spmm(pool, rows, bags, kind, sums));
+  return Returned(Spmm(BestLoops(), pool, rows, bags, kind, sums));
 }
 
-ffi::Error SpmmTranspose(ffi::ThreadPool threads, ffi::AnyBuffer cotangent,
-                         ffi::AnyBuffer ids, ffi::AnyBuffer offsets,
-                         ffi::AnyBuffer coefficients, bool has_empty, int64_t empty,
-                         ffi::Result<ffi::AnyBuffer> out) {
+ffi::Error BindSpmmTranspose(ffi::ThreadPool threads, ffi::AnyBuffer cotangent,
+                             ffi::AnyBuffer ids, ffi::AnyBuffer offsets,
+                             ffi::AnyBuffer coefficients, bool has_empty, int64_t empty,
+                             ffi::Result<ffi::AnyBuffer> out) {
   XlaPool pool(threads);
   Matrix bag_rows;
   Matrix rows;
@@ -55,12 +55,13 @@ ffi::Error SpmmTranspose(ffi::ThreadPool threads, ffi::AnyBuffer cotangent,
                                    rows.type, bag_rows.rows, &bags)) {
     return Invalid(wrong);
   }
-  return Returned(BestKernels().spmm_transpose(pool, bag_rows, bags, rows));
+  return Returned(SpmmTranspose(BestLoops(), pool, bag_rows, bags, rows));
 }
 
-ffi::Error Sddmm(ffi::ThreadPool threads, ffi::AnyBuffer table,
-                 ffi::AnyBuffer cotangent, ffi::AnyBuffer ids, ffi::AnyBuffer offsets,
-                 bool has_empty, int64_t empty, ffi::Result<ffi::AnyBuffer> out) {
+ffi::Error BindSddmm(ffi::ThreadPool threads, ffi::AnyBuffer table,
+                     ffi::AnyBuffer cotangent, ffi::AnyBuffer ids,
+                     ffi::AnyBuffer offsets, bool has_empty, int64_t empty,
+                     ffi::Result<ffi::AnyBuffer> out) {
   XlaPool pool(threads);
   Matrix rows;
   Matrix bag_rows;
@@ -77,13 +78,14 @@ ffi::Error Sddmm(ffi::ThreadPool threads, ffi::AnyBuffer table,
       static_cast<int64_t>(out->element_count()) != bags.ids.size) {
     return Invalid("out must have the shape of ids and the type of sums");
   }
-  return Returned(BestKernels().sddmm(pool, rows, bag_rows, bags, out->untyped_data()));
+  return Returned(Sddmm(BestLoops(), pool, rows, bag_rows, bags, out->untyped_data()));
 }
 
-ffi::Error Extremum(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer ids,
-                    ffi::AnyBuffer offsets, ffi::AnyBuffer coefficients, bool has_empty,
-                    int64_t empty, bool largest, ffi::Result<ffi::AnyBuffer> values,
-                    ffi::Result<ffi::BufferR2<ffi::S32>> winners) {
+ffi::Error BindExtremum(ffi::ThreadPool threads, ffi::AnyBuffer table,
+                        ffi::AnyBuffer ids, ffi::AnyBuffer offsets,
+                        ffi::AnyBuffer coefficients, bool has_empty, int64_t empty,
+                        bool largest, ffi::Result<ffi::AnyBuffer> values,
+                        ffi::Result<ffi::BufferR2<ffi::S32>> winners) {
   XlaPool pool(threads);
   Matrix rows;
   Matrix best;
@@ -98,15 +100,16 @@ ffi::Error Extremum(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffe
                                    rows.type, best.rows, &bags)) {
     return Invalid(wrong);
   }
-  return Returned(BestKernels().extremum(pool, rows, bags, largest, best.data,
-                                         winners->typed_data()));
+  return Returned(Extremum(BestLoops(), pool, rows, bags, largest, best.data,
+                           winners->typed_data()));
 }
 
-ffi::Error Coalesce(ffi::ThreadPool threads, ffi::AnyBuffer cotangent,
-                    ffi::AnyBuffer ids, ffi::AnyBuffer offsets,
-                    ffi::AnyBuffer coefficients, bool has_empty, int64_t empty,
-                    ffi::AnyBuffer num_embeddings, ffi::Result<ffi::AnyBuffer> indices,
-                    ffi::Result<ffi::AnyBuffer> sums) {
+ffi::Error BindCoalesce(ffi::ThreadPool threads, ffi::AnyBuffer cotangent,
+                        ffi::AnyBuffer ids, ffi::AnyBuffer offsets,
+                        ffi::AnyBuffer coefficients, bool has_empty, int64_t empty,
+                        ffi::AnyBuffer num_embeddings,
+                        ffi::Result<ffi::AnyBuffer> indices,
+                        ffi::Result<ffi::AnyBuffer> sums) {
   XlaPool pool(threads);
   Matrix bag_rows;
   Matrix rows;
@@ -129,8 +132,8 @@ ffi::Error Coalesce(ffi::ThreadPool threads, ffi::AnyBuffer cotangent,
                                    bag_rows.type, bag_rows.rows, &bags)) {
     return Invalid(wrong);
   }
-  return Returned(BestKernels().coalesce(pool, bag_rows, bags, num_rows[0],
-                                         indices->untyped_data(), rows));
+  return Returned(Coalesce(BestLoops(), pool, bag_rows, bags, num_rows[0],
+                           indices->untyped_data(), rows));
 }
 
 // What an operand becomes is where it was, unless XLA had no leave to write there.
@@ -143,13 +146,14 @@ bool SameShape(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
   return a.element_type() == b.element_type() && a.dimensions() == b.dimensions();
 }
 
-ffi::Error UpdateRows(ffi::ThreadPool threads, ffi::AnyBuffer table,
-                      ffi::AnyBuffer scalars, ffi::AnyBuffer seed,
-                      ffi::AnyBuffer cotangent, ffi::AnyBuffer ids,
-                      ffi::AnyBuffer offsets, ffi::AnyBuffer coefficients,
-                      ffi::RemainingArgs states, std::string_view rule, bool has_empty,
-                      int64_t empty, ffi::Result<ffi::AnyBuffer> moved_table,
-                      ffi::RemainingRets moved_states) {
+ffi::Error BindUpdateRows(ffi::ThreadPool threads, ffi::AnyBuffer table,
+                          ffi::AnyBuffer scalars, ffi::AnyBuffer seed,
+                          ffi::AnyBuffer cotangent, ffi::AnyBuffer ids,
+                          ffi::AnyBuffer offsets, ffi::AnyBuffer coefficients,
+                          ffi::RemainingArgs states, std::string_view rule,
+                          bool has_empty, int64_t empty,
+                          ffi::Result<ffi::AnyBuffer> moved_table,
+                          ffi::RemainingRets moved_states) {
   XlaPool pool(threads);
   Matrix rows;
   Matrix bag_rows;
@@ -197,11 +201,11 @@ ffi::Error UpdateRows(ffi::ThreadPool threads, ffi::AnyBuffer table,
     CopyUnlessSame(*state, **moved);
     update.states[i] = (*moved)->untyped_data();
   }
-  return Returned(BestKernels().update_rows(pool, rows, update, bag_rows, bags));
+  return Returned(UpdateRows(BestLoops(), pool, rows, update, bag_rows, bags));
 }
 
-ffi::Error ToHugePages(ffi::ThreadPool threads, ffi::AnyBuffer from,
-                       ffi::Result<ffi::AnyBuffer> to) {
+ffi::Error BindToHugePages(ffi::ThreadPool threads, ffi::AnyBuffer from,
+                           ffi::Result<ffi::AnyBuffer> to) {
   XlaPool pool(threads);
   if (from.size_bytes() != to->size_bytes()) return Invalid("sizes must be equal");
   CopyToHugePages(pool, from.untyped_data(), to->untyped_data(),
@@ -215,7 +219,7 @@ ffi::Error ToHugePages(ffi::ThreadPool threads, ffi::AnyBuffer from,
 #pragma GCC visibility push(default)
 extern "C" {
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_spmm, Spmm,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_spmm, BindSpmm,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // table
@@ -227,7 +231,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_spmm, Spmm,
                                   .Attr<std::string_view>("average")
                                   .Ret<ffi::AnyBuffer>());  // out
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_spmm_transpose, SpmmTranspose,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_spmm_transpose, BindSpmmTranspose,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // cotangent
@@ -238,7 +242,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_spmm_transpose, SpmmTranspose,
                                   .Attr<int64_t>("empty")
                                   .Ret<ffi::AnyBuffer>());  // out
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_sddmm, Sddmm,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_sddmm, BindSddmm,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // table
@@ -249,7 +253,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_sddmm, Sddmm,
                                   .Attr<int64_t>("empty")
                                   .Ret<ffi::AnyBuffer>());  // out
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_extremum, Extremum,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_extremum, BindExtremum,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // table
@@ -262,7 +266,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_extremum, Extremum,
                                   .Ret<ffi::AnyBuffer>()             // values
                                   .Ret<ffi::BufferR2<ffi::S32>>());  // winners
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_coalesce, Coalesce,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_coalesce, BindCoalesce,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // cotangent
@@ -275,7 +279,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_coalesce, Coalesce,
                                   .Ret<ffi::AnyBuffer>()    // indices
                                   .Ret<ffi::AnyBuffer>());  // sums
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_update_rows, UpdateRows,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_update_rows, BindUpdateRows,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()  // table
@@ -292,7 +296,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_update_rows, UpdateRows,
                                   .Ret<ffi::AnyBuffer>()  // table
                                   .RemainingRets());      // states
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_to_huge_pages, ToHugePages,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jbag_cpu_to_huge_pages, BindToHugePages,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()    // from

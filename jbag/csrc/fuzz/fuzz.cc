@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "kernels/loops.h"
 
 namespace jbag {
 namespace {
@@ -32,7 +33,7 @@ bool Rounded(double number, double exact, Type type) {
 
 }  // namespace
 
-void CheckBags(const Kernels& kernels, uint64_t seed) {
+void CheckBags(const Loops& loops, uint64_t seed) {
   Case c(seed);
   CaseBags given(c);
   const Bags& bags = given.bags;
@@ -89,11 +90,11 @@ void CheckBags(const Kernels& kernels, uint64_t seed) {
     Numbers slot_dots(sums, c.num_slots);
     const Matrix pooled{out.data(), c.out_type, c.num_bags, c.width};
     const Matrix to{gradient.data(), c.type, c.rows, c.width};
-    if (kernels.spmm(pool, rows, bags, c.average, pooled) != nullptr ||
-        kernels.extremum(pool, rows, bags, largest, values.data(), slots.data()) !=
+    if (Spmm(loops, pool, rows, bags, c.average, pooled) != nullptr ||
+        Extremum(loops, pool, rows, bags, largest, values.data(), slots.data()) !=
             nullptr ||
-        kernels.spmm_transpose(pool, bag_rows, bags, to) != nullptr ||
-        kernels.sddmm(pool, rows, bag_rows, bags, slot_dots.data()) != nullptr) {
+        SpmmTranspose(loops, pool, bag_rows, bags, to) != nullptr ||
+        Sddmm(loops, pool, rows, bag_rows, bags, slot_dots.data()) != nullptr) {
       Fail("out of memory", seed);
     }
     for (int64_t i = 0; i < c.num_bags * c.width; ++i) {
@@ -120,11 +121,11 @@ void CheckBags(const Kernels& kernels, uint64_t seed) {
 int main(int argc, char** argv) {
   const double seconds = argc > 1 ? atof(argv[1]) : 10;
   uint64_t seed = argc > 2 ? strtoull(argv[2], nullptr, 10) : 0;
-  std::vector<const jbag::Kernels*> all = {jbag::BaselineKernels()};
+  std::vector<const jbag::Loops*> all = {jbag::BaselineLoops()};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2")) all.push_back(jbag::Avx2Kernels());
+  if (__builtin_cpu_supports("avx2")) all.push_back(jbag::Avx2Loops());
 #endif
-  if (&jbag::BestKernels() != all.back()) all.push_back(&jbag::BestKernels());
+  if (&jbag::BestLoops() != all.back()) all.push_back(&jbag::BestLoops());
   const auto start = std::chrono::steady_clock::now();
   uint64_t cases = 0;
   const auto elapsed = [&] {
@@ -133,13 +134,13 @@ int main(int argc, char** argv) {
   };
   for (; elapsed() < seconds; ++cases, ++seed) {
     jbag::CheckTexts(seed);
-    for (const jbag::Kernels* kernels : all) {
-      jbag::CheckBags(*kernels, seed);
-      jbag::CheckUpdates(*kernels, seed);
+    for (const jbag::Loops* loops : all) {
+      jbag::CheckBags(*loops, seed);
+      jbag::CheckUpdates(*loops, seed);
     }
   }
   printf("jbag_fuzz: %llu cases over", static_cast<unsigned long long>(cases));
-  for (const jbag::Kernels* kernels : all) printf(" %s", kernels->instruction_set);
+  for (const jbag::Loops* loops : all) printf(" %s", loops->instruction_set);
   printf(": passed\n");
   return 0;
 }

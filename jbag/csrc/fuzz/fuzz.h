@@ -20,6 +20,8 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "kernels/loops.h"
+#include "kernels/slots.h"
 
 namespace jbag {
 
@@ -72,20 +74,6 @@ class ThreadPool final : public Pool {
   fprintf(stderr, "jbag_fuzz: %s, case %llu\n", what,
           static_cast<unsigned long long>(seed));
   exit(1);
-}
-
-inline int64_t SizeOf(Type type) {
-  switch (type) {
-    case Type::kFloat32:
-      return 4;
-    case Type::kFloat64:
-      return 8;
-    default:
-      return 2;
-  }
-}
-inline Type SumType(Type type) {
-  return type == Type::kFloat64 ? type : Type::kFloat32;
 }
 
 // Numbers of any of the types, as bytes; small multiples of 1/4, which all types hold
@@ -294,8 +282,8 @@ struct CaseBags {
 inline bool Same(double a, double b) { return isnan(a) ? isnan(b) : a == b; }
 
 // Compares what the kernels make of a case with the definition.
-void CheckBags(const Kernels& kernels, uint64_t seed);
-void CheckUpdates(const Kernels& kernels, uint64_t seed);
+void CheckBags(const Loops& loops, uint64_t seed);
+void CheckUpdates(const Loops& loops, uint64_t seed);
 void CheckTexts(uint64_t seed);
 
 }  // namespace jbag

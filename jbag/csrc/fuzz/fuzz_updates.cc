@@ -10,6 +10,7 @@
 
 #include "fuzz/fuzz.h"
 #include "kernels/kernels.h"
+#include "kernels/loops.h"
 
 namespace jbag {
 namespace {
@@ -93,8 +94,8 @@ double Unit(Type type, bool at_random) {
   }
 }
 
-void CheckCoalesced(const Kernels& kernels, Case& c, const Bags& bags,
-                    Numbers& cotangent, const Gradient& gradient, uint64_t seed) {
+void CheckCoalesced(const Loops& loops, Case& c, const Bags& bags, Numbers& cotangent,
+                    const Gradient& gradient, uint64_t seed) {
   const Type sums = SumType(c.type);
   const int64_t all = std::min(c.num_slots, c.rows);
   const int64_t capacity = c.OneIn(4) ? c.Below(all + 1) : all;
@@ -105,7 +106,7 @@ void CheckCoalesced(const Kernels& kernels, Case& c, const Bags& bags,
     std::vector<char> indices(capacity * (c.ids_64_bit ? 8 : 4), 77);
     Numbers out(sums, capacity * c.width);
     const Matrix to{out.data(), sums, capacity, c.width};
-    if (kernels.coalesce(pool, bag_rows, bags, c.rows, indices.data(), to) != nullptr) {
+    if (Coalesce(loops, pool, bag_rows, bags, c.rows, indices.data(), to) != nullptr) {
       Fail("out of memory", seed);
     }
     const Integers found{indices.data(), c.ids_64_bit, capacity};
@@ -126,7 +127,7 @@ void CheckCoalesced(const Kernels& kernels, Case& c, const Bags& bags,
 
 }  // namespace
 
-void CheckUpdates(const Kernels& kernels, uint64_t seed) {
+void CheckUpdates(const Loops& loops, uint64_t seed) {
   Case c(seed);
   CaseBags given(c);
   const Type sums = SumType(c.type);
@@ -141,7 +142,7 @@ void CheckUpdates(const Kernels& kernels, uint64_t seed) {
       row[d] += coefficient * cotangent.Get(bag * c.width + d);
     }
   });
-  CheckCoalesced(kernels, c, given.bags, cotangent, gradient, seed);
+  CheckCoalesced(loops, c, given.bags, cotangent, gradient, seed);
 
   const RuleShape& shape = kRules[c.Below(sizeof(kRules) / sizeof(kRules[0]))];
   // Rate and decay or beta; the others lie in [0, 1), and eps, l1 and l2 are often 0.
@@ -202,7 +203,7 @@ void CheckUpdates(const Kernels& kernels, uint64_t seed) {
                         numbers.data(),
                         {arrays[1].data(), arrays[2].data()},
                         at_random ? random_seed : nullptr};
-    if (kernels.update_rows(pool, table, update, bag_rows, given.bags) != nullptr) {
+    if (UpdateRows(loops, pool, table, update, bag_rows, given.bags) != nullptr) {
       Fail("out of memory", seed);
     }
     std::vector<char> bytes;

@@ -12,6 +12,7 @@
 namespace jbag {
 
 enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
+constexpr int kNumTypes = 4;
 
 // A row-major matrix: a table [V, D], or one row per bag [B, D].
 struct Matrix {
@@ -108,43 +109,53 @@ struct Update {
   const uint32_t* seed;  // [2] to round to bfloat16 at random; null: to nearest
 };
 
+constexpr RuleShape ShapeOf(Rule rule) {
+  for (const RuleShape& shape : kRules) {
+    if (shape.rule == rule) return shape;
+  }
+  return {};
+}
+
 // What an operation returns: null, or what went wrong.
 using Error = const char*;
 constexpr Error kOutOfMemory = "jbag: not enough memory for the kernel's scratch space";
+constexpr Error kTooManyRows = "jbag: tables must have fewer than 2^31 rows";
 
-// The operations for one instruction set. Outputs are written whole.
-struct Kernels {
-  const char* instruction_set;
-  // out [B, D] in the table's type or that of sums, rounded once: out[b] = sum of c[i]
-  // table[ids[i]], averaged.
-  Error (*spmm)(Pool&, const Matrix& table, const Bags&, Average, const Matrix& out);
-  // out [V, D]: out[v] = sum of c[i] cotangent[bag of i] where ids[i] = v.
-  Error (*spmm_transpose)(Pool&, const Matrix& cotangent, const Bags&,
-                          const Matrix& out);
-  // out [N] in the type of sums: <table[ids[i]], cotangent[bag of i]>.
-  Error (*sddmm)(Pool&, const Matrix& table, const Matrix& cotangent, const Bags&,
-                 void* out);
-  // values [B, D] in the type of sums, and the slots [B, D] that hold them.
-  Error (*extremum)(Pool&, const Matrix& table, const Bags&, bool largest, void* values,
-                    int32_t* winners);
-  // indices [U] in the type of the ids: the rows that slots name, in order, each once,
-  // then `num_rows`; sums [U, D] in the type of sums: those rows of the transposed
-  // product, then zeros.
-  Error (*coalesce)(Pool&, const Matrix& cotangent, const Bags&, int64_t num_rows,
-                    void* indices, const Matrix& sums);
-  // Moves the rows of the table that slots name, and those of the states, in place.
-  Error (*update_rows)(Pool&, const Matrix& table, const Update&,
-                       const Matrix& cotangent, const Bags&);
-};
+// The loops over features, compiled for one instruction set: loops.h.
+struct Loops;
 
 // The widest that this machine can run.
-const Kernels& BestKernels();
+const Loops& BestLoops();
 
-const Kernels* BaselineKernels();
+const Loops* BaselineLoops();
 #if defined(__x86_64__)
-const Kernels* Avx2Kernels();
-const Kernels* Avx512Kernels();
+const Loops* Avx2Loops();
+const Loops* Avx512Loops();
 #endif
+
+// The operations. Outputs are written whole.
+
+// out [B, D] in the table's type or that of sums, rounded once: out[b] = sum of c[i]
+// table[ids[i]], averaged.
+Error Spmm(const Loops&, Pool&, const Matrix& table, const Bags&, Average,
+           const Matrix& out);
+// out [V, D]: out[v] = sum of c[i] cotangent[bag of i] where ids[i] = v.
+Error SpmmTranspose(const Loops&, Pool&, const Matrix& cotangent, const Bags&,
+                    const Matrix& out);
+// out [N] in the type of sums: <table[ids[i]], cotangent[bag of i]>.
+Error Sddmm(const Loops&, Pool&, const Matrix& table, const Matrix& cotangent,
+            const Bags&, void* out);
+// values [B, D] in the type of sums, and the slots [B, D] that hold them.
+Error Extremum(const Loops&, Pool&, const Matrix& table, const Bags&, bool largest,
+               void* values, int32_t* winners);
+// indices [U] in the type of the ids: the rows that slots name, in order, each once,
+// then `num_rows`; sums [U, D] in the type of sums: those rows of the transposed
+// product, then zeros.
+Error Coalesce(const Loops&, Pool&, const Matrix& cotangent, const Bags&,
+               int64_t num_rows, void* indices, const Matrix& sums);
+// Moves the rows of the table that slots name, and those of the states, in place.
+Error UpdateRows(const Loops&, Pool&, const Matrix& table, const Update&,
+                 const Matrix& cotangent, const Bags&);
 
 // Memory of the kernels' own, on a cache line's bound; null where there is not enough.
 // Some that is given back is kept for the next call, as the system takes longer to put

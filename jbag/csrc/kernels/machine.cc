@@ -136,8 +136,8 @@ void GiveBack(void* data) {
   free(memory);
 }
 
-const Kernels& BestKernels() {
-  static const Kernels* best = [] {
+const Loops& BestLoops() {
+  static const Loops* best = [] {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -145,10 +145,10 @@ const Kernels& BestKernels() {
     const bool avx512 =
         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx2 && avx512) return Avx512Kernels();
-    if (avx2) return Avx2Kernels();
+    if (avx2 && avx512) return Avx512Loops();
+    if (avx2) return Avx2Loops();
 #endif
-    return BaselineKernels();
+    return BaselineLoops();
   }();
   return *best;
 }

@@ -38,7 +38,16 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The type that sums run in, and the integer of its size.
+template <typename T>
+constexpr Type kType = Type::kFloat32;
+template <>
+constexpr Type kType<double> = Type::kFloat64;
+template <>
+constexpr Type kType<BFloat16> = Type::kBFloat16;
+template <>
+constexpr Type kType<Float16> = Type::kFloat16;
+
+// The type that sums run in.
 template <typename T>
 struct Sums {
   using Type = float;
@@ -50,12 +59,8 @@ struct Sums<double> {
 template <typename T>
 using Sum = typename Sums<T>::Type;
 
-template <typename T>
-constexpr T kNaN = __builtin_nan("");
-template <>
-constexpr BFloat16 kNaN<BFloat16> = {0x7fc0};
-template <>
-constexpr Float16 kNaN<Float16> = {0x7e00};
+template <typename A>
+constexpr A kNaN = __builtin_nan("");
 
 inline float SquareRoot(float x) { return __builtin_sqrtf(x); }
 inline double SquareRoot(double x) { return __builtin_sqrt(x); }

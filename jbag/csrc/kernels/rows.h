@@ -2,18 +2,22 @@
 //
 // A row of D features is read in vectors of W, the widest that fit in D and the
 // machine; the last one overlaps the one before where W doesn't divide D, so that any D
-// takes no masks and no scalar tail. Up to eight vectors make a tile; wider rows take
-// several passes over the slots, whose rows are in cache by then.
+// takes no masks and no scalar tail. Up to eight vectors make a tile. Rows of one tile
+// are summed segment after segment; wider rows take several passes over each segment,
+// whose rows are in cache by then.
 //
-// Traffic: each row once from memory, fetched some slots ahead; sums stay in registers.
+// Traffic: each row once from memory, fetched some slots ahead; sums stay in registers
+// and are written once.
 
 #ifndef JBAG_KERNELS_ROWS_H_
 #define JBAG_KERNELS_ROWS_H_
 
 #include <stdint.h>
 
-#include "kernels/blocks.h"
+#include "kernels/arithmetic.h"
+#include "kernels/loops.h"
 #include "kernels/numbers.h"
+#include "kernels/slots.h"
 
 namespace jbag {
 namespace {
@@ -22,155 +26,6 @@ namespace {
 template <int W, int K>
 inline int64_t Offset(int j, int64_t last_offset) {
   return j < K - 1 || K == 1 ? j * W : last_offset;
-}
-
-// The rows that slots name, and their coefficients.
-template <typename Row, typename Id>
-class Slots {
- public:
-  using A = Sum<Row>;
-
-  // Slots [0, size) of the bags.
-  Slots(const Matrix& table, const Bags& bags, int64_t size)
-      : table_(static_cast<const Row*>(table.data)),
-        rows_(static_cast<uint64_t>(table.rows)),
-        stride_(table.width * sizeof(Row)),
-        width_(table.width),
-        ids_(static_cast<const Id*>(bags.ids.data)),
-        coefficients_(bags.coefficients == nullptr
-                          ? &kOne
-                          : static_cast<const A*>(bags.coefficients)),
-        mask_(bags.coefficients == nullptr ? 0 : -1),
-        has_empty_(bags.has_empty),
-        empty_(bags.has_empty ? static_cast<uint64_t>(bags.empty) : kNoRow),
-        last_(size - 1),
-        ahead_(Clamp(kBytesAhead / Max(stride_, 1), 8, 32)),
-        straddles_(Straddles(reinterpret_cast<uintptr_t>(table.data), stride_)) {}
-
-  // The same slots, of a table of the columns [column, column + width) alone.
-  Slots Columns(int64_t column, int64_t width) const {
-    Slots some = *this;
-    some.table_ += column;
-    some.width_ = width;
-    return some;
-  }
-  // The same slots for a loop that ends before `last`, which must not fetch past the
-  // last slot of all.
-  Slots Until(int64_t last) const {
-    Slots some = *this;
-    some.ahead_ = Min(ahead_, last_ - (last - 1));
-    return some;
-  }
-
-  int64_t width() const { return width_; }
-  bool weighted() const { return mask_ != 0; }
-  bool empty(int64_t slot) const { return has_empty_ && id(slot) == empty_; }
-  // The number of slots in [first, last) that aren't empty.
-  int64_t NumFilled(int64_t first, int64_t last) const {
-    int64_t count = last - first;
-    if (has_empty_) {
-      for (int64_t slot = first; slot < last; ++slot) count -= id(slot) == empty_;
-    }
-    return count;
-  }
-  // The row of a slot, or null where there is none.
-  const Row* row(int64_t slot) const {
-    const uint64_t named = id(slot);
-    if (__builtin_expect(named >= rows_ || named == empty_, 0)) return nullptr;
-    return reinterpret_cast<const Row*>(Address(named));
-  }
-  // Without coefficients the mask picks the one for every slot.
-  A coefficient(int64_t slot) const { return coefficients_[slot & mask_]; }
-
-  // Fetches, of the row of the slot some slots ahead of this one, what a tile of K
-  // vectors of W reads. Inlined by force: GCC takes a function that only prefetches for
-  // one that does nothing, and drops the call.
-  template <int W, int K>
-  __attribute__((always_inline)) void FetchAhead(int64_t slot,
-                                                 int64_t last_offset) const {
-    const uintptr_t tile = Address(id(slot + ahead_));
-#pragma GCC unroll 8
-    for (int j = 0; j < K; ++j) {
-      if (j * W * sizeof(Row) % kLine == 0) {
-        Prefetch(tile + Offset<W, K>(j, last_offset) * sizeof(Row));
-      }
-    }
-    if (!straddles_) return;
-    // A line that isn't fetched yet; twice the same would be two page walks.
-    const uintptr_t start = tile + Offset<W, K>(K - 1, last_offset) * sizeof(Row);
-    const uintptr_t end = start + W * sizeof(Row) - 1;
-    const uintptr_t here = reinterpret_cast<uintptr_t>(ids_ + slot);
-    Prefetch(start / kLine == end / kLine ? here : end);
-  }
-  // Fetches the whole row of the slot some slots ahead.
-  __attribute__((always_inline)) void FetchAhead(int64_t slot) const {
-    Fetch(Min(slot + ahead_, last_));
-  }
-  // Fetches what would have been fetched before `slot`, where a thread starts anew.
-  __attribute__((always_inline)) void FetchFirst(int64_t slot) const {
-    for (int64_t i = 0; i < ahead_ && slot + i <= last_; ++i) Fetch(slot + i);
-  }
-
- private:
-  static constexpr uintptr_t kLine = 64;
-  static constexpr int64_t kBytesAhead = 1 << 12;
-  static constexpr A kOne = 1;
-  static constexpr uint64_t kNoRow = UINT64_MAX;
-
-  // Negative ids are past every row.
-  uint64_t id(int64_t slot) const {
-    return static_cast<uint64_t>(static_cast<int64_t>(ids_[slot]));
-  }
-
-  // Whether some row of a table starts within a line and ends in the next.
-  static bool Straddles(uintptr_t table, uintptr_t stride) {
-    return stride % kLine == 0
-               ? table % kLine != 0
-               : stride == 0 || kLine % stride != 0 || table % stride != 0;
-  }
-
-  // Where the row of an id is: an integer, as it may be none of the table's, which does
-  // no harm to what only fetches.
-  uintptr_t Address(uint64_t named) const {
-    return reinterpret_cast<uintptr_t>(table_) + named * stride_;
-  }
-
-  __attribute__((always_inline)) static void Prefetch(uintptr_t address) {
-    __builtin_prefetch(reinterpret_cast<const void*>(address));
-  }
-
-  __attribute__((always_inline)) void Fetch(int64_t slot) const {
-    const uintptr_t row = Address(id(slot));
-    const uintptr_t bytes = width_ * sizeof(Row);
-    // By distances: the address of a row that isn't there may wrap.
-    for (uintptr_t at = 0; at < bytes; at += kLine) Prefetch(row + at);
-    Prefetch(row + bytes - 1);
-  }
-
-  const Row* table_;
-  uint64_t rows_;
-  int64_t stride_;  // bytes
-  int64_t width_;
-  const Id* ids_;
-  const A* coefficients_;
-  int64_t mask_;
-  bool has_empty_;
-  uint64_t empty_;
-  int64_t last_;
-  int64_t ahead_;   // slots
-  bool straddles_;  // whether rows may start within a line
-};
-template <typename Row, typename Id>
-constexpr Sum<Row> Slots<Row, Id>::kOne;
-
-// Calls f with the slots of the bags, their ids being of either width.
-template <typename Row, typename F>
-inline void WithSlots(const Matrix& table, const Bags& bags, int64_t size, F f) {
-  if (bags.ids.is_64_bit) {
-    f(Slots<Row, int64_t>(table, bags, size));
-  } else {
-    f(Slots<Row, int32_t>(table, bags, size));
-  }
 }
 
 constexpr int kMostVectors = 8;
@@ -183,11 +38,12 @@ inline void Tile(int vectors, int64_t column, int64_t last_offset, F& f) {
       return;
     }
   }
-  f.template operator()<W, K>(column, last_offset);
+  f.template operator()<W, K>(column, last_offset, 1);
 }
 
-// Calls f.operator()<W, K>(column, last_offset) for tiles that cover [0, width) and
-// don't overlap.
+// Calls f.operator()<W, K>(column, last_offset, count) for tiles that cover [0, width)
+// and don't overlap: `count` of them side by side, the first at `column`. Only a tile
+// of the most vectors has others beside it.
 template <typename A, int W = kWidth<A>, typename F>
 inline void Tiles(int64_t width, F& f) {
   if constexpr (W > 1) {
@@ -199,19 +55,18 @@ inline void Tiles(int64_t width, F& f) {
   if constexpr (W < kWidth<A>) {
     // Less than a vector of twice the width.
     if (width == W) {
-      f.template operator()<W, 1>(0, 0);
+      f.template operator()<W, 1>(0, 0, 1);
     } else if (width > W) {
-      f.template operator()<W, 2>(0, width - W);
+      f.template operator()<W, 2>(0, width - W, 1);
     }
   } else {
     constexpr int64_t kColumns = kMostVectors * W;
-    int64_t column = 0;
-    for (; width - column >= kColumns + W; column += kColumns) {
-      f.template operator()<W, kMostVectors>(column, kColumns - W);
-    }
+    // Less than a vector must not be left over.
+    const int64_t count = Max(width - W, 0) / kColumns;
+    if (count > 0) f.template operator()<W, kMostVectors>(0, kColumns - W, count);
+    int64_t column = count * kColumns;
     if (width - column > kColumns) {
-      // Less than a vector must not be left over.
-      f.template operator()<W, kMostVectors - 1>(column, kColumns - 2 * W);
+      f.template operator()<W, kMostVectors - 1>(column, kColumns - 2 * W, 1);
       column += kColumns - W;
     }
     const int64_t left = width - column;
@@ -221,8 +76,9 @@ inline void Tiles(int64_t width, F& f) {
   }
 }
 
-// Writes a tile of sums divided by `divisor`, rounded once. Inlined by force: what is
-// passed by reference would be in memory, and not in registers, while it is summed.
+// Writes a tile of sums that are divided by `divisor`, rounded once. Inlined by force:
+// what is passed by reference would be in memory, and not in registers, while it is
+// summed.
 template <int W, int K, typename V, typename A, typename T>
 __attribute__((always_inline)) inline void StoreQuotients(V (&total)[K], A divisor,
                                                           T* tile,
@@ -237,58 +93,158 @@ __attribute__((always_inline)) inline void StoreQuotients(V (&total)[K], A divis
   }
 }
 
-// out = the sum of the rows of the slots [first, last) times their coefficients,
-// divided by `divisor`.
-template <typename Row, typename Id, typename T, bool kWeighted>
-struct SumRows {
-  const Slots<Row, Id>& slots;
-  int64_t first;
-  int64_t last;
-  Sum<Row> divisor;
-  T* out;
-  bool unknown = false;  // set where an id names no row: then the sums are void
-
-  template <int W, int K>
-  void operator()(int64_t column, int64_t last_offset) {
-    using V = Vector<Sum<Row>, W>;
-    V total[K] = {};
-    // A copy, that what it holds stays in registers.
-    const Slots<Row, Id> tile = slots.Columns(column, last_offset + W).Until(last);
-    for (int64_t slot = first; slot < last; ++slot) {
-      tile.template FetchAhead<W, K>(slot, last_offset);
-      const Row* row = tile.row(slot);
-      if (row == nullptr) {
-        if (tile.empty(slot)) continue;
-        unknown = true;
-        return;
-      }
-      const V coefficient = tile.coefficient(slot) - V{};
-#pragma GCC unroll 8
-      for (int j = 0; j < K; ++j) {
-        const V values = Load<W>(row + Offset<W, K>(j, last_offset));
-        total[j] += kWeighted ? coefficient * values : values;
-      }
-    }
-    StoreQuotients<W, K>(total, divisor, out + column, last_offset);
+// Rounds `count` vectors of a tile, which lie one after the other.
+template <int W, typename T>
+__attribute__((noinline)) void RoundTile(const float* from, int count, T* tile,
+                                         int64_t last_offset) {
+  for (int j = 0; j < count - 1; ++j) {
+    Store<W>(tile + j * W, Load<W>(from + j * W));
   }
-};
+  Store<W>(tile + (count == 1 ? 0 : last_offset), Load<W>(from + (count - 1) * W));
+}
+
+// The number that a sum of `count` rows is divided by.
+template <typename A>
+inline A Divisor(Average average, int64_t count) {
+  if (average == Average::kNone) return 1;
+  const A filled = static_cast<A>(Max(count, 1));
+  return average == Average::kMean ? filled : SquareRoot(filled);
+}
 
 template <typename A>
 inline void Fill(A* out, int64_t size, A value) {
   for (int64_t i = 0; i < size; ++i) out[i] = value;
 }
 
-template <typename Row, typename Id, typename T>
-inline void SumOf(const Slots<Row, Id>& slots, int64_t first, int64_t last,
-                  Sum<Row> divisor, T* out) {
-  const auto run = [&](auto sum) {
-    Tiles<Sum<Row>>(slots.width(), sum);
-    if (sum.unknown) Fill(out, slots.width(), kNaN<T>);
-  };
+// out = the averages of the rows of segments of slots times their coefficients.
+template <typename Row, bool kWeighted>
+struct SumSegments {
+  using A = Sum<Row>;
+
+  const Slots& slots;
+  Segments segments;
+  Average average;
+  const int32_t* places;
+  Type out_type;
+  void* out;
+
+  template <int W, int K>
+  void operator()(int64_t column, int64_t last_offset, int64_t tiles) const {
+    for (int64_t i = 0; i < segments.count; ++i) {
+      const int64_t first = segments.starts[i];
+      const int64_t place = places == nullptr ? i : places[first];
+      const int64_t at = place * slots.width + column;
+      for (int64_t tile = 0; tile < (K < kMostVectors ? 1 : tiles); ++tile) {
+        const int64_t beside = tile * K * W;
+        SumTile<W, K>(first, segments.ends[i], column + beside, last_offset,
+                      at + beside);
+      }
+    }
+  }
+
+  // Inlined by force: what it reads of the slots is read once for all segments.
+  template <int W, int K>
+  __attribute__((always_inline)) void SumTile(int64_t first, int64_t last,
+                                              int64_t column, int64_t last_offset,
+                                              int64_t at) const {
+    using V = Vector<A, W>;
+    const TileSlots<Row> tile(slots, column);
+    const int64_t ahead = slots.Ahead(last);
+    const int32_t* const end = slots.ids + last;
+    const A* coefficients = static_cast<const A*>(slots.coefficients) + first;
+    V total[K] = {};
+    int64_t filled = last - first;
+    for (const int32_t* slot = slots.ids + first; slot != end; ++slot) {
+      tile.template Fetch<W, K>(slot + ahead, last_offset);
+      if (__builtin_expect(!tile.is_row(*slot), 0)) {
+        if (slots.is_empty(*slot)) {
+          --filled;
+          if (kWeighted) ++coefficients;
+          continue;
+        }
+        // No row has that id: the sum is void.
+#pragma GCC unroll 8
+        for (int j = 0; j < K; ++j) total[j] = kNaN<A> - V{};
+        break;
+      }
+      const Row* row = tile.row(*slot);
+      if (kWeighted) {
+        const V coefficient = *coefficients++ - V{};
+#pragma GCC unroll 8
+        for (int j = 0; j < K; ++j) {
+          total[j] += coefficient * Load<W>(row + Offset<W, K>(j, last_offset));
+        }
+      } else {
+#pragma GCC unroll 8
+        for (int j = 0; j < K; ++j) {
+          total[j] += Load<W>(row + Offset<W, K>(j, last_offset));
+        }
+      }
+    }
+    Write<W, K>(total, Divisor<A>(average, filled), at, last_offset);
+  }
+
+  // Inlined by force: see StoreQuotients.
+  template <int W, int K, typename V>
+  __attribute__((always_inline)) void Write(V (&total)[K], A divisor, int64_t at,
+                                            int64_t last_offset) const {
+    if (out_type == kType<Row>) {
+      StoreQuotients<W, K>(total, divisor, static_cast<Row*>(out) + at, last_offset);
+      return;
+    }
+    if constexpr (sizeof(Row) < sizeof(float)) {
+      StoreQuotients<W, K>(total, divisor, static_cast<A*>(out) + at, last_offset);
+    }
+    if constexpr (sizeof(Row) == sizeof(float)) {
+      float sums[W * K];
+      StoreQuotients<W, K>(total, divisor, sums, (K - 1) * W);
+      if (out_type == Type::kBFloat16) {
+        RoundTile<W>(sums, K, static_cast<BFloat16*>(out) + at, last_offset);
+      } else {
+        RoundTile<W>(sums, K, static_cast<Float16*>(out) + at, last_offset);
+      }
+    }
+  }
+};
+
+// The bytes of rows that one tile of several is summed over before the next one is:
+// they stay in the first-level cache.
+constexpr int64_t kBytesAtOnce = 1 << 12;
+
+template <typename Row, bool kWeighted>
+void SumSegmentsOf(SumSegments<Row, kWeighted> sum) {
+  using A = Sum<Row>;
+  const int64_t width = sum.slots.width;
+  if (width <= kMostVectors * kWidth<A>) {
+    Tiles<A>(width, sum);
+    return;
+  }
+  const int64_t most = kBytesAtOnce / sum.slots.stride;
+  const Segments all = sum.segments;
+  char* out = static_cast<char*>(sum.out);
+  const int64_t out_bytes = sum.places != nullptr ? 0 : width * SizeOf(sum.out_type);
+  for (int64_t i = 0; i < all.count;) {
+    const int64_t first = i;
+    const int64_t end = all.starts[first] + most;
+    do {
+      ++i;
+    } while (i < all.count && all.ends[i] <= end);
+    sum.segments = {all.starts + first, all.ends + first, i - first};
+    sum.out = out + first * out_bytes;
+    Tiles<A>(width, sum);
+  }
+}
+
+template <typename Row>
+void SumRows(const SlotRows& rows, const Segments& segments, Average average,
+             const int32_t* places, Type out_type, void* out) {
+  const Slots slots(rows);
   if (slots.weighted()) {
-    run(SumRows<Row, Id, T, true>{slots, first, last, divisor, out});
+    SumSegmentsOf(
+        SumSegments<Row, true>{slots, segments, average, places, out_type, out});
   } else {
-    run(SumRows<Row, Id, T, false>{slots, first, last, divisor, out});
+    SumSegmentsOf(
+        SumSegments<Row, false>{slots, segments, average, places, out_type, out});
   }
 }
 
@@ -299,21 +255,41 @@ struct DividedRow {
   T* out;
 
   template <int W, int K>
-  void operator()(int64_t column, int64_t last_offset) const {
-    Vector<Sum<T>, W> total[K];
-#pragma GCC unroll 8
-    for (int j = 0; j < K; ++j) {
-      total[j] = Load<W>(sums + column + Offset<W, K>(j, last_offset));
+  void operator()(int64_t column, int64_t last_offset, int64_t tiles) const {
+    for (; tiles > 0; --tiles, column += K * W) {
+      for (int j = 0; j < K; ++j) {
+        const int64_t at = column + Offset<W, K>(j, last_offset);
+        Store<W>(out + at, Load<W>(sums + at) / divisor);
+      }
     }
-    StoreQuotients<W, K>(total, divisor, out + column, last_offset);
   }
 };
 
 // out = sums / divisor, rounded once. The two don't overlap.
 template <typename T>
-inline void Divide(const Sum<T>* sums, int64_t width, Sum<T> divisor, T* out) {
-  DividedRow<T> row{sums, divisor, out};
+void Divide(const Sum<T>* sums, int64_t width, Sum<T> divisor, void* out) {
+  DividedRow<T> row{sums, divisor, static_cast<T*>(out)};
   Tiles<Sum<T>>(width, row);
+}
+
+template <typename A>
+void AverageSums(const void* from, int64_t width, Average average, int64_t count,
+                 Type out_type, void* out) {
+  const A* sums = static_cast<const A*>(from);
+  const A divisor = Divisor<A>(average, count);
+  if (out_type == kType<A>) {
+    Divide<A>(sums, width, divisor, out);
+  } else if constexpr (sizeof(A) == sizeof(float)) {
+    if (out_type == Type::kBFloat16) Divide<BFloat16>(sums, width, divisor, out);
+    if (out_type == Type::kFloat16) Divide<Float16>(sums, width, divisor, out);
+  }
+}
+
+template <typename A>
+void AddSums(void* sums, const void* more, int64_t width) {
+  A* to = static_cast<A*>(sums);
+  const A* from = static_cast<const A*>(more);
+  for (int64_t i = 0; i < width; ++i) to[i] += from[i];
 }
 
 template <typename A>
@@ -327,9 +303,9 @@ struct SlotNumber<double> {
 
 // The first largest of the rows times their coefficients times `sign`, which is 1 or
 // -1, and its slot. NaN beats every number and no NaN.
-template <typename Row, typename Id>
+template <typename Row>
 struct LargestRows {
-  const Slots<Row, Id>& slots;
+  const Slots& slots;
   int64_t first;  // a filled slot
   int64_t last;
   Sum<Row> sign;
@@ -338,29 +314,36 @@ struct LargestRows {
   int64_t end = 0;  // where the first id that names no row stands, or `last`
 
   template <int W, int K>
-  void operator()(int64_t column, int64_t last_offset) {
+  void operator()(int64_t column, int64_t last_offset, int64_t tiles) {
+    for (; tiles > 0; --tiles, column += K * W) FindLargest<W, K>(column, last_offset);
+  }
+
+  template <int W, int K>
+  __attribute__((always_inline)) void FindLargest(int64_t column, int64_t last_offset) {
     using A = Sum<Row>;
     using V = Vector<A, W>;
     using S = Vector<typename SlotNumber<A>::Type, W>;
     V best[K];
     S best_slots[K];
-    const Slots<Row, Id> tile = slots.Columns(column, last_offset + W).Until(last);
-    const Row* row = tile.row(first);
-    V coefficient = sign * tile.coefficient(first) - V{};
+    const TileSlots<Row> tile(slots, column);
+    const int64_t ahead = slots.Ahead(last);
+    const int32_t* ids = slots.ids;
+    const Row* row = tile.row(ids[first]);
+    V coefficient = sign * slots.template coefficient<A>(first) - V{};
 #pragma GCC unroll 8
     for (int j = 0; j < K; ++j) {
       best[j] = coefficient * Load<W>(row + Offset<W, K>(j, last_offset));
       best_slots[j] = S{} + static_cast<int32_t>(first);
     }
-    tile.template FetchAhead<W, K>(first, last_offset);
+    tile.template Fetch<W, K>(ids + first + ahead, last_offset);
     for (end = first + 1; end < last; ++end) {
-      tile.template FetchAhead<W, K>(end, last_offset);
-      row = tile.row(end);
-      if (row == nullptr) {
-        if (tile.empty(end)) continue;
+      tile.template Fetch<W, K>(ids + end + ahead, last_offset);
+      if (__builtin_expect(!tile.is_row(ids[end]), 0)) {
+        if (slots.is_empty(ids[end])) continue;
         break;
       }
-      coefficient = sign * tile.coefficient(end) - V{};
+      row = tile.row(ids[end]);
+      coefficient = sign * slots.template coefficient<A>(end) - V{};
       const S slot = S{} + static_cast<int32_t>(end);
 #pragma GCC unroll 8
       for (int j = 0; j < K; ++j) {
@@ -383,24 +366,24 @@ struct LargestRows {
 };
 
 // Writes the extremes of the slots [first, last), or zeros and `none` if all are empty.
-template <typename Row, typename Id>
-inline void ExtremesOf(const Slots<Row, Id>& slots, int64_t first, int64_t last,
-                       bool largest, int32_t none, Sum<Row>* values, int32_t* winners) {
+template <typename Row>
+inline void ExtremesOf(const Slots& slots, int64_t first, int64_t last, bool largest,
+                       int32_t none, Sum<Row>* values, int32_t* winners) {
   using A = Sum<Row>;
-  const int64_t width = slots.width();
-  while (first < last && slots.empty(first)) ++first;
+  const int64_t width = slots.width;
+  while (first < last && slots.is_empty(slots.ids[first])) ++first;
   if (first == last) {
     Fill(values, width, A{0});
     Fill(winners, width, none);
     return;
   }
-  if (slots.row(first) == nullptr) {
+  if (slots.template row<Row>(first) == nullptr) {
     Fill(values, width, kNaN<A>);
     Fill(winners, width, static_cast<int32_t>(first));
     return;
   }
   const A sign = largest ? 1 : -1;
-  LargestRows<Row, Id> best{slots, first, last, sign, values, winners};
+  LargestRows<Row> best{slots, first, last, sign, values, winners};
   Tiles<A>(width, best);
   if (best.end >= last) return;
   // A row of NaN, which beats all but the NaNs before it. Those after it are beaten.
@@ -408,6 +391,17 @@ inline void ExtremesOf(const Slots<Row, Id>& slots, int64_t first, int64_t last,
     if (values[i] != values[i]) continue;
     values[i] = kNaN<A>;
     winners[i] = static_cast<int32_t>(best.end);
+  }
+}
+
+template <typename Row>
+void Extremes(const SlotRows& rows, const Segments& segments, bool largest,
+              int32_t none, void* values, int32_t* winners) {
+  const Slots slots(rows);
+  Sum<Row>* to = static_cast<Sum<Row>*>(values);
+  for (int64_t i = 0; i < segments.count; ++i) {
+    ExtremesOf<Row>(slots, segments.starts[i], segments.ends[i], largest, none,
+                    to + i * slots.width, winners + i * slots.width);
   }
 }
 
@@ -445,6 +439,30 @@ inline Sum<Row> Dot(const Row* a, const Sum<Row>* b, int64_t width) {
   for (int lane = 0; lane < W; ++lane) sum += total[lane];
   if constexpr (W > 1) sum += DotTail<W / 2>(a + at, b + at, width - at);
   return sum;
+}
+
+template <typename Row>
+void Dots(const SlotRows& rows, const Segments& segments, int64_t first, int64_t last,
+          const void* bag_rows, void* output) {
+  using A = Sum<Row>;
+  const Slots slots(rows);
+  const int64_t width = slots.width;
+  const A* bag_row = static_cast<const A*>(bag_rows);
+  A* out = static_cast<A*>(output);
+  for (int64_t i = 0; i < segments.count; ++i, bag_row += width) {
+    const int64_t end = Min(segments.ends[i], last);
+    for (int64_t slot = Max(segments.starts[i], first); slot < end; ++slot) {
+      slots.FetchAhead(slot);
+      const Row* row = slots.template row<Row>(slot);
+      if (slots.is_empty(slots.ids[slot]) || width == 0) {
+        out[slot] = 0;
+      } else if (row == nullptr) {
+        out[slot] = kNaN<A>;
+      } else {
+        out[slot] = Dot(row, bag_row, width);
+      }
+    }
+  }
 }
 
 }  // namespace

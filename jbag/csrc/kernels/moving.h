@@ -1,22 +1,18 @@
-// Moves the rows of a table that slots name by a rule, in place.
+// Loops that move a row of a table, and of its states, by a rule.
 //
-// A row's gradient is the sum over its run of sorted slots, in cache; mostly one slot
-// names a row, and its gradient is where the cotangent has it.
-//
-// Traffic: that of the sorted slots; of the table and each state the rows that slots
-// name, once in and once out, fetched some runs ahead. They come in order.
+// Traffic: the row's gradient once; the row and its states once in and once out.
 
-#ifndef JBAG_KERNELS_UPDATING_H_
-#define JBAG_KERNELS_UPDATING_H_
+#ifndef JBAG_KERNELS_MOVING_H_
+#define JBAG_KERNELS_MOVING_H_
 
 #include <stdint.h>
 #include <string.h>
 
-#include "kernels/blocks.h"
+#include "kernels/arithmetic.h"
+#include "kernels/kernels.h"
+#include "kernels/loops.h"
 #include "kernels/numbers.h"
-#include "kernels/rows.h"
 #include "kernels/rules.h"
-#include "kernels/sorting.h"
 
 namespace jbag {
 namespace {
@@ -109,18 +105,6 @@ inline A SumOfSquares(const A* x, A scale, int64_t width) {
   return sum;
 }
 
-constexpr RuleShape ShapeOf(Rule rule) {
-  for (const RuleShape& shape : kRules) {
-    if (shape.rule == rule) return shape;
-  }
-  return {};
-}
-
-// Moves a row; its gradient is `scale` times what is given.
-template <typename A>
-using MoveRow = void (*)(const Matrix& table, const Update&, int64_t row,
-                         const A* gradient, A scale);
-
 template <typename T, template <typename> class RuleOf, typename Rounding>
 struct RowMover {
   using A = Sum<T>;
@@ -134,7 +118,10 @@ struct RowMover {
   A scale;
 
   static void Move(const Matrix& table, const Update& update, int64_t row,
-                   const A* gradient, A scale) {
+                   const void* from, const void* factor) {
+    const A* gradient = static_cast<const A*>(from);
+    A scale;
+    memcpy(&scale, factor, sizeof(scale));
     A* states[2];
     for (int i = 0; i < 2; ++i) states[i] = static_cast<A*>(update.states[i]);
     RuleOf<A> rule;
@@ -204,146 +191,38 @@ struct RowMover {
   }
 };
 
-// What is read and written where a row moves.
-class MovingRows {
- public:
-  MovingRows(const Matrix& table, int64_t number, const Update& update, int64_t sum) {
-    const RuleShape shape = ShapeOf(update.rule);
-    Add(table.data, table.width * number);
-    for (int i = 0; i < shape.per_element + shape.per_row; ++i) {
-      Add(update.states[i], i < shape.per_element ? table.width * sum : sum);
-    }
-    int64_t bytes = 0;
-    for (int i = 0; i < size_; ++i) bytes += parts_[i].bytes;
-    ahead_ = Clamp(kBytesAhead / Max(bytes, 1), 8, 32);
-  }
-
-  // Inlined by force: see Slots.
-  __attribute__((always_inline)) void Fetch(int64_t row) const {
-    for (int i = 0; i < size_; ++i) {
-      const int64_t bytes = parts_[i].bytes;
-      const char* from = parts_[i].first + row * bytes;
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 1);
-      __builtin_prefetch(from + bytes - 1, 1);
-    }
-  }
-
-  // How many rows ahead of the one that moves are fetched.
-  int64_t ahead() const { return ahead_; }
-
- private:
-  static constexpr int64_t kBytesAhead = 1 << 13;
-
-  struct Part {
-    const char* first;
-    int64_t bytes;  // a row
-  };
-
-  void Add(const void* first, int64_t bytes) {
-    if (bytes > 0) parts_[size_++] = {static_cast<const char*>(first), bytes};
-  }
-
-  Part parts_[3];
-  int size_ = 0;
-  int64_t ahead_;
-};
-
-// Moves the rows of runs.
-template <typename A>
-struct RunMover {
-  const SortedSlots<A>& sorted;
-  const Slots<A, int32_t>& slots;
-  const Matrix& table;
-  const Update& update;
-  const MovingRows& rows;
-  MoveRow<A> move;
-  A* gradient;  // scratch, a row
-
-  void gap(int64_t, int64_t) const {}
-  void whole(int64_t row, int64_t start, int64_t end) const {
-    for (int64_t slot = Max(start, end - rows.ahead()); slot < end; ++slot) {
-      rows.Fetch(sorted.row(Min(slot + rows.ahead(), sorted.size() - 1)));
-    }
-    if (end - start == 1) {
-      slots.FetchAhead(start);
-      move(table, update, row, slots.row(start), slots.coefficient(start));
-    } else {
-      SumOf(slots, start, end, A{1}, gradient);
-      move(table, update, row, gradient, A{1});
-    }
-  }
-  void joined(int64_t row, const A* sums) const {
-    move(table, update, row, sums, A{1});
-  }
-  void passed() const {}
-};
-
-template <typename A>
-Error UpdateRowsBy(MoveRow<A> move, int64_t number, Pool& pool, const Matrix& table,
-                   const Update& update, const Matrix& cotangent, const Bags& bags) {
-  if (table.rows == 0) return nullptr;
-  Bounds bounds;
-  if (Error error = bounds.Read(bags)) return error;
-  SortedSlots<A> sorted;
-  if (Error error = sorted.Sort(pool, bags, bounds, table.rows)) return error;
-  const int64_t size = sorted.size();
-  Cut cut(table.width * sizeof(A), table.width * sizeof(A));
-  // A row takes longer to move than to read: it and its states are written, too.
-  cut.task = Max(cut.task / 4, 64);
-  // Apart, that no two threads write the same line.
-  const int64_t stride = CeilDiv(table.width, 64) * 64;
-  Scratch<A> gradients;
-  if (!gradients.Allocate(NumTasks(size, cut) * stride)) return kOutOfMemory;
-  const Slots<A, int32_t> slots(cotangent, sorted.transposed(), size);
-  const MovingRows rows(table, number, update, sizeof(A));
-  return WalkRuns(pool, sorted, slots, 0, cut, [&](int64_t from, int64_t) {
-    const int64_t fetched = Min(from + rows.ahead(), size);
-    for (int64_t slot = from; slot < fetched; ++slot) rows.Fetch(sorted.row(slot));
-    slots.FetchFirst(from);
-    A* gradient = gradients.data() + from / cut.task * stride;
-    return RunMover<A>{sorted, slots, table, update, rows, move, gradient};
-  });
-}
-
 template <typename T, template <typename> class RuleOf>
-MoveRow<Sum<T>> MoverBy(const Update& update) {
+MoveRow MoverBy(bool at_random) {
   if constexpr (kIsBFloat16<T>) {
-    if (update.seed != nullptr) return RowMover<T, RuleOf, AtRandom>::Move;
+    if (at_random) return RowMover<T, RuleOf, AtRandom>::Move;
   }
   return RowMover<T, RuleOf, ToNearest>::Move;
 }
 
 template <typename T>
-MoveRow<Sum<T>> MoverOf(const Update& update) {
-  switch (update.rule) {
+MoveRow MoverOf(Rule rule, bool at_random) {
+  switch (rule) {
     case Rule::kSgd:
-      return MoverBy<T, Sgd>(update);
+      return MoverBy<T, Sgd>(at_random);
     case Rule::kMomentum:
-      return MoverBy<T, Momentum>(update);
+      return MoverBy<T, Momentum>(at_random);
     case Rule::kAdagrad:
-      return MoverBy<T, Adagrad>(update);
+      return MoverBy<T, Adagrad>(at_random);
     case Rule::kRowwiseAdagrad:
-      return MoverBy<T, RowwiseAdagrad>(update);
+      return MoverBy<T, RowwiseAdagrad>(at_random);
     case Rule::kAdam:
-      return MoverBy<T, Adam>(update);
+      return MoverBy<T, Adam>(at_random);
     case Rule::kRowwiseAdam:
-      return MoverBy<T, RowwiseAdam>(update);
+      return MoverBy<T, RowwiseAdam>(at_random);
     case Rule::kRowwiseRmsprop:
-      return MoverBy<T, RowwiseRmsprop>(update);
+      return MoverBy<T, RowwiseRmsprop>(at_random);
     case Rule::kFtrl:
-      return MoverBy<T, Ftrl>(update);
+      return MoverBy<T, Ftrl>(at_random);
   }
   return nullptr;
-}
-
-template <typename T>
-Error UpdateRows(Pool& pool, const Matrix& table, const Update& update,
-                 const Matrix& cotangent, const Bags& bags) {
-  return UpdateRowsBy<Sum<T>>(MoverOf<T>(update), sizeof(T), pool, table, update,
-                              cotangent, bags);
 }
 
 }  // namespace
 }  // namespace jbag
 
-#endif  // JBAG_KERNELS_UPDATING_H_
+#endif  // JBAG_KERNELS_MOVING_H_
