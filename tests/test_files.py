@@ -201,6 +201,7 @@ def start_writer(path, name):
     return process
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     path = tmp_path / "encoder.npz"
     save(path)
@@ -212,6 +213,7 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
         assert first_word(path) in ("a0", "b0")
 
 
+@pytest.mark.slow
 def test_two_writers_at_once_leave_the_file_of_one(tmp_path):
     path = tmp_path / "encoder.npz"
     save(path)

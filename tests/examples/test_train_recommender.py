@@ -158,6 +158,7 @@ def test_tables_learn_by_other_optimizers(example):
     assert 0.75 < reached < best
 
 
+@pytest.mark.slow
 def test_tables_are_saved_and_exported_in_order(example, tmp_path, capsys):
     options = "--rows 300 --steps 3 --batch-size 64 --features 8 --test-examples 64"
     options = [*options.split(), "--checkpoint", str(tmp_path / "saved")]

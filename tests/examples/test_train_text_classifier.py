@@ -192,6 +192,7 @@ def run(*options, limit="unlimited"):
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_saved_classifier(train_file, tmp_path):
     saved = tmp_path / "models" / "model"
     own, other = write_texts(tmp_path / "other", count=40, seed=3), str(saved)

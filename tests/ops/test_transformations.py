@@ -194,19 +194,26 @@ TRANSFORMATIONS = [
 
 # Bags of one length run the same rules as ragged ones, but under `vmap`.
 BATCHED = (vmap_over_tables, vmap_over_batches, vmap_over_everything_twice)
+# The kernels share these rules.
+LARGE = (grad_and_jvp_to_second_order, jacobians_agree, hessian_is_symmetric_and_agrees)
+LARGE += (grad_of_vmap_and_vmap_of_grad,)
+
+
+def is_slow(transformation, layout, implementation):
+    if layout == "rectangular" and transformation not in BATCHED:
+        return True
+    return implementation == "xla" and transformation in LARGE
+
+
 CASES = [
-    pytest.param(
-        transformation,
-        layout,
-        marks=[pytest.mark.slow]
-        if layout == "rectangular" and transformation not in BATCHED
-        else [],
-    )
-    for transformation, layout in itertools.product(TRANSFORMATIONS, LAYOUTS)
+    pytest.param(*case, marks=[pytest.mark.slow] if is_slow(*case) else [])
+    for case in itertools.product(TRANSFORMATIONS, LAYOUTS, KERNELS)
 ]
 
 
-@pytest.mark.parametrize(("transformation", "layout"), CASES)
+@pytest.mark.parametrize(
+    ("transformation", "layout", "implementation"), CASES, indirect=["implementation"]
+)
 def test_transformation(transformation, layout, implementation):
     pool = make_pool(layout, implementation=implementation)
     weights = jnp.linspace(0.5, 1.5, 9, dtype=jnp.float32)
@@ -499,6 +506,7 @@ def test_bucketed_capacities_meet_few_shapes(implementation):
     assert pool._cache_size() <= 8
 
 
+@pytest.mark.slow
 def test_no_program_is_kept_after_clear_caches():
     # In a process of its own: clearing would have the other tests compile again.
     check = """

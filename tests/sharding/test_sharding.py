@@ -245,6 +245,7 @@ def test_a_malformed_bag_is_nan_alone(strategy):
         assert np.isfinite(gradient["counted"]).all()
 
 
+@pytest.mark.slow
 def test_one_table_by_itself_and_without_jit():
     V, mesh, spec = 24, make_mesh("explicit"), P("x", None)
     rng = np.random.default_rng(0)
@@ -330,7 +331,8 @@ def test_a_keyed_batch_equals_a_dict(strategy):
     oracle.assert_close(apply(params, keyed), apply(params, batch))
 
 
-@pytest.mark.parametrize("strategy", ["row_wise", *slow("column_wise", "table_wise")])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["row_wise", "column_wise", "table_wise"])
 def test_derivatives_forwards_and_of_second_order(strategy):
     mesh, grid = make_mesh("auto"), 12
     tables, features = cases.only("plain_sqrtn", "padded_mean", "wide")

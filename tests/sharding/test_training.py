@@ -135,8 +135,7 @@ def on_one_device():
     "strategy",
     [
         "row_wise",
-        "table_wise",
-        *slow("row_wise in rounds", "column_wise", "data_parallel"),
+        *slow("row_wise in rounds", "column_wise", "table_wise", "data_parallel"),
     ],
 )
 def test_each_optimizer_moves_tables_as_on_one_device(strategy):
@@ -274,6 +273,7 @@ def test_a_train_state_is_made_and_moves_where_it_lies(strategy):
     assert state.params["bags"]["embedding_4"].sharding.is_equivalent_to(lies, 2)
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_tables_that_lie_whole_and_back():
     """Whole tables lie in other rows: they, and their state, go by way of tables."""
     optimizer = optim.rowwise_adam(0.1, eps=1e-3)
