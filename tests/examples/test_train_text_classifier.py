@@ -145,6 +145,7 @@ def test_options_that_make_no_sense_are_refused(example, options, capsys):
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_docstrings_make_twenty_classes(example):
     labels, texts = example.read_docstrings()
     assert len(labels) == len(texts) >= 2000
