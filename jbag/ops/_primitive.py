@@ -77,7 +77,10 @@ def dispatch(name: str, call: Callable[..., Any], *, several: bool) -> Primitive
             **params: Any,
         ) -> Any:
             exported = context.module_context.lowering_parameters.for_export
-            kernel = choose(implementation, platform, exported=exported)
+            # The table's: it is the first operand unless the operation makes its rows.
+            first: Any = context.avals_in[0]
+            rows = params.get("num_embeddings", first.shape[0])
+            kernel = choose(implementation, platform, exported=exported, rows=rows)
             rule = functools.partial(call, kernel)
             lowered = mlir.lower_fun(rule, multiple_results=several)
             return lowered(context, *operands, **params)
@@ -235,8 +238,10 @@ def _batch(
         ids, offsets, malformed = concatenate_ragged(ids, offsets)
     if not shared:
         total = size * rows
-        # A size that is symbolic, under `jax.export`, is taken to fit.
-        if isinstance(total, int) and total > jnp.iinfo(ids.dtype).max:
+        # Every kernel takes tables that 32 bits count. A size that is symbolic, under
+        # `jax.export`, is taken to fit.
+        most = min(jnp.iinfo(ids.dtype).max, jnp.iinfo(jnp.int32).max)
+        if isinstance(total, int) and total > most:
             return _map(primitive, operands, dims, **params)
         if "num_embeddings" in params:
             params["num_embeddings"] = total

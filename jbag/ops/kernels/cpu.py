@@ -186,6 +186,8 @@ def _call(
     return call(*operands, **marked, **attributes)
 
 
+MAX_ROWS = 2**31 - 1  # it narrows ids to 32 bits
+
 OPERATIONS = (
     "spmm",
     "spmm_transpose",

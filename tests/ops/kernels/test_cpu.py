@@ -22,7 +22,7 @@ from oracle import MODES, assert_close
 from slow import slow
 
 import jbag
-from jbag.ops import _segment_max, _spmm
+from jbag.ops import _row_updates, _segment_max, _spmm
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -297,6 +297,37 @@ def hostile_offsets(rng, ends, slots, dtype):
             np.full(ends, rng.choice([0, -1, slots, slots + 1])),
         ]
     ).astype(dtype)
+
+
+@pytest.mark.parametrize("pad_id", [None, 1, -1, 2**32 + 1])
+@pytest.mark.usefixtures("x64")
+def test_64_bit_ids_never_wrap_to_rows_or_to_padding(pad_id):
+    # A bag each; those whose low halves are a row's, row 1 and -1 among them.
+    wrapping = np.array(
+        [
+            (high << 32) + low
+            for high in (1, -1, 2**30, -(2**31))
+            for low in (0, 1, 2, 2**32 - 1)
+        ]
+    )
+    ids = np.tile([0, 2, 1, 7, 2, 0, 1], (len(wrapping), 3))  # vectors, and a rest
+    ids[:, [3, 10, 17]] = wrapping[:, None]
+    rows = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (3, 2)), jnp.float32)
+    cotangent = jnp.ones((len(ids), 2), jnp.float32)
+    named = {}
+    for implementation in ("cpu", "xla"):
+        options = {"pad_id": pad_id, "implementation": implementation}
+        bags = (jnp.asarray(ids), None, None)
+        pooled = _spmm.spmm(rows, *bags, **options)
+        dots = _spmm.sddmm(rows, cotangent, *bags[:2], **options)
+        unique = _row_updates.coalesce(cotangent, *bags, num_embeddings=3, **options)
+        named[implementation] = [pooled, dots, *unique]
+    for actual, expected in zip(*named.values(), strict=True):
+        assert actual.dtype == expected.dtype
+        np.testing.assert_array_equal(actual, expected)
+    pooled, *_, indices, _ = named["cpu"]
+    assert indices.dtype == jnp.int64
+    np.testing.assert_array_equal(np.isnan(pooled[:, 0]), wrapping != pad_id)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,37 @@ def test_a_named_kernel_is_that_one_or_an_error(monkeypatch):
         choose("native", "tpu")
 
 
+def test_a_kernel_gets_no_more_rows_than_it_takes(monkeypatch):
+    native = Kernel(xla, platforms=("tpu",), max_rows=10)
+    monkeypatch.setattr(kernels, "KERNELS", {"native": native, **KERNELS})
+    assert choose(None, "tpu", rows=10) is native
+    assert choose(None, "tpu", rows=11) is KERNELS["xla"]
+    assert choose("native", "tpu", rows=10) is native
+    message = "`implementation` 'native' takes tables of at most 10 rows; got 11"
+    with pytest.raises(ValueError, match=message):
+        choose("native", "tpu", rows=11)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("differentiate", [False, True])
+def test_the_cpu_kernel_takes_tables_that_32_bits_count(differentiate, require):
+    require("cpu")
+    ids = jnp.zeros((3, 2), jnp.int64)
+
+    def lower(rows, implementation):
+        pool = lambda t: jbag.embedding_bag(
+            t, ids, mode="sum", implementation=implementation
+        )
+        loss = jax.grad(lambda t: pool(t).sum()) if differentiate else pool
+        return jax.jit(loss).lower(jax.ShapeDtypeStruct((rows, 1), jnp.bfloat16))
+
+    assert "@jbag_cpu_spmm" in lower(2**31 - 1, None).as_text()
+    assert "@jbag_cpu_spmm" not in lower(2**31, None).as_text()
+    message = "`implementation` 'cpu' takes tables of at most 2147483647 rows"
+    with pytest.raises(ValueError, match=message):
+        lower(2**31, "cpu")
+
+
 REASON = "no working C++ compiler was found when it was installed"
 
 
