@@ -96,7 +96,7 @@ class LocalGradients:
         *,
         rule: str,
     ) -> tuple[Array, ...]:
-        """Move the rows by a rule, each where it lies; see `RowSparse.move`."""
+        """Update the rows of each shard by a rule; see `RowSparse.update_table`."""
         dtype = accumulation_dtype(table.dtype)
         numbers = jnp.stack([jnp.asarray(x, dtype) for x in scalars])
         specs = tuple(self._spec(x) for x in (table, *states))
@@ -380,6 +380,6 @@ def _update_columns(
     """Move some columns of rows by a rule that averages over all of them."""
     indices, sums = term.apply(coalesce, num_embeddings=table.shape[0])
     squares = jax.lax.psum((sums * sums).sum(-1), axes) / width
-    return xla.move_rows(
+    return xla.update_unique_rows(
         table, states, scalars, seed, indices, sums, rule=rule, mean_square=squares
     )

@@ -140,7 +140,7 @@ def _pool_on_one_device(
             offsets,
             weights,
             launch.norm(),
-            how=launch.how,
+            pooling=launch.pooling,
             padding_idx=PAD_ID,
             sparse=sparse,
         )
@@ -205,7 +205,7 @@ def _pool_row_wise(
         stack.shape[0],
         mapped.rows_per_round(bags, rows_per_round),
     )
-    implementation = launches[0].how.implementation
+    implementation = launches[0].pooling.implementation
 
     def name(bags: Bags) -> tuple[Array, Any, Any]:
         bags = own_block(bags)
@@ -221,7 +221,7 @@ def _pool_row_wise(
             own = places[first : first + ids.size]
             first += ids.size
             found.append((own.reshape(ids.shape), offsets))
-            if launch.how.scale_grad_by_freq:
+            if launch.pooling.scale_grad_by_freq:
                 route = router(strategy, num_rows, unique.size, rows_per_round)
                 dtype = accumulation_dtype(jnp.dtype(stack.dtype))
                 own = jnp.where(own < 0, unique.size, own)
@@ -267,7 +267,7 @@ def _pool_row_wise(
                 weights,
                 launch.norm(),
                 count,
-                how=launch.how,
+                pooling=launch.pooling,
                 padding_idx=PAD_ID,
                 sparse=False,
             )
@@ -301,12 +301,14 @@ def _launch_with_dist(
             offsets,
             weights,
             launch.norm(),
-            how=launch.how,
+            pooling=launch.pooling,
             padding_idx=PAD_ID,
             columns=dist.columns,
             replicas=dist.replicas,
         )
-        total, winners = _pooling.combine(table, csr, how=launch.how, pad_id=PAD_ID)
+        total, winners = _pooling.combine(
+            table, csr, pooling=launch.pooling, pad_id=PAD_ID
+        )
         ids = jnp.where(csr.ids < 0, csr.ids, csr.ids + first)
         return total, winners, csr._replace(ids=ids, value_scale=None)
 
@@ -319,7 +321,7 @@ def _launch_with_dist(
             winners,
             table,
             csr,
-            how=launch.how,
+            pooling=launch.pooling,
             pad_id=PAD_ID,
             placement=dist.placement,
         )
@@ -327,11 +329,13 @@ def _launch_with_dist(
     def finish(total: Array, bags: Bags) -> Pooled:
         bags = own_block(bags)
         like: Any = jax.ShapeDtypeStruct(stack.shape, table.dtype)
-        how = launch.how._replace(scale_grad_by_freq=False)
+        pooling = launch.pooling._replace(scale_grad_by_freq=False)
         joined = launch.join(stack, [bags])
-        csr, pad_id = _pooling.prepare(like, *joined, how=how, padding_idx=PAD_ID)
+        csr, pad_id = _pooling.prepare(
+            like, *joined, pooling=pooling, padding_idx=PAD_ID
+        )
         total = dist.output_dist(total, bags)
-        pooled = _pooling.finish(total, csr, like, how=how, pad_id=pad_id)
+        pooled = _pooling.finish(total, csr, like, pooling=pooling, pad_id=pad_id)
         return launch.split(pooled, bags)
 
     return mapped.run(finish, (spec, strategy.blocks), mapped.rows)(total, bags)

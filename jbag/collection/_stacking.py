@@ -193,7 +193,7 @@ class Launch(NamedTuple):
     features: tuple[str, ...]
     tables: tuple[str, ...]
     keys: tuple[str, ...]
-    how: PoolingOptions
+    pooling: PoolingOptions
     max_norm: float | None
 
     def own(self, bags: Mapping[str, Bag]) -> Mapping[str, Bag]:
@@ -328,18 +328,18 @@ def make_launches(
         table = stack.tables[stack.names.index(feature.table)]
         # A row's count is that of one feature's batch.
         alone = name if table.scale_grad_by_freq else None
-        how = PoolingOptions(
+        pooling = PoolingOptions(
             feature.mode, table.norm_type, table.scale_grad_by_freq, implementation
         )
-        key = (how, table.max_norm, weighted[name], alone)
+        key = (pooling, table.max_norm, weighted[name], alone)
         grouped.setdefault(key, []).append(name)
     return tuple(
         Launch(
             tuple(names),
             tuple(features[name].table for name in names),
             tuple(features),
-            how,
+            pooling,
             max_norm,
         )
-        for (how, max_norm, _, _), names in grouped.items()
+        for (pooling, max_norm, _, _), names in grouped.items()
     )

@@ -1,1 +1,1 @@
-"""The embedding bag and the operations that it consists of."""
+"""The embedding bag and the sparse matrix operations that it consists of."""

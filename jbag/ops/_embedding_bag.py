@@ -1,4 +1,4 @@
-"""`embedding_bag`: checks the arguments and pools."""
+"""`embedding_bag`: the public function, which checks its arguments."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def embedding_bag(
 ) -> Float[Array, "B D"]:
     r"""Pool the embeddings of each bag of ids.
 
-    With :math:`e_i` the row of `table` that slot i names, :math:`w_i` its weight (1
-    without `weights`), and i over the slots of bag b that aren't padding:
+    :math:`e_i` is the row of `table` at the id in slot i, and :math:`w_i` is its weight
+    (1 without `weights`). i runs over the slots of bag b that aren't padding:
 
     ========  ==============================================
     mode      output b
@@ -56,51 +56,51 @@ def embedding_bag(
     "sum"     :math:`\sum w_i e_i`
     "mean"    :math:`\sum w_i e_i / \sum w_i`
     "sqrtn"   :math:`\sum w_i e_i / \sqrt{\sum w_i^2}`
-    "max"     the largest :math:`w_i e_i`, feature by feature
-    "min"     the smallest
+    "max"     the maximum of :math:`w_i e_i`, per feature
+    "min"     the minimum of :math:`w_i e_i`, per feature
     ========  ==============================================
 
-    An empty bag, and one whose denominator is zero, is zero with zero gradient. Sums
-    run in float32 for 16-bit tables, forward and backward, and are rounded once. The
-    gradient of "max" and "min" goes whole to the first winning slot; a NaN wins.
+    A bag that is empty or has a zero denominator is zero, with zero gradient. 16-bit
+    tables accumulate in float32, forward and backward, and round once. In "max" and
+    "min", a NaN wins, and the first winning slot gets the whole gradient.
 
     Args:
       table: [V, D], float32, float64, bfloat16 or float16.
-      indices: ids of rows, integers: [N] with `offsets`; or [B, L], B bags of L; or a
-        `Bags`, which has its own offsets and may have weights.
-      offsets: where each bag starts, from 0, never decreasing. [B], the last bag
-        running to the end of `indices`; or [B + 1] with `include_last_offset`.
+      indices: ids of rows, integers: [N] with `offsets`; or [B, L], B bags of L slots;
+        or a `Bags`, which has its own offsets and may have weights.
+      offsets: the first slot of each bag, from 0, non-decreasing: [B], where the last
+        bag ends at N; or [B + 1] with `include_last_offset`.
       mode: "sum", "mean", "max", "min" or "sqrtn".
-      weights: one for each slot, floating, of the shape of `indices`. Differentiable.
-      padding_idx: the row that stands for nothing: its slots are left out of every
-        value, count and gradient. Negative counts from the end.
-      include_last_offset: `offsets` end with the number of slots in use; slots at or
-        past it are in no bag. This keeps one shape, and one compilation, for ragged
-        batches.
-      max_norm: rows are used scaled down to this norm, a number at least 0 or a traced
-        scalar. The table isn't changed (see `renorm`), and the gradient passes by the
-        scaling.
-      norm_type: p of the norm that `max_norm` means, above 0; `math.inf` is allowed.
-      scale_grad_by_freq: divide each row's gradient by how often the bags name it.
-      sparse: ask for a row-sparse gradient where the caller can take one, as
-        `jbag.value_and_grad` can. `jax.grad` gives a dense array, as it always does.
-      implementation: the kernel by name, "cpu" (C++) or "xla" (JAX's own operations),
-        or None for the platform's best one.
+      weights: one per slot, floating, of the shape of `indices`. Differentiable.
+      padding_idx: the id that marks padding. Its slots add nothing to values, counts
+        and gradients. A negative number counts from the end of the table.
+      include_last_offset: whether `offsets` ends with the number of slots in use. Slots
+        at or past it are in no bag, so ragged batches share one shape and one
+        compilation.
+      max_norm: the largest norm of a row, a number at least 0 or a traced scalar. Rows
+        of larger norm are scaled down before pooling. The table does not change (see
+        `renorm`), and the scale is a constant to autodiff.
+      norm_type: p of the p-norm of `max_norm`, above 0; `math.inf` is allowed.
+      scale_grad_by_freq: whether to divide each row's gradient by the number of slots
+        in the batch that hold its id.
+      sparse: whether `jbag.value_and_grad` returns a row-sparse gradient for the table.
+        `jax.grad` always returns a dense array.
+      implementation: the kernel: "cpu" (C++), "xla" (JAX's own operations), or None for
+        the best one of the platform.
 
     Returns:
-      [B, D], the dtype of `table`. A bag that holds an id outside [0, V), or whose
-      offsets are malformed, is NaN where that data was on a device, out of reach of the
-      checks below; no gradient reaches the table through such a slot, and its weight's
-      gradient is NaN. Along Explicit axes of a mesh, it is cut as ids [B, L] are, and
-      as the columns of the table.
+      [B, D], the dtype of `table`. Data on a device is not checked by value: a bag with
+      an id outside [0, V), or with malformed offsets, is NaN. Such a slot gives the
+      table no gradient and its weight a NaN gradient. On a mesh with Explicit axes, the
+      output is sharded like ids [B, L] and like the columns of the table.
 
     Raises:
-      IndexError: an id on the host (in a list or NumPy array) is outside [0, V), unless
-        offsets on a device leave unknown whether it is in a bag.
-      TypeError: an argument is of the wrong dtype or type.
-      ValueError: an argument is of the wrong shape or value; offsets on the host start
-        above 0, decrease, or pass the end of `indices`; `table` is cut by rows along
-        Explicit axes of a mesh, or along the axes of `indices`.
+      IndexError: an id on the host (in a list or NumPy array) is outside [0, V). Ids
+        are not checked if tail slots are possible and the offsets are on a device.
+      TypeError: an argument has the wrong dtype or type.
+      ValueError: an argument has the wrong shape or value; offsets on the host start
+        above 0, decrease, or exceed N; `table` is sharded by rows along Explicit axes
+        of a mesh, or along the axes of `indices`.
 
     References:
       Joulin et al., Bag of Tricks for Efficient Text Classification, 2016.
@@ -148,8 +148,8 @@ def check_call(
 ) -> tuple[Array, tuple[Any, ...], Array | None, dict[str, Any]]:
     """Check the arguments of `embedding_bag`.
 
-    Returns the table, (ids, offsets, weights), `max_norm`, and the options that are
-    known when a program is traced: `how` and `padding_idx`.
+    Returns the table, (ids, offsets, weights), `max_norm`, and the static options of
+    `pool`.
     """
     table = check_table(table)
     check_flag("include_last_offset", include_last_offset)
@@ -161,12 +161,12 @@ def check_call(
         padding_idx = check_padding_idx(padding_idx, num_embeddings)
     max_norm, norm_type = check_norm(max_norm, norm_type)
     bags = check_bags(indices, offsets, weights, include_last_offset, num_embeddings)
-    how = PoolingOptions(mode, norm_type, bool(scale_grad_by_freq), implementation)
-    return table, bags, max_norm, {"how": how, "padding_idx": padding_idx}
+    pooling = PoolingOptions(mode, norm_type, bool(scale_grad_by_freq), implementation)
+    return table, bags, max_norm, {"pooling": pooling, "padding_idx": padding_idx}
 
 
 def check_mode(mode: Any) -> None:
-    """Raise ValueError unless `mode` is one of the five."""
+    """Raise ValueError unless `mode` is a pooling mode."""
     if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(
             f"`mode` must be one of {', '.join(map(repr, MODES))}; got {mode!r}."
@@ -174,7 +174,7 @@ def check_mode(mode: Any) -> None:
 
 
 def check_padding_idx(padding_idx: Any, num_embeddings: int) -> int:
-    """Return the row of `padding_idx` from the start; raise if there is none."""
+    """Return `padding_idx` as an id in [0, V); raise if it is out of range."""
     row = check_integer(
         "padding_idx", padding_idx, low=-num_embeddings, high=num_embeddings
     )
@@ -188,16 +188,16 @@ def check_bags(
     include_last_offset: bool,
     num_embeddings: int,
 ) -> tuple[AnyArray, AnyArray | None, AnyArray | None]:
-    """Check the bags; return ids [N] with offsets [B + 1], or ids [B, L]."""
+    """Return ids [N], offsets [B + 1] and weights [N]; or [B, L], None and [B, L]."""
     if isinstance(indices, Bags):
         bags = indices
         if offsets is not None:
             raise ValueError(
-                "`offsets` must be None with a Bags; got its own and others."
+                "`offsets` must be None with a Bags, which has its own; got both."
             )
         if weights is not None and bags.weights is not None:
             raise ValueError(
-                "`weights` must be None with a Bags that has some; got both."
+                "`weights` must be None with a Bags that has weights; got both."
             )
         bags.check_single()
         weights = bags.weights if weights is None else weights
@@ -227,6 +227,6 @@ def check_bags(
         if offsets is None or not include_last_offset:
             check_ids(ids, num_embeddings)
         elif on_host(offsets):
-            # Slots past the last offset may hold anything.
+            # Tail slots may hold any number.
             check_ids(ids, num_embeddings, np.arange(ids.size) < offsets[-1])
     return to_index_dtype(ids), offsets, weights

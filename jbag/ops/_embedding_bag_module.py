@@ -1,4 +1,4 @@
-"""The `EmbeddingBag` modules of Linen and NNX: options, initialization, the call."""
+"""The parts that the `EmbeddingBag` modules of Linen and NNX share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jbag.ragged._bags import Bags
 
 Initializer = Callable[..., Any]
 
-# Rows of unit expected square norm, as `flax.linen.Embed` and `flax.nnx.Embed` start.
+# The default of `flax.linen.Embed` and `flax.nnx.Embed`: E|row|^2 = 1.
 default_embedding_init: Initializer = jax.nn.initializers.variance_scaling(
     1.0, "fan_in", "normal", out_axis=0
 )
@@ -35,12 +35,12 @@ class Pretrained:
         del key
         if shape != self.table.shape:
             raise ValueError(f"`table` must be {shape}; got {self.table.shape}.")
-        # A copy: parameters may be donated, and the given table must not go with them.
+        # A copy, as donated parameters would delete the caller's table.
         return jnp.array(self.table, dtype, copy=True)
 
 
 def pretrained_options(table: ArrayLike, options: dict[str, Any]) -> dict[str, Any]:
-    """Return what `from_pretrained` gives the constructor."""
+    """Return the constructor's options for `from_pretrained`."""
     table = check_table(table)
     if "embedding_init" in options:
         raise TypeError("`embedding_init` must not be given with a table; got both.")
@@ -56,10 +56,9 @@ def pretrained_options(table: ArrayLike, options: dict[str, Any]) -> dict[str, A
 
 @dataclasses.dataclass(eq=False, repr=False)
 class EmbeddingBagOptions:
-    """The options of an `EmbeddingBag` module, and what both modules do with them.
+    """The options and methods that the `EmbeddingBag` modules of Linen and NNX share.
 
-    Not a frozen dataclass, which Linen's modules can't inherit: they are frozen by
-    Linen.
+    It is not a frozen dataclass, as Linen freezes its modules itself.
     """
 
     num_embeddings: int
@@ -78,7 +77,7 @@ class EmbeddingBagOptions:
     freeze: bool = False
 
     def _check_options(self) -> None:
-        """Raise for options that no module can have, before a table is made."""
+        """Check the options before the table is initialized."""
         check_integer("num_embeddings", self.num_embeddings, low=1)
         check_integer("features", self.features, low=1)
         for name in ("dtype", "param_dtype"):
@@ -96,9 +95,10 @@ class EmbeddingBagOptions:
     def _initial_table(
         self, key: Array, map_boxed: Callable[[Callable[[Array], Array], Any], Any]
     ) -> Any:
-        """Return the initial table, in the box that its initializer puts it in.
+        """Initialize the table; the row of `padding_idx` is zero.
 
-        `map_boxed` applies a function to the array inside such a box.
+        `map_boxed` applies a function to the array in the box that the initializer
+        returns.
         """
         init, padding_idx = self.embedding_init, self.padding_idx
         table = init(key, (self.num_embeddings, self.features), self.param_dtype)
@@ -113,7 +113,7 @@ class EmbeddingBagOptions:
         offsets: Integers | None,
         weights: Floats | None,
     ) -> Float[Array, "B D"]:
-        """Apply `embedding_bag` with these options."""
+        """Call `embedding_bag` with these options."""
         out = embedding_bag(
             table,
             indices,

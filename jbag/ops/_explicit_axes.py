@@ -1,4 +1,4 @@
-"""Arrays that are cut along Explicit axes of a mesh, and how what is pooled lies."""
+"""Sharding of the pooled output along Explicit axes of a mesh."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from jbag._validation import is_sharded
 def pooled_sharding(
     table: Array, ids: Array, offsets: Array | None, weights: Array | None
 ) -> NamedSharding | None:
-    """Return how what is pooled lies; None where nothing is cut along Explicit axes.
+    """Return the sharding of the output; None if no operand has Explicit axes.
 
-    Bags of ids [B, L] lie as their ids, and columns as the table's.
+    The bags are sharded like ids [B, L], the features like the columns of the table.
 
     Raises:
-      ValueError: the table is cut by rows, or its columns and the bags along one axis.
+      ValueError: the table is sharded by rows, or its columns and the ids share an
+        axis.
     """
     operands = [x for x in (table, ids, offsets, weights) if x is not None]
     meshes = [jax.typeof(x).sharding.mesh for x in operands if is_sharded(x)]
@@ -29,15 +30,15 @@ def pooled_sharding(
         return None
     rows, columns = jax.typeof(table).sharding.spec
     batch = jax.typeof(ids).sharding.spec[0] if offsets is None else None
-    advice = "Use jbag.sharding.embedding_bag, or jax.sharding.reshard it."
+    advice = "Use jbag.sharding.embedding_bag, or jax.sharding.reshard the table."
     if rows is not None:
         raise ValueError(
-            "`table` must not be cut by rows along Explicit axes of a mesh; "
+            "`table` must not be sharded by rows along Explicit axes of a mesh; "
             f"got {jax.typeof(table)}. {advice}"
         )
     if _names(batch) & _names(columns):
         raise ValueError(
-            "`table` must be cut along other Explicit axes than `indices`; "
+            "`table` must be sharded along other Explicit axes than `indices`; "
             f"got {jax.typeof(table)} and {jax.typeof(ids)}. {advice}"
         )
     return NamedSharding(meshes[0], P(batch, columns))
@@ -46,7 +47,7 @@ def pooled_sharding(
 def partitioned(
     function: Callable[..., Any], sharding: NamedSharding | None
 ) -> Callable[..., Any]:
-    """Return a function that the compiler partitions, and whose results lie so."""
+    """Let the compiler partition a function whose results have this sharding."""
     if sharding is None:
         return function
     axes = sharding.mesh.explicit_axes

@@ -1,4 +1,4 @@
-"""Gradients of tables as factors, A.T @ cotangent: the terms of row-sparse arrays."""
+"""Gradients of tables as unmultiplied factors, A.T @ cotangent."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Shape = tuple[int, ...]
 
 
 class Placement(Protocol):
-    """How the arrays of terms lie on devices, and how rows come to where they move.
+    """The layout of a gradient's arrays on devices, and its operations.
 
     Attributes:
-      over_mesh: whether every array of a term has a block for each device of a mesh.
-      num_blocks: of the ids, offsets and coefficients.
+      over_mesh: whether every array of a term has one block per device of a mesh.
+      num_blocks: the number of blocks of the ids, offsets and coefficients.
     """
 
     over_mesh: ClassVar[bool]
@@ -78,7 +78,7 @@ class Placement(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OneDevice:
-    """The placement of a table that each device, or the only one, has for itself."""
+    """The placement of a table that is on one device, or replicated."""
 
     over_mesh: ClassVar[bool] = False
     num_blocks: ClassVar[int] = 1
@@ -86,7 +86,7 @@ class OneDevice:
     def coalesce(
         self, terms: Sequence[FactoredGradient], shape: Shape, dtype: Any
     ) -> FactoredGradient:
-        """Return the rows that are named, each once, in order, and their sums."""
+        """Return one bag per distinct id, sorted by id, with the sum of its rows."""
         term = self._join(terms, shape, dtype)
         indices, sums = term.apply(coalesce, num_embeddings=shape[0])
         return FactoredGradient(
@@ -96,7 +96,7 @@ class OneDevice:
     def flat(
         self, terms: Sequence[FactoredGradient], shape: Shape, dtype: Any
     ) -> FactoredGradient:
-        """Return the rows of all slots as bags of one."""
+        """Return one bag per slot."""
         term = self._join(terms, shape, dtype).plain()
         rows, kept = _row_gather.bag_rows(term.cotangent, term.ids, term.offsets)
         if term.coefficients is not None:
@@ -110,7 +110,7 @@ class OneDevice:
     def todense(
         self, terms: Sequence[FactoredGradient], shape: Shape, dtype: Any
     ) -> Float[Array, "V D"]:
-        """Return the sum of the terms as an array."""
+        """Return the sum of the terms as a dense array."""
         return self._join(terms, shape, dtype).apply(
             spmm_transpose, num_embeddings=shape[0], dtype=dtype
         )
@@ -125,14 +125,14 @@ class OneDevice:
         *,
         rule: str,
     ) -> tuple[Array, ...]:
-        """Move the rows by a rule, in place; see `RowSparse.move`."""
+        """Update rows in place by an update rule; see `RowSparse.update_table`."""
         term = self._join(terms, table.shape, table.dtype)
         return term.apply(update_rows, table, states, scalars, seed, rule=rule)
 
     def take(
         self, array: Shaped[Array, "V ..."], indices: Int[Array, " N"]
     ) -> Shaped[Array, "N ..."]:
-        """Return an array's rows at the indices, zeros where these name none."""
+        """Gather rows; an index out of range gives zeros."""
         return _row_gather.take(array, indices, 0)
 
     def put(
@@ -141,11 +141,11 @@ class OneDevice:
         indices: Int[Array, " N"],
         rows: Shaped[Array, "N ..."],
     ) -> Shaped[Array, "V ..."]:
-        """Return the array with those rows replaced; the indices are in order."""
+        """Scatter rows at sorted indices; drop those out of range."""
         return array.at[indices].set(rows, mode="drop", indices_are_sorted=True)
 
     def zeros(self, shape: Shape, dtype: Any) -> Array:
-        """Return zeros that lie as a cotangent does."""
+        """Return zeros with the layout of a cotangent."""
         return jnp.zeros(shape, dtype)
 
     def _join(
@@ -166,11 +166,21 @@ ONE_DEVICE = OneDevice()
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class FactoredGradient:
-    """A gradient of a table in factors that aren't multiplied: A.T @ cotangent.
+    """The gradient of a table as unmultiplied factors, A.T @ cotangent.
 
-    A holds the bags' coefficients, divided as an `average` divides. With `winners`, a
-    feature goes to the one slot that won it. The `placement` tells how the arrays lie
-    on devices. What it adds up to is never larger than these arrays are.
+    Its size is that of the cotangent and the bags; V rows are never formed.
+
+    Attributes:
+      cotangent: the cotangent of the pooled bags.
+      ids: the column of A of each slot.
+      offsets: the bags, or None for ids [B, L].
+      coefficients: the values of A, or None for ones.
+      pad_id: the id of an empty slot, or None.
+      implementation: the kernel, or None.
+      winners: for "max" and "min", the flat slot that gets each feature's cotangent.
+      average: "mean" or "sqrtn" divide each bag's cotangent by its number of slots, or
+        by the square root of that; None divides by 1.
+      placement: the layout of the arrays on devices.
     """
 
     cotangent: Float[Array, "B D"]
@@ -186,7 +196,7 @@ class FactoredGradient:
     def apply(
         self, operation: Callable[..., Any], *operands: Any, **params: Any
     ) -> Any:
-        """Call an operation with the operands, the cotangent and the bags."""
+        """Call an operation on the operands, the cotangent and the bags."""
         term = self.plain()
         return operation(
             *operands,
@@ -200,7 +210,7 @@ class FactoredGradient:
         )
 
     def plain(self) -> FactoredGradient:
-        """Return the same without an average and winners."""
+        """Return an equal gradient without an average or winners."""
         options: dict[str, Any] = {
             "pad_id": self.pad_id,
             "implementation": self.implementation,
@@ -217,7 +227,7 @@ class FactoredGradient:
             return dataclasses.replace(self, cotangent=rows, average=None)
         if self.winners is None:
             return self
-        # Each slot is a bag of its own, of the features that it won.
+        # One bag per slot, whose cotangent is zero in the features it didn't win.
         rows, kept = _row_gather.bag_rows(self.cotangent, self.ids, self.offsets)
         own, _ = _row_gather.bag_rows(self.winners, self.ids, self.offsets)
         slots = jnp.arange(self.ids.size, dtype=own.dtype)
@@ -234,7 +244,7 @@ class FactoredGradient:
 
 
 def sum_batch(batch: FactoredGradient, num_embeddings: int) -> FactoredGradient:
-    """Return the sum of a batch of terms, whose arrays have one axis more, in front."""
+    """Sum a batch of terms: every array has a leading batch axis."""
     ids, offsets, coefficients, winners = merge_batches(
         batch.ids,
         batch.offsets,
@@ -257,9 +267,10 @@ def sum_batch(batch: FactoredGradient, num_embeddings: int) -> FactoredGradient:
 def concatenate_gradients(
     terms: Sequence[FactoredGradient], width: int, dtype: Any = jnp.float32
 ) -> FactoredGradient:
-    """Return one factored gradient, the sum of all: their bags are concatenated.
+    """Sum terms by concatenating their bags.
 
-    Without any, it is zeros of that width and dtype.
+    Without terms, the sum has no bags, and `width` and `dtype` are those of its
+    cotangent.
     """
     terms = [t for t in terms if t.ids.size and t.cotangent.shape[0]]
     if not terms:
@@ -276,7 +287,7 @@ def concatenate_gradients(
         if term.pad_id is not None:
             ids = jnp.where(ids == term.pad_id, PAD_ID, ids)
         elif jnp.issubdtype(ids.dtype, jnp.signedinteger):
-            ids = jnp.maximum(ids, OUT_OF_RANGE_ID)  # -1 is an empty slot from here on
+            ids = jnp.maximum(ids, OUT_OF_RANGE_ID)  # -1 marks empty slots below
         parts.append((ids.astype(dtype), term.offsets))
     value_dtype = jnp.result_type(*(term.cotangent.dtype for term in terms))
     coefficients = None

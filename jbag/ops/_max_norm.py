@@ -1,4 +1,4 @@
-"""`max_norm`: rows scaled down to a largest norm."""
+"""`renorm`, and the scale of rows under `max_norm`."""
 
 from __future__ import annotations
 
@@ -31,26 +31,33 @@ _EPSILON = 1e-7
 def renorm(
     table: ArrayLike, indices: Integers | Bags, max_norm: Any, norm_type: float = 2.0
 ) -> Float[Array, "V D"]:
-    """Return the table with the rows named in `indices` scaled down to a norm.
+    r"""Scale the rows at `indices` down to a maximum norm.
 
-    Row v becomes `table[v] * max_norm / (|table[v]|_p + 1e-7)` where its norm exceeds
-    `max_norm`; other rows stay. It is what `torch.nn.EmbeddingBag(max_norm=...)` does
-    to its weight in place, as a pure function. The scaling is a constant to autodiff.
+    .. math:: e_v \leftarrow e_v \cdot \frac{m}{\|e_v\|_p + 10^{-7}}
+        \quad \text{if } \|e_v\|_p > m
+
+    where m is `max_norm`. Other rows do not change. `torch.nn.EmbeddingBag` with
+    `max_norm` does this in place; here it is a pure function. The scale is a constant
+    to autodiff.
 
     Args:
       table: [V, D], floating.
-      indices: ids of the rows in use, of any shape, or a `Bags`, whose tail slots name
-        nothing. On a device, an id that is no row changes nothing.
-      max_norm: the largest norm a named row keeps, at least 0.
-      norm_type: p of the p-norm, above 0; `math.inf` for the largest magnitude.
+      indices: ids of the rows to scale, of any shape, or a `Bags`, whose tail slots are
+        ignored. On a device, ids outside [0, V) are ignored.
+      max_norm: the largest norm, at least 0.
+      norm_type: p of the p-norm, above 0; `math.inf` is the maximum norm.
 
     Returns:
       [V, D], the dtype of `table`.
 
     Raises:
       IndexError: an id on the host is outside [0, V).
-      TypeError: `table` is not floating or `indices` are not integers.
-      ValueError: `max_norm` is negative, or `norm_type` is not positive.
+      TypeError: `table` is not floating, `indices` are not integers, or `max_norm` or
+        `norm_type` is not a number.
+      ValueError: `max_norm` is negative, or `norm_type` is not above 0.
+
+    References:
+      PyTorch, `torch.embedding_renorm_`.
 
     Example:
       >>> table = jax.numpy.array([[3.0, 4.0], [30.0, 40.0]])
@@ -99,29 +106,29 @@ def row_scale(
     norm_type: float,
     columns: Any = None,
 ) -> Float[Array, "*slots"]:
-    """Return what scales the row of each slot down to `max_norm`, a constant.
+    """Return the factor that scales each slot's row down to `max_norm`.
 
-    It is 1 where a slot names no row. `columns` is the axis of a mesh over which the
-    columns of the table are cut.
+    It is a constant to autodiff, and 1 for an id outside [0, V). `columns` is the mesh
+    axis that shards the columns of the table.
     """
     dtype = accumulation_dtype(table.dtype)
     rows = take(jax.lax.stop_gradient(table), ids, 0)
-    sizes = jnp.abs(rows.astype(dtype))
+    magnitudes = jnp.abs(rows.astype(dtype))
 
-    def total(terms: Array) -> Array:
-        own = terms.sum(-1)
-        return own if columns is None else jax.lax.psum(own, columns)
+    def sum_features(x: Array) -> Array:
+        partial = x.sum(-1)
+        return partial if columns is None else jax.lax.psum(partial, columns)
 
     if norm_type == 2:
-        norms = jnp.sqrt(total(sizes * sizes))
+        norms = jnp.sqrt(sum_features(magnitudes * magnitudes))
     elif math.isinf(norm_type):
-        norms = sizes.max(-1, initial=0)
+        norms = magnitudes.max(-1, initial=0)
         norms = norms if columns is None else jax.lax.pmax(norms, columns)
     else:
-        norms = total(sizes**norm_type) ** (1 / norm_type)
+        norms = sum_features(magnitudes**norm_type) ** (1 / norm_type)
     largest = jax.lax.stop_gradient(max_norm).astype(dtype)
     scale = jnp.where(norms > largest, largest / (norms + _EPSILON), 1)
-    # On a device, a norm that is none can't raise: it shows.
+    # A negative `max_norm` on a device can't raise: the output is NaN.
     return jnp.where(largest >= 0, scale, jnp.nan)
 
 

@@ -1,7 +1,7 @@
-"""Pooling, once the arguments are checked: the modes as coefficients.
+"""The pooling modes as sparse matrix products, on checked arguments.
 
-Three steps, which a mesh takes on different devices: `prepare` makes the coefficients,
-`combine` reads the table, `finish` divides by what the weights sum up to.
+`prepare` computes the coefficients, `combine` gathers and combines rows, and `finish`
+divides by the sum of the weights. On a mesh these steps run on different devices.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jbag.ragged._csr import OUT_OF_RANGE_ID, PAD_ID, Ids, Offsets, Size, Slots
 
 
 class PoolingOptions(NamedTuple):
-    """How bags are pooled: the options that are known when a program is traced."""
+    """The static options of pooling."""
 
     mode: str = "mean"
     norm_type: float = 2.0
@@ -36,16 +36,16 @@ class PoolingOptions(NamedTuple):
 
 
 class CsrBags(NamedTuple):
-    """Bags as the kernels take them; each slot's row is scaled by the last three."""
+    """The sparse matrix A of the bags; the last three fields multiply to its values."""
 
     ids: Ids
     offsets: Offsets
     weights: Slots | None = None
-    value_scale: Slots | None = None  # seen by the value, a constant
-    gradient_scale: Slots | None = None  # seen by the gradient to the table, a constant
+    value_scale: Slots | None = None  # constant; scales values only
+    gradient_scale: Slots | None = None  # constant; scales the table's gradient only
 
 
-@functools.partial(jax.jit, static_argnames=("how", "padding_idx", "sparse"))
+@functools.partial(jax.jit, static_argnames=("pooling", "padding_idx", "sparse"))
 def pool(
     table: Float[Array, "V D"],
     indices: Ids,
@@ -54,13 +54,14 @@ def pool(
     max_norm: Shaped[Array, ""] | None,
     frequencies: Slots | None = None,
     *,
-    how: PoolingOptions,
+    pooling: PoolingOptions,
     padding_idx: int | None,
     sparse: bool,
 ) -> Float[Array, "B D"]:
-    """Pool the bags of one array; with `sparse`, leave marks: see `_sparse_marks`.
+    """Pool bags; with `sparse`, insert the marks of `_sparse_marks`.
 
-    `frequencies` are how often the batch names each slot's row, if that is known.
+    `frequencies` counts the slots of the batch that hold each slot's id; None computes
+    it if it is needed.
     """
     sharding = pooled_sharding(table, indices, offsets, weights)
     indices, offsets, weights, frequencies = map(
@@ -72,17 +73,19 @@ def pool(
         offsets,
         weights,
         max_norm,
-        how=how,
+        pooling=pooling,
         padding_idx=padding_idx,
         frequencies=frequencies,
     )
     if sparse:
         table = mark_table(table)
-    combined = functools.partial(combine, how=how, pad_id=pad_id)
+    combined = functools.partial(combine, pooling=pooling, pad_id=pad_id)
     total, winners = partitioned(combined, sharding)(table, csr)
     if sparse:
-        total = mark(total, unsharded(winners), table, csr, how=how, pad_id=pad_id)
-    return finish(total, csr, table, how=how, pad_id=pad_id)
+        total = mark(
+            total, unsharded(winners), table, csr, pooling=pooling, pad_id=pad_id
+        )
+    return finish(total, csr, table, pooling=pooling, pad_id=pad_id)
 
 
 def prepare(
@@ -92,35 +95,38 @@ def prepare(
     weights: Slots | None,
     max_norm: Shaped[Array, ""] | None = None,
     *,
-    how: PoolingOptions,
+    pooling: PoolingOptions,
     padding_idx: int | None,
     frequencies: Slots | None = None,
     columns: Any = None,
     replicas: Any = None,
 ) -> tuple[CsrBags, int | None]:
-    """Return the bags with all that scales their slots, and the id of an empty slot.
+    """Return the bags with their scales, and the id of an empty slot.
 
     Args:
-      table: of which the rows' norms are, if there is a `max_norm`.
-      ids: of the slots.
-      offsets: of the bags.
-      weights: of the slots.
-      max_norm: of the rows.
-      how: the options.
-      padding_idx: the row that stands for nothing.
-      frequencies: how often the batch names each slot's row, if that is known.
-      columns: the axis of a mesh over which the columns of the table are cut.
-      replicas: the axis of a mesh over which the batch is cut.
+      table: [V, D].
+      ids: [N] or [B, L].
+      offsets: [B + 1], or None with ids [B, L].
+      weights: of the shape of `ids`, or None.
+      max_norm: the largest norm of a row, or None.
+      pooling: the options.
+      padding_idx: the id that marks padding, or None.
+      frequencies: as in `pool`.
+      columns: the mesh axis that shards the columns of the table.
+      replicas: the mesh axis that shards the batch.
     """
     num_embeddings = table.shape[0]
     dtype = accumulation_dtype(table.dtype)
     pad_id = padding_idx
-    counted = how.scale_grad_by_freq and frequencies is None
+    counted = pooling.scale_grad_by_freq and frequencies is None
     if offsets is not None and (
-        max_norm is not None or counted or (weights is not None and how.mode == "sqrtn")
+        max_norm is not None
+        or counted
+        or (weights is not None and pooling.mode == "sqrtn")
     ):
-        # These read the slots past the bags, too: empty them. The largest offset is the
-        # last one, unless malformed: then those that are well formed keep their slots.
+        # These options read tail slots too, so tail slots are set to `PAD_ID`. The
+        # maximum is the last offset, unless offsets are malformed: then the slots of
+        # well-formed bags must be kept.
         outside = jnp.arange(ids.size, dtype=offsets.dtype) >= offsets.max()
         if padding_idx is not None:
             outside |= ids == padding_idx
@@ -129,14 +135,20 @@ def prepare(
     if weights is not None:
         weights = weights.astype(dtype)
         if pad_id is not None:
-            # What stands beside an empty slot, a NaN say, must not reach the gradient.
+            # The weight of an empty slot may be NaN and must not reach the gradient.
             weights = jnp.where(ids == pad_id, 0, weights)
     value_scale = gradient_scale = None
     if max_norm is not None:
-        value_scale = row_scale(table, ids, max_norm, how.norm_type, columns)
+        value_scale = row_scale(table, ids, max_norm, pooling.norm_type, columns)
     if counted:
-        frequencies = _occurrences(
-            ids, offsets, num_embeddings, dtype, pad_id, how.implementation, replicas
+        frequencies = _count_ids(
+            ids,
+            offsets,
+            num_embeddings,
+            dtype,
+            pad_id,
+            pooling.implementation,
+            replicas,
         )
     if frequencies is not None:
         gradient_scale = 1 / frequencies
@@ -144,17 +156,24 @@ def prepare(
 
 
 def combine(
-    table: Float[Array, "V D"], csr: CsrBags, *, how: PoolingOptions, pad_id: int | None
+    table: Float[Array, "V D"],
+    csr: CsrBags,
+    *,
+    pooling: PoolingOptions,
+    pad_id: int | None,
 ) -> tuple[Float[Array, "B D"], Int[Array, "B D"] | None]:
-    """Return what the bags' rows make together, and the winning slots of an extremum.
+    """Combine the rows of each bag; in "max" and "min", return the winning slots too.
 
     Sums that `finish` divides are in the accumulation dtype.
     """
-    options: dict[str, Any] = {"pad_id": pad_id, "implementation": how.implementation}
-    if how.mode in ("max", "min"):
-        return extremum(table, *csr, largest=how.mode == "max", **options)
-    if not _is_divided(csr, how):
-        options |= {"average": _average(csr, how), "dtype": table.dtype}
+    options: dict[str, Any] = {
+        "pad_id": pad_id,
+        "implementation": pooling.implementation,
+    }
+    if pooling.mode in ("max", "min"):
+        return extremum(table, *csr, largest=pooling.mode == "max", **options)
+    if not _is_divided(csr, pooling):
+        options |= {"average": _average(csr, pooling), "dtype": table.dtype}
     return _spmm.spmm_scaled(table, *csr, **options), None
 
 
@@ -164,12 +183,12 @@ def mark(
     table: Float[Array, "V D"],
     csr: CsrBags,
     *,
-    how: PoolingOptions,
+    pooling: PoolingOptions,
     pad_id: int | None,
     placement: Placement = ONE_DEVICE,
 ) -> Float[Array, "B D"]:
-    """Return what was combined of a marked table, marked."""
-    ids, offsets, coefficients, options = transposed(csr, how, pad_id)
+    """Insert a mark with the factors of the table's gradient."""
+    ids, offsets, coefficients, options = transposed(csr, pooling, pad_id)
     return mark_pooled(
         total,
         table,
@@ -183,14 +202,14 @@ def mark(
 
 
 def transposed(
-    csr: CsrBags, how: PoolingOptions, pad_id: int | None
+    csr: CsrBags, pooling: PoolingOptions, pad_id: int | None
 ) -> tuple[Ids, Offsets, Slots | None, dict[str, Any]]:
-    """Return the bags by which the gradient flows to the table, and their options."""
+    """Return ids, offsets and coefficients of the table's gradient, and its options."""
     coefficients = _spmm.times(csr.weights, csr.gradient_scale)
     options = {
-        "average": _average(csr, how),
+        "average": _average(csr, pooling),
         "pad_id": pad_id,
-        "implementation": how.implementation,
+        "implementation": pooling.implementation,
     }
     return csr.ids, csr.offsets, coefficients, options
 
@@ -200,65 +219,65 @@ def finish(
     csr: CsrBags,
     table: Float[Array, "V D"],
     *,
-    how: PoolingOptions,
+    pooling: PoolingOptions,
     pad_id: int | None,
 ) -> Float[Array, "B D"]:
-    """Return the pooled bags, in the dtype of the table, of which the type is read."""
-    if _is_divided(csr, how):
-        total = _divide(total, csr, table.shape[0], how, pad_id)
+    """Return the pooled bags in the dtype of `table`; read its shape and dtype only."""
+    if _is_divided(csr, pooling):
+        total = _divide(total, csr, table.shape[0], pooling, pad_id)
     return total.astype(table.dtype)
 
 
-def _is_divided(csr: CsrBags, how: PoolingOptions) -> bool:
-    return csr.weights is not None and how.mode in ("mean", "sqrtn")
+def _is_divided(csr: CsrBags, pooling: PoolingOptions) -> bool:
+    return csr.weights is not None and pooling.mode in ("mean", "sqrtn")
 
 
-def _average(csr: CsrBags, how: PoolingOptions) -> str | None:
-    unweighted = csr.weights is None and how.mode in ("mean", "sqrtn")
-    return how.mode if unweighted else None
+def _average(csr: CsrBags, pooling: PoolingOptions) -> str | None:
+    unweighted = csr.weights is None and pooling.mode in ("mean", "sqrtn")
+    return pooling.mode if unweighted else None
 
 
 def _divide(
     total: Float[Array, "B D"],
     csr: CsrBags,
     num_embeddings: Size,
-    how: PoolingOptions,
+    pooling: PoolingOptions,
     pad_id: int | None,
 ) -> Float[Array, "B D"]:
-    """Divide the sums by their weights' sum ("mean") or root of squares ("sqrtn")."""
+    r"""Divide by the sum of the weights, or by :math:`\sqrt{\sum w^2}` in "sqrtn"."""
     ids, offsets, weights = csr[:3]
     assert weights is not None
 
-    def tally(
-        chosen: Bool[Array, "*slots"], coefficients: Float[Array, "*slots"] | None
+    def sum_slots(
+        mask: Bool[Array, "*slots"], coefficients: Float[Array, "*slots"] | None
     ) -> Float[Array, "B 1"]:
-        """Sum the coefficients of the chosen slots: a table whose one row is one."""
+        """Sum the coefficients of the masked slots of each bag."""
         one = jnp.ones((1, 1), total.dtype)
-        rows = jnp.where(chosen, 0, PAD_ID)
+        rows = jnp.where(mask, 0, PAD_ID)
         return _spmm.spmm(
             one,
             rows,
             offsets,
             coefficients,
             pad_id=PAD_ID,
-            implementation=how.implementation,
+            implementation=pooling.implementation,
         )
 
     filled = _csr.filled(ids, pad_id)
-    if how.mode == "mean":
-        sizes = tally(filled, weights)
+    if pooling.mode == "mean":
+        sums = sum_slots(filled, weights)
     else:
-        sizes = tally(filled, weights * weights)
-    is_zero = sizes == 0
-    divisors = jnp.where(is_zero, 1, sizes)
-    if how.mode == "sqrtn":
+        sums = sum_slots(filled, weights * weights)
+    is_zero = sums == 0
+    divisors = jnp.where(is_zero, 1, sums)
+    if pooling.mode == "sqrtn":
         divisors = jnp.sqrt(divisors)
-    num_out_of_range = tally(filled & ((ids < 0) | (ids >= num_embeddings)), None)
-    nothing = jnp.where(num_out_of_range == 0, 0, jnp.nan)
-    return jnp.where(is_zero, nothing, total / divisors)
+    num_out_of_range = sum_slots(filled & ((ids < 0) | (ids >= num_embeddings)), None)
+    empty = jnp.where(num_out_of_range == 0, 0, jnp.nan)
+    return jnp.where(is_zero, empty, total / divisors)
 
 
-def _occurrences(
+def _count_ids(
     ids: Ids,
     offsets: Offsets,
     num_embeddings: Size,
@@ -267,7 +286,7 @@ def _occurrences(
     implementation: str | None,
     replicas: Any,
 ) -> Slots:
-    """Return, for each slot, how many slots name the same row, at least 1."""
+    """Count, for each slot, the slots with the same id; at least 1."""
     counts = _spmm.spmm_transpose(
         jnp.ones((num_bags(ids, offsets), 1), dtype),
         ids,

@@ -1,8 +1,8 @@
-"""A kernel operation as a JAX primitive: its types, its lowering and its batching.
+"""Kernel operations as JAX primitives: abstract evaluation, lowering and batching.
 
-Operands are the dense arrays, `ids`, then `offsets` if the layout is ragged, then the
-coefficients if there are any. The kernel is chosen when the primitive is lowered: one
-traced program may be exported for several platforms and take the best kernel on each.
+The operands are the dense arrays, `ids`, `offsets` if the layout is ragged, and the
+optional coefficients. The lowering rule chooses the kernel, so one traced program can
+be exported for several platforms with the best kernel of each.
 """
 
 from __future__ import annotations
@@ -22,16 +22,52 @@ from jbag.ragged import _csr
 from jbag.ragged._csr import PAD_ID, canonicalize_ids, concatenate_ragged, merge_axes
 
 
+def bind(
+    primitive: Primitive,
+    dense: Sequence[Array],
+    ids: _csr.Ids,
+    offsets: _csr.Offsets,
+    coefficients: _csr.Slots | None,
+    **params: Any,
+) -> Any:
+    """Bind a primitive to its operands; leave out optional operands that are None."""
+    optional = [x for x in (offsets, coefficients) if x is not None]
+    return primitive.bind(*equally_varying(*dense, ids, *optional), **params)
+
+
+def layout(
+    num_dense: int, operands: Sequence[Any], batch_ndim: int = 0
+) -> tuple[Any, ...]:
+    """Split operands into (dense, ids, offsets or None, coefficients or None)."""
+    dense, (ids, *rest) = operands[:num_dense], operands[num_dense:]
+    offsets = rest.pop(0) if ids.ndim - batch_ndim == 1 else None
+    return dense, ids, offsets, rest.pop() if rest else None
+
+
+def equally_varying(*operands: Array) -> list[Array]:
+    """Cast all operands to the union of their varying axes under `shard_map`.
+
+    JAX's own operations cast implicitly. The transpose of the cast is the psum that the
+    gradient of a replicated table needs.
+    """
+    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    union = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(x, tuple(sorted(union - own)), to="varying") if union - own else x
+        for x, own in zip(operands, varying, strict=True)
+    ]
+
+
 def define(
     name: str, *, dense: Sequence[str], coefficients: bool, outputs: Sequence[str]
 ) -> Primitive:
-    """Make the primitive of the kernel operation `name`.
+    """Define the primitive of the kernel operation `name`.
 
     Args:
-      name: of the function in every kernel.
-      dense: what indexes each dense operand, "rows" (of the table) or "bags".
-      coefficients: whether the operation takes them.
-      outputs: what indexes each output, "rows", "bags", or "slots"; "winners" are
+      name: the name of the function in every kernel.
+      dense: the first axis of each dense operand, "rows" (of the table) or "bags".
+      coefficients: whether the operation takes coefficients.
+      outputs: the first axis of each output, "rows", "bags" or "slots". "winners" are
         indexed by bags and hold flat slots.
     """
 
@@ -48,10 +84,10 @@ def define(
 
 
 def dispatch(name: str, call: Callable[..., Any], *, several: bool) -> Primitive:
-    """Make the primitive `name` that is `call(kernel, *operands, **params)`.
+    """Define the primitive `name`, which is `call(kernel, *operands, **params)`.
 
-    The kernel is the one of the parameter `implementation`. By default its derivatives
-    and its batches are those of the reference.
+    The parameter `implementation` names the kernel. Its default JVP and batching rules
+    are those of the reference implementation.
     """
     primitive = Primitive(f"jbag_{name}")
     primitive.multiple_results = several
@@ -97,15 +133,15 @@ def dispatch(name: str, call: Callable[..., Any], *, several: bool) -> Primitive
 
 
 def evaluate_compiled(primitive: Primitive) -> None:
-    """Let a primitive be compiled where it is met outside of a program."""
+    """Evaluate a primitive outside `jit` by compiling it."""
 
     @functools.cache
     def compiled(**params: Any) -> Callable[..., Any]:
         return jax.jit(functools.partial(primitive.bind, **params))
 
     @primitive.def_impl
-    def evaluate(*operands: Any, **params: Any) -> Any:  # constants may be NumPy's
-        # Met under `disable_jit`; choosing a kernel needs a lowering all the same.
+    def evaluate(*operands: Any, **params: Any) -> Any:
+        # Also under `disable_jit`, as only a lowering chooses a kernel.
         with jax.disable_jit(False):
             return compiled(**params)(*operands)
 
@@ -118,14 +154,13 @@ def _jvp(
     implementation: str | None,
     **params: Any,
 ) -> tuple[Any, Any]:
-    """Differentiate the reference of an operation with several results."""
+    """Differentiate the reference of an operation with several outputs."""
     del implementation
     active = [
-        not isinstance(moved, ad.Zero) and moved.dtype != jax.dtypes.float0
-        for moved in tangents
+        not isinstance(t, ad.Zero) and t.dtype != jax.dtypes.float0 for t in tangents
     ]
 
-    def moved(*active_operands: Array) -> Any:
+    def function(*active_operands: Array) -> Any:
         rest = iter(active_operands)
         operands = (
             next(rest) if is_active else x
@@ -133,11 +168,11 @@ def _jvp(
         )
         return reference(*operands, **params)
 
-    chosen, directions = (
+    active_primals, active_tangents = (
         [x for x, is_active in zip(xs, active, strict=True) if is_active]
         for xs in (primals, tangents)
     )
-    out, out_tangents = jax.jvp(moved, chosen, directions)
+    out, out_tangents = jax.jvp(function, active_primals, active_tangents)
     float0 = jax.dtypes.float0
     return out, [
         ad.Zero(jax.typeof(x).to_tangent_aval()) if t.dtype == float0 else t
@@ -153,7 +188,7 @@ def _vmap(
     implementation: str | None,
     **params: Any,
 ) -> tuple[Any, Any]:
-    """Batch the reference."""
+    """Batch the reference implementation."""
     del implementation
     out = jax.vmap(functools.partial(reference, **params), in_axes=tuple(dims))(
         *operands
@@ -161,46 +196,10 @@ def _vmap(
     return out, jax.tree.map(lambda _: 0, out)
 
 
-def bind(
-    primitive: Primitive,
-    dense: Sequence[Array],
-    ids: _csr.Ids,
-    offsets: _csr.Offsets,
-    coefficients: _csr.Slots | None,
-    **params: Any,
-) -> Any:
-    """Apply a primitive to its operands, None for those that are absent."""
-    optional = [x for x in (offsets, coefficients) if x is not None]
-    return primitive.bind(*equally_varying(*dense, ids, *optional), **params)
-
-
-def layout(
-    num_dense: int, operands: Sequence[Any], batch_ndim: int = 0
-) -> tuple[Any, ...]:
-    """Split operands into (dense, ids, offsets or None, coefficients or None)."""
-    dense, (ids, *rest) = operands[:num_dense], operands[num_dense:]
-    offsets = rest.pop(0) if ids.ndim - batch_ndim == 1 else None
-    return dense, ids, offsets, rest.pop() if rest else None
-
-
-def equally_varying(*operands: Array) -> list[Array]:
-    """Mark, under `shard_map`, every operand as varying where any of them varies.
-
-    JAX's own operations do so by themselves. The transpose of the mark is the sum over
-    devices that the gradient of a replicated table needs.
-    """
-    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
-    every = frozenset().union(*varying)
-    return [
-        jax.lax.pcast(x, tuple(sorted(every - own)), to="varying") if every - own else x
-        for x, own in zip(operands, varying, strict=True)
-    ]
-
-
 def _varying_as(x: Array, operand: Array) -> Array:
-    """Return x, varying where an operand does: zeros for no slots wouldn't."""
-    every = jax.typeof(operand).manual_axis_type.varying
-    missing = every - jax.typeof(x).manual_axis_type.varying
+    """Cast x to the varying axes of an operand, which zeros for N = 0 lack."""
+    wanted = jax.typeof(operand).manual_axis_type.varying
+    missing = wanted - jax.typeof(x).manual_axis_type.varying
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
@@ -212,9 +211,9 @@ def _batch(
     dims: Sequence[int | None],
     **params: Any,
 ) -> tuple[Any, Any]:
-    """Do K batches of bags over K tables as K * B bags over one table of K * V rows.
+    """Batch K calls as one call with K * B bags and one table of K * V rows.
 
-    A table that all the batches share stays as it is.
+    An unbatched table is not repeated.
     """
     size = next(
         x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None
@@ -238,14 +237,14 @@ def _batch(
         ids, offsets, malformed = concatenate_ragged(ids, offsets)
     if not shared:
         total = size * rows
-        # Every kernel takes tables that 32 bits count. A size that is symbolic, under
-        # `jax.export`, is taken to fit.
+        # Every kernel takes tables that 32 bits count. A symbolic size, under
+        # `jax.export`, is assumed to fit.
         most = min(jnp.iinfo(ids.dtype).max, jnp.iinfo(jnp.int32).max)
         if isinstance(total, int) and total > most:
             return _map(primitive, operands, dims, **params)
         if "num_embeddings" in params:
             params["num_embeddings"] = total
-        ids = _number_rows(ids, rows)
+        ids = _shift_ids(ids, rows)
 
     outputs = bind(
         primitive,
@@ -264,16 +263,16 @@ def _batch(
             own = part - slots * jnp.arange(size, dtype=part.dtype)[:, None, None]
             part = jnp.where(part == size * slots, slots, own)
         if malformed is not None and axis in ("bags", "winners"):
-            poison = slots if axis == "winners" else jnp.nan
-            part = jnp.where(malformed[..., None], poison, part)
+            fill = slots if axis == "winners" else jnp.nan
+            part = jnp.where(malformed[..., None], fill, part)
         split.append(part)
     if primitive.multiple_results:
         return split, [0] * len(split)
     return split[0], 0
 
 
-def _number_rows(ids: Int[Array, "K *slots"], rows: int) -> Int[Array, "K *slots"]:
-    """Name the rows of K tables of V rows as those of one of K * V."""
+def _shift_ids(ids: Int[Array, "K *slots"], rows: int) -> Int[Array, "K *slots"]:
+    """Convert the ids of K tables of V rows to ids of one table of K * V rows."""
     size = ids.shape[0]
     shift = rows * jnp.arange(size, dtype=ids.dtype).reshape(-1, *[1] * (ids.ndim - 1))
     return jnp.where(ids < 0, ids, ids + shift)
@@ -285,19 +284,19 @@ def _map(
     dims: Sequence[int | None],
     **params: Any,
 ) -> tuple[Any, Any]:
-    """Apply the primitive to one batch after another."""
+    """Batch K calls as a sequential loop."""
     mapped = [
         jnp.moveaxis(x, d, 0)
         for x, d in zip(operands, dims, strict=True)
         if d is not None
     ]
 
-    def one(batched: list[Array]) -> Any:
+    def call(batched: list[Array]) -> Any:
         rest = iter(batched)
-        chosen = [
+        arguments = [
             x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)
         ]
-        return primitive.bind(*chosen, **params)
+        return primitive.bind(*arguments, **params)
 
-    outputs = jax.lax.map(one, mapped)
+    outputs = jax.lax.map(call, mapped)
     return outputs, [0] * len(outputs) if primitive.multiple_results else 0

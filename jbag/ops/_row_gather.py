@@ -1,4 +1,4 @@
-"""Gathers of rows of tables and cotangents, and the dtype in which they add up."""
+"""Gathers of rows of tables and cotangents, and the accumulation dtype."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from jbag.ragged._csr import Ids, Offsets, bag_bounds, segment_ids
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """float32 for 16-bit tables, else the table's own dtype."""
+    """Return float32 for 16-bit tables, else the dtype of the table."""
     return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
 
 
 def take(
     x: Shaped[Array, "rows ..."], index: Int[Array, "..."], fill: float | int | bool
 ) -> Shaped[Array, "..."]:
-    """Return the rows of x, `fill` at negative indices and past the last."""
+    """Gather rows of x; an index out of range gives `fill`."""
     num_rows = x.shape[0]
     if num_rows == 0:
         return jnp.full((*index.shape, *x.shape[1:]), fill, x.dtype)
-    # JAX narrows a 64-bit index to 32 bits where the rows fit: it must not wrap.
+    # JAX narrows 64-bit indices to 32 bits if the rows fit; clip so that none wraps.
     index = jnp.clip(index, -1, num_rows)
     return x.at[index].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
 
@@ -28,7 +28,7 @@ def take(
 def bag_rows(
     cotangent: Shaped[Array, "B D"], ids: Ids, offsets: Offsets
 ) -> tuple[Shaped[Array, "*slots D"], Bool[Array, "*slots"]]:
-    """Return the bag's row of each slot, and which slots lie in a well-formed bag."""
+    """Gather the bag's row of each slot; mask the slots of well-formed bags."""
     if offsets is None:
         rows = jnp.broadcast_to(cotangent[:, None], (*ids.shape, cotangent.shape[1]))
         return rows, jnp.ones(ids.shape, bool)

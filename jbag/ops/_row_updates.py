@@ -1,7 +1,7 @@
-"""Coalescing, and moving the rows of a table in place, as JAX primitives.
+"""Coalescing of gradients and in-place row updates, as JAX primitives.
 
-Both read `spmm_transpose` row by row, of the rows that slots name alone. Their
-derivatives are those of the reference, made of JAX's own operations.
+Both compute only the rows of `spmm_transpose` whose ids occur in the bags. Their
+derivatives are those of the reference implementation.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def coalesce(
     num_embeddings: Size,
     **options: Any,
 ) -> tuple[Int[Array, " U"], Float[Array, "U D"]]:
-    """Return the rows that slots name, in order, and their sums.
+    """Return the distinct ids, sorted, and the sum of each one's rows.
 
-    U is N or V, whichever is less; past the last row the index is V and the sum zero.
+    U is min(N, V). Entries past the last distinct id have the index V and a zero row.
     """
     options["max_unique_ids"] = min(ids.size, num_embeddings)
     options["num_embeddings"] = num_embeddings
@@ -53,10 +53,10 @@ def update_rows(
     rule: str,
     **options: Any,
 ) -> tuple[Array, ...]:
-    """Move the rows that slots name by a rule; return the table and its states.
+    """Update the rows of the bags' ids by an update rule; return table and states.
 
-    In place, where the table and the states aren't needed any more. A `seed` has a
-    bfloat16 table rounded at random.
+    XLA updates in place where the operands are donated or not used again. With a
+    `seed`, a bfloat16 table rounds stochastically.
     """
     dtype = accumulation_dtype(table.dtype)
     numbers = jnp.stack([jnp.asarray(x, dtype) for x in scalars])

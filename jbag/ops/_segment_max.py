@@ -1,6 +1,6 @@
-"""The product over (max, *) or (min, *): the extremum of each bag and feature.
+"""The maximum or minimum of each bag and feature, and its derivative.
 
-Its derivative follows the winning slot.
+It is the sparse matrix product over the semiring (max, *) or (min, *).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def extremum(
     largest: bool,
     **options: Any,
 ) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
-    """Return the largest (smallest) c[i] * table[ids[i]] of each bag and feature.
+    """Return the extremum of c[i] * table[ids[i]] per bag and feature, and its slot.
 
-    With it come the winning slots. The scales are those of `spmm_scaled`.
+    The derivative is that of the winning slot. The scales are those of `spmm_scaled`.
     """
     scaled = times(coefficients, value_scale)
     values, slots = bind(
@@ -43,12 +43,14 @@ def extremum(
         largest=largest,
         **options,
     )
-    out = _follow(values, slots, table, ids, coefficients, value_scale, gradient_scale)
+    out = _differentiable(
+        values, slots, table, ids, coefficients, value_scale, gradient_scale
+    )
     return out, slots
 
 
 @jax.custom_jvp
-def _follow(
+def _differentiable(
     values: Float[Array, "B D"],
     slots: Int[Array, "B D"],
     table: Float[Array, "V D"],
@@ -57,42 +59,44 @@ def _follow(
     value_scale: Slots | None,
     gradient_scale: Slots | None,
 ) -> Float[Array, "B D"]:
-    """Return the values; derivatives follow the winning slots."""
+    """Return the values; the derivative is that of the winning slots."""
     del slots, table, ids, coefficients, value_scale, gradient_scale
     return values
 
 
-@functools.partial(_follow.defjvp, symbolic_zeros=True)
-def _follow_jvp(
+@functools.partial(_differentiable.defjvp, symbolic_zeros=True)
+def _differentiable_jvp(
     primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Array]:
     _, slots, table, ids, coefficients, value_scale, gradient_scale = primals
-    values = _follow(*primals)
-    # A negative id that won names no row, and reads as one past the last.
-    known = jnp.where(ids < 0, table.shape[0], ids)
-    won = _at_slots(known, slots, fill=-1)
+    values = _differentiable(*primals)
+    # A negative id is out of range like V; an empty bag, without a winner, gets -1.
+    non_negative = jnp.where(ids < 0, table.shape[0], ids)
+    rows = _gather_slots(non_negative, slots, fill=-1)
     tangent = jnp.zeros_like(values)
     if varies(tangents[2]):
         scale = times(coefficients, gradient_scale)
-        rows = _pick(tangents[2], won)
-        tangent += rows if scale is None else _at_slots(scale, slots) * rows
+        won = _gather_elements(tangents[2], rows)
+        tangent += won if scale is None else _gather_slots(scale, slots) * won
     if coefficients is not None and varies(tangents[4]):
-        moved = tangents[4] if value_scale is None else tangents[4] * value_scale
-        tangent += _at_slots(moved, slots) * _pick(table, won)
+        scaled = tangents[4] if value_scale is None else tangents[4] * value_scale
+        tangent += _gather_slots(scaled, slots) * _gather_elements(table, rows)
     return values, tangent
 
 
-def _pick(table: Float[Array, "V D"], rows: Int[Array, "B D"]) -> Float[Array, "B D"]:
-    """Return table[rows[b, d], d]: zero at a negative row, NaN past the last."""
-    # Cast first: the transpose then accumulates in float32 and rounds once.
+def _gather_elements(
+    table: Float[Array, "V D"], rows: Int[Array, "B D"]
+) -> Float[Array, "B D"]:
+    """Return table[rows[b, d], d]: zero at negative rows, NaN at V and above."""
+    # The cast comes first, so that the transpose accumulates in float32.
     values = table.astype(_row_gather.accumulation_dtype(table.dtype))
-    pick = functools.partial(_row_gather.take, fill=jnp.nan)
-    picked = jax.vmap(pick, in_axes=1, out_axes=1)(values, rows)
-    return jnp.where(rows < 0, 0, picked)
+    gather = functools.partial(_row_gather.take, fill=jnp.nan)
+    elements = jax.vmap(gather, in_axes=1, out_axes=1)(values, rows)
+    return jnp.where(rows < 0, 0, elements)
 
 
-def _at_slots(x: Array, slots: Int[Array, "B D"], fill: int = 0) -> Array:
-    """Return x at each flat slot, `fill` where the slot lies past the last."""
+def _gather_slots(x: Array, slots: Int[Array, "B D"], fill: int = 0) -> Array:
+    """Gather from x at flat slots; a slot of N or above gives `fill`."""
     return _row_gather.take(x.reshape(-1), slots, fill)
 
 

@@ -1,8 +1,8 @@
-"""Marks of `sparse=True` in a traced program, which `value_and_grad` finds.
+"""Identity primitives that mark `sparse=True` in a jaxpr for `value_and_grad`.
 
-The table passes through one before it is pooled, the pooled rows pass through another
-after, which also takes what the gradient to the table is made of. Both are identities:
-without `value_and_grad` they mean nothing, to any order of derivative.
+One marks the table before pooling, the other the pooled rows. The second also takes the
+factors of the table's gradient as operands. Outside `value_and_grad` both are
+identities, to any order of derivative.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jbag.ragged._csr import PAD_ID, Ids, Offsets, Slots, merge_axes
 
 
 def mark_table(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
-    """Return the table, about to be pooled."""
+    """Mark the table before pooling."""
     return table_mark.bind(table)
 
 
@@ -39,12 +39,10 @@ def mark_pooled(
     placement: Placement = ONE_DEVICE,
     **options: Any,
 ) -> Float[Array, "B D"]:
-    """Return what was pooled from a marked table, to which its gradient flows so.
+    """Mark the pooled rows, with the factors of the table's gradient.
 
-    Each slot gets its bag's row of the cotangent, divided as the average was, times its
-    coefficient. With `winners`, flat slots, a feature goes to the one slot that won it.
-    The `placement` tells how the arrays lie on devices. Over a mesh every one has a
-    block for each device, in which bags and slots are numbered by themselves.
+    See `FactoredGradient` for the operands. Over a mesh every array has one block per
+    device, and bags and slots are numbered within a block.
     """
     optional = [x for x in (winners,) if x is not None]
     bags = [x for x in (offsets, coefficients) if x is not None]
@@ -61,7 +59,7 @@ def mark_pooled(
 def read(
     operands: Sequence[Array], *, has_winners: bool, **_: Any
 ) -> tuple[Array | None, Ids, Offsets, Slots | None]:
-    """Return the winners and the bags among the operands of a mark."""
+    """Split the operands of a mark: (winners, ids, offsets, coefficients)."""
     dense, *bags = layout(3 if has_winners else 2, operands)
     return (dense[2] if has_winners else None, *bags)
 
@@ -91,7 +89,7 @@ def _transpose(cotangent: Any, *operands: Any, **_: Any) -> list[Any]:
 
 
 def _batch_table(operands: Sequence[Any], dims: Sequence[Any]) -> tuple[Any, Any]:
-    # Several tables: the mark stays on all, but nothing that is pooled belongs to it.
+    # The pooled rows of batched tables are not marked: see `_batch_pooled`.
     return table_mark.bind(operands[0]), dims[0]
 
 
@@ -103,7 +101,7 @@ def _batch_pooled(
     pad_id: int | None,
     **params: Any,
 ) -> tuple[Any, Any]:
-    """Mark K batches of bags as one of K * B bags, unless each has its own table."""
+    """Mark K batches of bags as one of K * B bags; don't mark batched tables."""
     size = next(
         x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None
     )
@@ -112,7 +110,7 @@ def _batch_pooled(
         for x, d in zip(operands, dims, strict=True)
     )
     if dims[1] is not None or size == 0 or params["placement"].over_mesh:
-        return pooled, 0  # none of them is marked
+        return pooled, 0
     dense, ids, offsets, coefficients = layout(int(has_winners), rest, batch_ndim=1)
     ids, offsets, coefficients, winners = merge_batches(
         ids,

@@ -1,13 +1,13 @@
-"""The operations of the bag as JAX primitives, and their derivative rules.
+"""Sparse matrix products as JAX primitives, and their derivative rules.
 
-With A the sparse [B, V] matrix of the bags (ids, offsets, coefficients c):
+A is the sparse [B, V] matrix of the bags (ids, offsets, coefficients c):
 
-    spmm              A @ table              [B, D], or averaged
-    spmm_transpose    A.T @ cotangent        [V, D]
-    sddmm             <table[id], cotangent[bag]>, one per slot
+    spmm              A @ table, or its average per bag           [B, D]
+    spmm_transpose    A.T @ cotangent                             [V, D]
+    sddmm             <table[ids[i]], cotangent[bag of i]>        per slot i
 
-Each is linear in its arrays, and each one's derivatives are the other two, so that they
-are closed under differentiation.
+Each is linear in each floating operand. The derivatives of each are the other two, so
+the three are closed under differentiation.
 """
 
 from __future__ import annotations
@@ -33,67 +33,6 @@ Offsets = _csr.Offsets
 Slots = _csr.Slots
 
 
-def spmm(
-    table: Float[Array, "V D"],
-    ids: Ids,
-    offsets: Offsets,
-    coefficients: Slots | None,
-    *,
-    average: str | None = None,
-    dtype: jnp.dtype | None = None,
-    **options: Any,
-) -> Float[Array, "B D"]:
-    """Sum c[i] * table[ids[i]] over each bag, or average; rounded once to `dtype`.
-
-    Without a `dtype` it is the accumulation dtype. Here as below, `options` are the
-    `pad_id` of empty slots and the `implementation`.
-    """
-    return bind(
-        spmm_p,
-        (table,),
-        ids,
-        offsets,
-        coefficients,
-        average=average,
-        dtype=jnp.dtype(dtype or _row_gather.accumulation_dtype(table.dtype)),
-        **options,
-    )
-
-
-def spmm_transpose(
-    cotangent: Float[Array, "B D"],
-    ids: Ids,
-    offsets: Offsets,
-    coefficients: Slots | None,
-    *,
-    num_embeddings: _csr.Size,
-    dtype: jnp.dtype,
-    **options: Any,
-) -> Float[Array, "V D"]:
-    """Sum c[i] * cotangent[bag of i] over each row of the table, rounded once."""
-    return bind(
-        spmm_transpose_p,
-        (cotangent,),
-        ids,
-        offsets,
-        coefficients,
-        num_embeddings=num_embeddings,
-        dtype=jnp.dtype(dtype),
-        **options,
-    )
-
-
-def sddmm(
-    table: Float[Array, "V D"],
-    cotangent: Float[Array, "B D"],
-    ids: Ids,
-    offsets: Offsets,
-    **options: Any,
-) -> Slots:
-    """Return <table[ids[i]], cotangent[bag of i]> for each slot."""
-    return bind(sddmm_p, (table, cotangent), ids, offsets, None, **options)
-
-
 def spmm_scaled(
     table: Float[Array, "V D"],
     ids: Ids,
@@ -103,10 +42,11 @@ def spmm_scaled(
     gradient_scale: Slots | None,
     **options: Any,
 ) -> Float[Array, "B D"]:
-    """Like `spmm`, with each slot's row scaled.
+    """Compute `spmm` with scaled coefficients.
 
-    `value_scale` is seen by the value and by the gradient to the coefficients,
-    `gradient_scale` by the gradient to the table; both are constants to autodiff.
+    `value_scale` multiplies the value and the gradient of the coefficients.
+    `gradient_scale` multiplies the gradient of the table. Both are constants to
+    autodiff.
     """
     pool: Callable[..., Any] = functools.partial(spmm, **options)
     bags = (ids, offsets, coefficients)
@@ -135,7 +75,7 @@ def _spmm_scaled_jvp(
 ) -> tuple[Array, Array]:
     table, ids, offsets, coefficients, value_scale, gradient_scale = primals
     value = _spmm_scaled(pool, *primals)
-    pool = functools.partial(pool, dtype=None)  # rounded when all is added up
+    pool = functools.partial(pool, dtype=None)  # round only the sum of both terms
     tangent = jnp.zeros(value.shape, _row_gather.accumulation_dtype(table.dtype))
     if varies(tangents[0]):
         scaled = times(coefficients, gradient_scale)
@@ -146,7 +86,7 @@ def _spmm_scaled_jvp(
 
 
 def times(a: Array | None, b: Array | None) -> Array | None:
-    """Multiply where None stands for ones."""
+    """Multiply; None means ones."""
     if a is None or b is None:
         return b if a is None else a
     return a * b
@@ -154,6 +94,67 @@ def times(a: Array | None, b: Array | None) -> Array | None:
 
 def varies(tangent: Any) -> bool:
     return not isinstance(tangent, SymbolicZero)
+
+
+def spmm(
+    table: Float[Array, "V D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    average: str | None = None,
+    dtype: jnp.dtype | None = None,
+    **options: Any,
+) -> Float[Array, "B D"]:
+    """Sum or average c[i] * table[ids[i]] over each bag; round once to `dtype`.
+
+    The default `dtype` is the accumulation dtype. Here and below, `options` are the
+    `pad_id` of empty slots and the `implementation`.
+    """
+    return bind(
+        spmm_p,
+        (table,),
+        ids,
+        offsets,
+        coefficients,
+        average=average,
+        dtype=jnp.dtype(dtype or _row_gather.accumulation_dtype(table.dtype)),
+        **options,
+    )
+
+
+def spmm_transpose(
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    num_embeddings: _csr.Size,
+    dtype: jnp.dtype,
+    **options: Any,
+) -> Float[Array, "V D"]:
+    """Sum c[i] * cotangent[bag of i] over the slots of each id; round to `dtype`."""
+    return bind(
+        spmm_transpose_p,
+        (cotangent,),
+        ids,
+        offsets,
+        coefficients,
+        num_embeddings=num_embeddings,
+        dtype=jnp.dtype(dtype),
+        **options,
+    )
+
+
+def sddmm(
+    table: Float[Array, "V D"],
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    **options: Any,
+) -> Slots:
+    """Return <table[ids[i]], cotangent[bag of i]> for each slot."""
+    return bind(sddmm_p, (table, cotangent), ids, offsets, None, **options)
 
 
 spmm_p = define("spmm", dense=["rows"], coefficients=True, outputs=["bags"])
@@ -169,17 +170,17 @@ def _jvp(
     """Differentiate an operation that is linear in each floating operand."""
     value = primitive.bind(*equally_varying(*primals), **params)
     active = [
-        (position, moved)
-        for position, moved in enumerate(tangents)
-        if not isinstance(moved, ad.Zero) and moved.dtype != jax.dtypes.float0
+        (position, operand)
+        for position, operand in enumerate(tangents)
+        if not isinstance(operand, ad.Zero) and operand.dtype != jax.dtypes.float0
     ]
     if not active:
         return value, ad.Zero(jax.typeof(value).to_tangent_aval())
-    if len(active) > 1 and "dtype" in params:  # rounded when all is added up
+    if len(active) > 1 and "dtype" in params:  # round only the sum of the terms
         params["dtype"] = _row_gather.accumulation_dtype(value.dtype)
     tangent = None
-    for position, moved in active:
-        operands = [*primals[:position], moved, *primals[position + 1 :]]
+    for position, operand in active:
+        operands = [*primals[:position], operand, *primals[position + 1 :]]
         term = primitive.bind(*equally_varying(*operands), **params)
         tangent = term if tangent is None else ad.add_tangents(tangent, term)
     assert tangent is not None
@@ -189,28 +190,29 @@ def _jvp(
 def _transpose(
     num_dense: int, rules: Sequence[Any], cotangent: Any, *operands: Any, **params: Any
 ) -> list[Any]:
-    """Transpose in the one operand that is unknown; `rules` has one for each place.
+    """Transpose in the one linear operand.
 
-    The places are the dense operands and, last, the coefficients.
+    `rules` has one rule per dense operand and, last, one for the coefficients.
     """
-    unknown = [ad.is_undefined_primal(x) for x in operands]
-    place = unknown.index(True)
+    is_linear = [ad.is_undefined_primal(x) for x in operands]
+    position = is_linear.index(True)
     result: list[Any] = [None] * len(operands)
     if isinstance(cotangent, ad.Zero):
-        result[place] = ad.Zero(operands[place].aval)
+        result[position] = ad.Zero(operands[position].aval)
         return result
-    rule = rules[min(place, num_dense)]
+    rule = rules[min(position, num_dense)]
     dense, ids, offsets, coefficients = layout(num_dense, operands)
-    result[place] = rule(cotangent, dense, ids, offsets, coefficients, **params)
+    result[position] = rule(cotangent, dense, ids, offsets, coefficients, **params)
     return result
 
 
-# The rules, of (what comes back, dense operands, ids, offsets, coefficients). The
-# unknown among them is an `UndefinedPrimal`, of which the type alone is known.
+# The transpose rules take (ct, dense operands, ids, offsets, coefficients), where ct is
+# the cotangent of the output. The linear operand is an `UndefinedPrimal`, whose type
+# alone is known.
 
 
 def _spmm_to_table(
-    back: Array,
+    ct: Array,
     dense: Any,
     *bags: Any,
     average: str | None,
@@ -220,7 +222,7 @@ def _spmm_to_table(
     ids, offsets, _ = bags
     table = dense[0].aval
     return spmm_transpose(
-        divided(back, ids, offsets, dtype, average, **options),
+        divided(ct, ids, offsets, dtype, average, **options),
         *bags,
         num_embeddings=table.shape[0],
         dtype=table.dtype,
@@ -229,7 +231,7 @@ def _spmm_to_table(
 
 
 def _spmm_to_coefficients(
-    back: Array,
+    ct: Array,
     dense: Any,
     ids: Ids,
     offsets: Offsets,
@@ -239,12 +241,12 @@ def _spmm_to_coefficients(
     dtype: jnp.dtype,
     **options: Any,
 ) -> Array:
-    shares = divided(back, ids, offsets, dtype, average, **options)
+    shares = divided(ct, ids, offsets, dtype, average, **options)
     return sddmm(dense[0], shares, ids, offsets, **options)
 
 
 def divided(
-    back: Float[Array, "B D"],
+    ct: Float[Array, "B D"],
     ids: Ids,
     offsets: Offsets,
     dtype: jnp.dtype,
@@ -253,18 +255,18 @@ def divided(
     pad_id: int | None,
     implementation: str | None,
 ) -> Float[Array, "B D"]:
-    """Divide by what the average divided by, in the accumulation dtype."""
+    """Divide by the divisors of the average, in the accumulation dtype."""
     accumulator = _row_gather.accumulation_dtype(dtype)
-    back = back.astype(accumulator)
+    ct = ct.astype(accumulator)
     if average is None:
-        return back
+        return ct
     pool = functools.partial(spmm, implementation=implementation)
     options: dict[str, Any] = {"pad_id": pad_id, "average": average}
-    return back / xla.divisors(pool, ids, offsets, accumulator, **options)
+    return ct / xla.divisors(pool, ids, offsets, accumulator, **options)
 
 
 def _spmm_transpose_to_cotangent(
-    back: Array,
+    ct: Array,
     _: Any,
     *bags: Any,
     num_embeddings: _csr.Size,
@@ -272,11 +274,11 @@ def _spmm_transpose_to_cotangent(
     **options: Any,
 ) -> Array:
     del num_embeddings, dtype
-    return spmm(back, *bags, **options)
+    return spmm(ct, *bags, **options)
 
 
 def _spmm_transpose_to_coefficients(
-    back: Array,
+    ct: Array,
     dense: Any,
     ids: Ids,
     offsets: Offsets,
@@ -287,21 +289,21 @@ def _spmm_transpose_to_coefficients(
     **options: Any,
 ) -> Array:
     del num_embeddings, dtype
-    return sddmm(back, dense[0], ids, offsets, **options)
+    return sddmm(ct, dense[0], ids, offsets, **options)
 
 
 def _sddmm_to_table(
-    back: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
+    ct: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
 ) -> Array:
     table, cotangent = dense
     options |= {"average": None, "dtype": cotangent.dtype}
-    return _spmm_to_table(cotangent, [table], ids, offsets, back, **options)
+    return _spmm_to_table(cotangent, [table], ids, offsets, ct, **options)
 
 
 def _sddmm_to_cotangent(
-    back: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
+    ct: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
 ) -> Array:
-    return spmm(dense[0], ids, offsets, back, **options)
+    return spmm(dense[0], ids, offsets, ct, **options)
 
 
 for _primitive, _num_dense, _rules in (

@@ -1,9 +1,10 @@
-"""Row-sparse gradients made by hand: what `jbag.value_and_grad` does for a loss.
+"""Explicit row-sparse gradients: `pool` returns the pooled bags and their pullback.
 
-`pool` gives what is pooled together with its pullback, which makes a `RowSparse` of a
-cotangent: for training loops, pipelines and `jax.custom_vjp` rules of your own. It
-works wherever JAX's own operations do, in the body of `jax.lax.scan` too. `psum` and
-`pmean` sum gradients with rows over the devices of `jax.shard_map`, or a mapped axis.
+The pullback maps a cotangent to a `RowSparse`. Use it in custom training loops,
+pipelines and `jax.custom_vjp` rules; for a loss use `jbag.value_and_grad`. `pool` works
+under every transformation of JAX, also in the body of `jax.lax.scan`. `psum` and
+`pmean` reduce trees with `RowSparse` leaves over the axes of `jax.shard_map`,
+`jax.vmap` and `jax.pmap`.
 """
 
 from __future__ import annotations
@@ -42,31 +43,31 @@ def pool(
     scale_grad_by_freq: bool = False,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B D"], Callable[[Float[Array, "B D"]], RowSparse]]:
-    """Pool the bags; return what is pooled, and the pullback to the table.
+    """Pool bags; return the output and the pullback to the table.
 
-    The result is constant with respect to the table, whose gradient the pullback gives,
-    and differentiable with respect to the weights.
+    To autodiff the output is a constant function of the table, and a differentiable
+    function of the weights.
 
     Args:
-      table: [V, D]; this and the rest as in `jbag.embedding_bag`.
+      table: [V, D]; the arguments are those of `jbag.embedding_bag`.
       indices: [N], [B, L] or a `Bags`.
       offsets: [B] or [B + 1].
       mode: "sum", "mean", "max", "min" or "sqrtn".
       weights: of the shape of `indices`.
-      padding_idx: the row that stands for nothing.
-      include_last_offset: whether offsets end with the number of slots in use.
-      max_norm: rows are used scaled down to this norm.
-      norm_type: p of that norm.
-      scale_grad_by_freq: divide each row's gradient by its count.
-      implementation: the kernel by name, or None.
+      padding_idx: the id that marks padding.
+      include_last_offset: whether `offsets` ends with the number of slots in use.
+      max_norm: the largest norm of a row.
+      norm_type: p of the p-norm.
+      scale_grad_by_freq: whether to divide each row's gradient by its id's count.
+      implementation: the kernel, or None.
 
     Returns:
-      [B, D], and a function of a cotangent [B, D] that returns the gradient of the
-      table as a `RowSparse`, from nothing larger than the cotangent and the bags. It is
-      a pytree, as the functions of `jax.vjp` are.
+      The output [B, D], and a function of a cotangent [B, D] that returns the gradient
+      of the table as a `RowSparse`. The function is a pytree, like those of `jax.vjp`.
+      Nothing of size V * D is formed.
 
     Raises:
-      As `jbag.embedding_bag`.
+      IndexError, TypeError, ValueError: as `jbag.embedding_bag`.
 
     Example:
       >>> table = jnp.ones((1000, 2))
@@ -88,29 +89,31 @@ def pool(
         scale_grad_by_freq=scale_grad_by_freq,
         implementation=implementation,
     )
-    how = options["how"]
+    pooling = options["pooling"]
     ids, ends, own_weights = jax.tree.map(jnp.asarray, bags)
     csr, pad_id = _pooling.prepare(table, ids, ends, own_weights, max_norm, **options)
     total, winners = _pooling.combine(
-        jax.lax.stop_gradient(table), csr, how=how, pad_id=pad_id
+        jax.lax.stop_gradient(table), csr, pooling=pooling, pad_id=pad_id
     )
-    pullback = _Pullback(how, pad_id, table.shape, table.dtype)
+    pullback = _Pullback(pooling, pad_id, table.shape, table.dtype)
     out = pullback.finish(total, csr)
     return out, jax.tree_util.Partial(pullback, total, winners, csr)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pullback:
-    """What is known of a pullback when a program is traced."""
+    """The static part of a pullback."""
 
-    how: _pooling.PoolingOptions
+    pooling: _pooling.PoolingOptions
     pad_id: int | None
     shape: tuple[int, ...]
     dtype: Any
 
     def finish(self, total: Array, csr: _pooling.CsrBags) -> Float[Array, "B D"]:
         table: Any = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        return _pooling.finish(total, csr, table, how=self.how, pad_id=self.pad_id)
+        return _pooling.finish(
+            total, csr, table, pooling=self.pooling, pad_id=self.pad_id
+        )
 
     def __call__(
         self,
@@ -120,24 +123,30 @@ class _Pullback:
         cotangent: Float[Array, "B D"],
     ) -> RowSparse:
         """Return the gradient of the table."""
-        _, to_total = jax.vjp(lambda total: self.finish(total, csr), total)
-        (own,) = to_total(jnp.asarray(cotangent, self.dtype))
+        _, vjp = jax.vjp(lambda total: self.finish(total, csr), total)
+        (ct,) = vjp(jnp.asarray(cotangent, self.dtype))
         ids, offsets, coefficients, options = _pooling.transposed(
-            csr, self.how, self.pad_id
+            csr, self.pooling, self.pad_id
         )
         bags = (ids, offsets, coefficients, winners)
-        return pull_back(own, *bags, shape=self.shape, dtype=self.dtype, **options)
+        return pull_back(ct, *bags, shape=self.shape, dtype=self.dtype, **options)
 
 
 def psum(tree: Any, axis_name: AxisName) -> Any:
-    """Sum a tree over a mapped axis; its `RowSparse` leaves get the rows of all.
+    """Sum a tree over a mapped axis: `jax.lax.psum` for trees with `RowSparse` leaves.
 
-    It is `jax.lax.psum` for gradients: of `jax.shard_map`, `jax.pmap`, and `jax.vmap`
-    with an `axis_name`.
+    A `RowSparse` leaf is all-gathered: the sum has the bags of every device.
 
     Args:
-      tree: of arrays and `RowSparse`.
-      axis_name: the name of the axis, or several.
+      tree: a tree of arrays and `RowSparse`.
+      axis_name: the name of an axis of `jax.shard_map`, `jax.pmap` or `jax.vmap`, or a
+        sequence of names.
+
+    Returns:
+      The tree of sums.
+
+    Raises:
+      ValueError: a `RowSparse` is the gradient of a table sharded over a mesh.
 
     Example:
       >>> loss = lambda t, ids: jbag.embedding_bag(t, ids, sparse=True).sum()
@@ -148,37 +157,52 @@ def psum(tree: Any, axis_name: AxisName) -> Any:
       Array([0. , 0.5, 1. , 0.5], dtype=float32)
     """
 
-    def one(x: Any) -> Any:
+    def sum_leaf(x: Any) -> Any:
         if not is_rows(x):
             return jax.lax.psum(x, axis_name)
         terms = [jax.tree.map(lambda a: _gather(a, axis_name), t) for t in x.terms]
         if any(term.placement.over_mesh for term in terms):
             raise ValueError(
-                "The gradient of a table over a mesh is summed already: `psum` takes "
-                "those of tables that each device holds."
+                "`psum` must be given gradients of replicated tables; got one of a "
+                "table sharded over a mesh, which is already summed."
             )
         summed = [sum_batch(term, x.shape[0]) for term in terms]
         return RowSparse(summed, x.shape, x.dtype)
 
-    return jax.tree.map(one, tree, is_leaf=is_rows)
+    return jax.tree.map(sum_leaf, tree, is_leaf=is_rows)
 
 
 def pmean(tree: Any, axis_name: AxisName) -> Any:
-    """Average a tree over a mapped axis, as `psum` sums it.
+    """Average a tree over a mapped axis: `jax.lax.pmean` with `RowSparse` leaves.
+
+    Args:
+      tree: as in `psum`.
+      axis_name: as in `psum`.
+
+    Returns:
+      The tree of means.
+
+    Raises:
+      ValueError: as `psum`.
 
     Example:
-      >>> mean = jbag.sparse.pmean  # in place of `jax.lax.pmean`
+      >>> loss = lambda t, ids: jbag.embedding_bag(t, ids, sparse=True).sum()
+      >>> def gradient(table, ids):
+      ...     return jbag.sparse.pmean(jbag.grad(loss)(table, ids), "batch").todense()
+      >>> over_batch = jax.vmap(gradient, in_axes=(None, 0), axis_name="batch")
+      >>> over_batch(jnp.ones((4, 1)), jnp.array([[[1, 2]], [[2, 3]]]))[0, :, 0]
+      Array([0.  , 0.25, 0.5 , 0.25], dtype=float32)
     """
-    share = 1 / jax.lax.psum(1, axis_name)
-    return jax.tree.map(lambda x: x * share, psum(tree, axis_name), is_leaf=is_rows)
+    scale = 1 / jax.lax.psum(1, axis_name)
+    return jax.tree.map(lambda x: x * scale, psum(tree, axis_name), is_leaf=is_rows)
 
 
 def _gather(x: Array, axis_name: AxisName) -> Array:
-    """Return the arrays of all devices on a new first axis, equal on all of them."""
+    """All-gather arrays on a new first axis, as a value that varies over no device."""
     names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
     if not names <= jax.typeof(x).manual_axis_type.varying:
         return jax.lax.all_gather(x, axis_name)
-    # Where `shard_map` checks what varies, a sum is known to be equal, a gathering not.
+    # With `check_vma`, `shard_map` types a psum as replicated, but not an all-gather.
     size = jax.lax.psum(1, axis_name)
     own = jnp.zeros((size, *x.shape), x.dtype)
     own = own.at[jax.lax.axis_index(axis_name)].set(x)

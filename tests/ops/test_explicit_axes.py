@@ -147,8 +147,12 @@ def test_a_module_trains_on_a_batch_that_is_cut(mesh):
 @pytest.mark.parametrize(
     ("of_table", "of_ids", "message"),
     [
-        (P("x", None), P("x", None), r"not be cut by rows .* got float32\[40@x,8\]"),
-        (P("x", None), P(), r"not be cut by rows .* jbag\.sharding\.embedding_bag"),
+        (
+            P("x", None),
+            P("x", None),
+            r"not be sharded by rows .* got float32\[40@x,8\]",
+        ),
+        (P("x", None), P(), r"not be sharded by rows .* jbag\.sharding\.embedding_bag"),
         (P(None, "x"), P("x", None), r"other Explicit axes .* int32\[16@x,4\]"),
         (
             P(None, "x"),

@@ -1,6 +1,6 @@
-"""The implementations by name, and which one a platform gets.
+"""The table of kernels, and the choice of one for a platform.
 
-A kernel is a module with the six operations of `contract`.
+A kernel is a module that implements the six operations of `contract`.
 """
 
 from __future__ import annotations
@@ -14,30 +14,33 @@ from jbag.ragged._csr import Size
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One implementation: its operations, and the platforms it runs on (None: all).
+    """An implementation of the operations.
 
-    `missing` says why this installation doesn't have it. One that is not `portable`
-    runs only where jbag itself is loaded, which an exported program can't count on.
-    `max_rows` is the largest number of rows that a table may have (None: any).
+    Attributes:
+      operations: a module with the six operations.
+      platforms: the platforms that it runs on; None means all.
+      missing: why the kernel is not installed, or None.
+      portable: whether an exported program runs without jbag.
+      max_rows: the largest number of rows of a table; None means any.
     """
 
-    operations: Operations  # a module
+    operations: Operations
     platforms: tuple[str, ...] | None = None
     missing: str | None = None
     portable: bool = False
     max_rows: int | None = None
 
     def runs_on(self, platform: str | None) -> bool:
-        """Whether it runs on a platform; None is any that no kernel is made for."""
+        """Return whether the kernel runs on a platform; None is any other platform."""
         return self.platforms is None or platform in self.platforms
 
     def holds(self, rows: Size) -> bool:
-        """Whether a table may have so many rows; a symbolic number is taken to fit."""
+        """Return whether a table may have so many rows; a symbolic number may."""
         fits = self.max_rows is None or not isinstance(rows, int)
         return fits or rows <= self.max_rows
 
 
-# The best first: a platform gets the first that runs on it.
+# In order of preference.
 KERNELS: dict[str, Kernel] = {
     "cpu": Kernel(cpu, platforms=("cpu",), missing=cpu.MISSING, max_rows=cpu.MAX_ROWS),
     "xla": Kernel(xla, portable=True),
@@ -67,10 +70,10 @@ def choose(
     exported: bool = False,
     rows: Size = 0,
 ) -> Kernel:
-    """Return the named kernel, or the best one; `platform` None is any other platform.
+    """Return the named kernel, or by default the best one for the platform.
 
-    The best one for a program that is `exported` is portable: it runs elsewhere. It
-    takes a table of so many `rows`.
+    The default for an `exported` program is the best portable kernel. The default takes
+    a table of so many `rows`. A platform of None is any that no kernel lists.
 
     Raises:
       ValueError: the named kernel doesn't run on `platform`, or takes fewer rows.
@@ -99,5 +102,5 @@ def choose(
 
 
 def special_platforms() -> set[str]:
-    """Return the platforms that some kernel is made for."""
+    """Return the platforms that the kernels list."""
     return {p for kernel in KERNELS.values() for p in kernel.platforms or ()}

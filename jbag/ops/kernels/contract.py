@@ -1,16 +1,16 @@
-"""The operations that every kernel implements, and what they mean.
+"""The contract of the operations that every kernel implements.
 
-Each operation reads the bags in one of two layouts:
+The bags have one of two layouts:
 
 - ragged: `ids` [N] with `offsets` [B + 1]; bag b is `ids[offsets[b]:offsets[b + 1]]`;
 - rectangular: `ids` [B, L] with `offsets` None; bag b is `ids[b]`.
 
-An id that equals `pad_id` is an empty slot, which adds nothing; `pad_id` None means
-that there are none. Any other id in [0, V) is a row. An id outside [0, V) reads as NaN
-and receives no gradient. Slots outside every bag are empty. A bag whose offsets are
-malformed (see `jbag.ragged._csr.bag_bounds`) is NaN and receives no gradient.
+An id equal to `pad_id` marks an empty slot, which adds nothing; with `pad_id` None no
+slot is empty. Any other id outside [0, V) reads a row of NaN, and the table gets no
+gradient from it. Slots in no bag are empty. A bag with malformed offsets (see
+`jbag.ragged._csr.bag_bounds`) is NaN, and the table gets no gradient from it.
 
-`coefficients` have the shape of `ids` and the accumulation dtype; None means ones.
+`coefficients` has the shape of `ids` and the accumulation dtype; None means ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jbag.ragged._csr import Ids, Offsets, Size, Slots
 
 @runtime_checkable
 class Operations(Protocol):
-    """The functions of a kernel, a module."""
+    """The functions of a kernel's module."""
 
     def spmm(
         self,
@@ -40,8 +40,8 @@ class Operations(Protocol):
     ) -> Float[Array, "B D"]:
         """Return out[b] = sum of c[i] * table[ids[i]] over the slots i of bag b.
 
-        An `average` divides it by the number of filled slots ("mean"), or by its square
-        root ("sqrtn"), 1 where there are none. Rounds to `dtype` once.
+        An `average` divides it by the number of filled slots, at least 1 ("mean"), or
+        by the square root of that ("sqrtn"). It rounds to `dtype` once.
         """
 
     def spmm_transpose(
@@ -55,9 +55,9 @@ class Operations(Protocol):
         num_embeddings: Size,
         dtype: jnp.dtype,
     ) -> Float[Array, "V D"]:
-        """Return out[v] = sum of c[i] * cotangent[bag of i] over the i of ids[i] = v.
+        """Return out[v] = sum of c[i] * cotangent[bag of i] over the slots i with id v.
 
-        Accumulates in the dtype of `cotangent`; rounds to `dtype` once.
+        It accumulates in the dtype of `cotangent` and rounds to `dtype` once.
         """
 
     def sddmm(
@@ -81,10 +81,10 @@ class Operations(Protocol):
         pad_id: int | None,
         largest: bool,
     ) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
-        """Return the largest (or smallest) c[i] * table[ids[i]], and its first slot.
+        """Return the extremum of c[i] * table[ids[i]] per bag and feature, and a slot.
 
-        The slot is a flat index into `ids`, or N where the bag is empty, whose value is
-        zero. A NaN wins.
+        The slot is the first that holds the extremum, as a flat index into `ids`. An
+        empty bag has the value zero and the slot N. A NaN wins.
         """
 
     def coalesce(
@@ -98,10 +98,10 @@ class Operations(Protocol):
         num_embeddings: Size,
         max_unique_ids: Size,
     ) -> tuple[Int[Array, " U"], Float[Array, "U D"]]:
-        """Return the indices and sums of the rows of `spmm_transpose` that slots name.
+        """Return the distinct ids, sorted, and their rows of `spmm_transpose`.
 
-        Indices are sorted and unique. Past the last one, up to `max_unique_ids`, the
-        index is V and the sum zero.
+        U is `max_unique_ids`. Entries past the last distinct id have the index V and a
+        zero row.
         """
 
     def update_rows(
@@ -118,8 +118,8 @@ class Operations(Protocol):
         pad_id: int | None,
         rule: str,
     ) -> tuple[Array, ...]:
-        """Update the rows that slots name by a rule; return the table and its states.
+        """Update the rows of the bags' ids by an update rule; return table and states.
 
-        Their gradient is that of `spmm_transpose`. Other rows stay. The table is
-        rounded once, to nearest, or at random by a `seed`.
+        Their gradient is that of `spmm_transpose`. Other rows don't change. The table
+        rounds once: to nearest, or stochastically with a `seed`.
         """

@@ -1,8 +1,8 @@
-"""The kernel for CPUs: C++ through XLA's FFI. Its source is in `csrc`.
+"""The CPU kernel: bindings to the C++ code in `csrc` through XLA's FFI.
 
-It implements `contract` without an (N, D) intermediate: rows are summed as
-they are gathered, and `spmm_transpose` sorts the slots by row. Results are the
-same from run to run and for any number of threads.
+It implements `contract` without an [N, D] intermediate: it accumulates rows as it
+gathers them, and `spmm_transpose` sorts the slots by id. Results don't depend on the
+number of threads.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def extremum(
     pad_id: int | None,
     largest: bool,
 ) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
-    """Return the largest (or smallest) c[i] * table[ids[i]], and the first winner."""
+    """Return the extremum of c[i] * table[ids[i]] per bag, and its first slot."""
     shape = (_num_bags(ids, offsets), table.shape[1])
     values = jax.ShapeDtypeStruct(shape, accumulation_dtype(table.dtype))
     winners = jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -98,18 +98,17 @@ def coalesce(
     num_embeddings: Size,
     max_unique_ids: Size,
 ) -> tuple[Int[Array, " U"], Float[Array, "U D"]]:
-    """Return the rows of `spmm_transpose` that slots name: which, and their sums.
+    """Return the distinct ids, sorted, and their rows of `spmm_transpose`.
 
-    They come in order, each once. Behind them, up to `max_unique_ids`, the index is V
-    and the sum zero.
+    Entries past the last distinct id have the index V and a zero row.
     """
     indices = jax.ShapeDtypeStruct((max_unique_ids,), ids.dtype)
     sums = jax.ShapeDtypeStruct((max_unique_ids, cotangent.shape[1]), cotangent.dtype)
     bags = _bags(cotangent, ids, offsets, coefficients)
-    # An operand, as a symbolic size can't be an attribute.
+    # An operand, as FFI attributes can't be symbolic sizes.
     size = jnp.asarray(num_embeddings, ids.dtype)
-    found = _call("coalesce", (indices, sums), cotangent, *bags, size, pad_id=pad_id)
-    return found[0], found[1]
+    unique = _call("coalesce", (indices, sums), cotangent, *bags, size, pad_id=pad_id)
+    return unique[0], unique[1]
 
 
 def update_rows(
@@ -125,21 +124,22 @@ def update_rows(
     pad_id: int | None,
     rule: str,
 ) -> tuple[Array, ...]:
-    """Move the rows that slots name by a rule; return the table and its states.
+    """Update the rows of the bags' ids by an update rule; return table and states.
 
-    In place where XLA may: the rows that no slot names are neither read nor written.
+    The outputs alias the operands: unless XLA copies the operands, other rows are
+    neither read nor written.
     """
     if seed is None:
         seed = jnp.zeros(0, jnp.uint32)
     bags = _bags(table, ids, offsets, coefficients)
     operands = (table, scalars, seed, cotangent, *bags)
-    moved = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (table, *states))
+    updated = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (table, *states))
     aliases = {0: 0}
     aliases |= {len(operands) + i: 1 + i for i in range(len(states))}
     return tuple(
         _call(
             "update_rows",
-            moved,
+            updated,
             *operands,
             *states,
             pad_id=pad_id,
@@ -150,7 +150,7 @@ def update_rows(
 
 
 def to_huge_pages(x: Array) -> Array:
-    """Copy an array to huge pages, where the system grants them."""
+    """Copy an array to huge pages if the system has them."""
     copy = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.ffi.ffi_call("jbag_cpu_to_huge_pages", copy)(x)
 
@@ -162,7 +162,7 @@ def _num_bags(ids: Ids, offsets: Offsets) -> Size:
 def _bags(
     dense: Array, ids: Ids, offsets: Offsets, coefficients: Slots | None
 ) -> tuple[Array, Array, Array]:
-    """Return ids, offsets and coefficients, those that are absent as empty arrays."""
+    """Return ids, offsets and coefficients; None becomes an empty array."""
     if offsets is None:
         offsets = jnp.zeros(0, ids.dtype)
     if coefficients is None:
@@ -182,8 +182,8 @@ def _call(
     call: Callable[..., Any] = jax.ffi.ffi_call(
         target, results, input_output_aliases=aliases
     )
-    marked = {"has_empty": pad_id is not None, "empty": np.int64(pad_id or 0)}
-    return call(*operands, **marked, **attributes)
+    padding = {"has_empty": pad_id is not None, "empty": np.int64(pad_id or 0)}
+    return call(*operands, **padding, **attributes)
 
 
 MAX_ROWS = 2**31 - 1  # it narrows ids to 32 bits
@@ -200,14 +200,14 @@ OPERATIONS = (
 
 
 def _load() -> str | None:
-    """Load the library and register its handlers; return why it can't be, or None."""
+    """Load the library and register its handlers; return an error message or None."""
     package = importlib.resources.files("jbag") / "ops" / "kernels"
     reason = package / "cpu_missing.txt"
     if reason.is_file():
         return reason.read_text().strip()
     library = package / "libjbag_cpu.so"
     if not library.is_file():
-        return "it is built by `pip install`, and this copy of jbag was not"
+        return "`pip install` builds it, and this copy of jbag is not installed"
     with importlib.resources.as_file(library) as path:
         try:
             handlers = ctypes.CDLL(str(path))

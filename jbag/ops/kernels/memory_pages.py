@@ -1,4 +1,4 @@
-"""Huge pages: memory that large tables are read from faster."""
+"""`to_huge_pages`: copies of large arrays in huge memory pages."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from jbag.ops.kernels import KERNELS, cpu
 
 _Tree = TypeVar("_Tree")
 
-# Two of x86's huge pages: of less, none may be whole.
-_LEAST_BYTES = 1 << 22
+# Two huge pages of x86: a smaller array may contain no aligned one.
+_MIN_BYTES = 1 << 22
 
 _copy = jax.jit(cpu.to_huge_pages)
 
 
 def to_huge_pages(tree: _Tree) -> _Tree:
-    """Copy the large arrays of a pytree to huge pages, once, before they are used.
+    """Copy the large arrays of a pytree to huge memory pages.
 
-    A row gathered at random costs a page-table miss before it costs a cache miss. Linux
-    maps memory in pages of 4 KiB, for which a large table has more page-table entries
-    than the processor holds; in pages of 2 MiB it has few. Updates in place (of a
-    donated table, by `x.at[...].add` say) keep the pages. A new array hasn't them.
+    A random gather from a large table misses the TLB at almost every row: with Linux's
+    4 KiB pages the table has more page-table entries than the TLB holds. Pages of 2 MiB
+    avoid most of these misses. Call it once, after initialization. In-place updates of
+    a donated table keep the pages; new arrays don't have them.
 
     Args:
-      tree: any pytree: a table, the parameters of a model.
+      tree: a pytree: a table, or the parameters of a model.
 
     Returns:
-      The same, where arrays of at least 4 MiB on CPU devices are copies on huge pages.
-      Arrays on other devices, and traced ones, whose memory is the compiler's, are
-      returned as they are; so is everything where the system has no huge pages to give,
-      or jbag was installed without its CPU kernel.
+      The pytree, in which arrays of at least 4 MiB on CPU devices are copies in huge
+      pages. Arrays on other devices and traced arrays are not copied. Nothing is copied
+      if the system has no huge pages or jbag lacks its CPU kernel.
 
     Example:
-      >>> table = jnp.zeros((1 << 15, 64))
-      >>> table = jbag.to_huge_pages(table)
+      >>> table = jbag.to_huge_pages(jnp.zeros((1 << 15, 64)))
+      >>> table.shape
+      (32768, 64)
     """
     return jax.tree.map(_to_huge_pages, tree)
 
@@ -43,7 +43,7 @@ def to_huge_pages(tree: _Tree) -> _Tree:
 def _to_huge_pages(x: Any) -> Any:
     if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
         return x
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) or x.nbytes < _LEAST_BYTES:
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) or x.nbytes < _MIN_BYTES:
         return x
     platforms = [device.platform for device in x.devices()]
     if KERNELS["cpu"].missing or set(platforms) != {"cpu"}:

@@ -1,11 +1,10 @@
-"""How rows of a table move, given their gradients: the rules by name.
+"""The update rules of the fused optimizers.
 
-A rule is a function of the rows w, the gradient's rows g, the rows of the state, and
-numbers that hold for all rows. It returns what is added to w, and the new state. Rows
-are indexed by all axes but the last; w, g and the states per element are alike in
-shape, the states per row lack the last axis. All are in the accumulation dtype.
+A rule is a function (w, g, *states, *scalars) -> (delta, new states): w are rows of the
+table, g rows of the gradient, delta is added to w. w, g and states per element have the
+shape [..., D], states per row [...]. All have the accumulation dtype.
 
-In each, `decay` draws the rows to zero by themselves: w += delta - decay w.
+`decay` is the decoupled weight decay: delta includes -decay * w.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ Step = tuple[Rows, States]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A rule.
+    """An update rule.
 
     Attributes:
       step: the function.
-      scalars: its numbers, in order.
-      per_element: its states of the shape of the table.
-      per_row: its states of one number a row.
+      scalars: the names of its scalars, in order.
+      per_element: the names of its states of shape [V, D].
+      per_row: the names of its states of shape [V].
     """
 
     step: Callable[..., Step]
@@ -51,10 +50,10 @@ def step(
     scalars: Shaped[Array, " H"],
     mean_square: Array | None = None,
 ) -> Step:
-    """Return what the rule adds to the rows, and their new state.
+    """Apply a rule; return (delta, new states).
 
-    Rules with a state per row read the gradient's mean square, of each row, which is
-    given where the rows aren't whole.
+    Row-wise rules read the mean square of each row of the gradient. Pass `mean_square`
+    if the rows are sharded by columns.
     """
     options = {}
     if RULES[rule].per_row:
@@ -168,19 +167,19 @@ def _ftrl(
     l1: Array,
     l2: Array,
 ) -> Step:
-    grown = n + g * g
-    z = z + rate * g - (jnp.sqrt(grown) - jnp.sqrt(n)) * w
-    kept = jnp.sign(z) * jnp.maximum(jnp.abs(z) - rate * l1, 0)
-    return -_ratio(kept, beta + jnp.sqrt(grown) + rate * l2) - w, (z, grown)
+    new_n = n + g * g
+    z = z + rate * g - (jnp.sqrt(new_n) - jnp.sqrt(n)) * w
+    shrunk = jnp.sign(z) * jnp.maximum(jnp.abs(z) - rate * l1, 0)
+    return -_ratio(shrunk, beta + jnp.sqrt(new_n) + rate * l2) - w, (z, new_n)
 
 
 def _decayed(delta: Rows, w: Rows, decay: Array) -> Rows:
-    # Without a decay, what isn't finite in a row stays what it is.
+    # 0 * w is NaN where w isn't finite.
     return delta - jnp.where(decay == 0, 0, decay * w)
 
 
 def _ratio(a: Rows, b: Float[Array, "*rows #D"]) -> Rows:
-    """Divide; by zero, as where a row had no gradient yet, nothing moves."""
+    """Divide; return zero where b is zero, as in a row without a gradient so far."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
 

@@ -1,6 +1,7 @@
-"""The reference kernel: gather, then `jax.ops.segment_sum`. It runs on every platform.
+"""The reference kernel: gather, then `jax.ops.segment_sum`, on every platform.
 
-`contract` has the meaning of the operations.
+`contract` defines the operations. Memory traffic: every operation writes and reads an
+[N, D] intermediate, unless XLA fuses it.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def spmm(
 ) -> Float[Array, "B D"]:
     """Return out[b] = sum of c[i] * table[ids[i]] over the slots i of bag b.
 
-    An `average` divides it by the number of filled slots ("mean"), or by the root of
-    that ("sqrtn"); see `divisors`. Rounds to `dtype` once.
+    An `average` divides it by the number of filled slots ("mean"), or by the square
+    root of that ("sqrtn"). It rounds to `dtype` once.
     """
     rows = _rows(table, ids)
     if coefficients is not None:
@@ -67,9 +68,9 @@ def divisors(
     pad_id: int | None,
     average: str,
 ) -> Float[Array, "#B 1"]:
-    """Return what an average divides by: counts of filled slots, or their roots.
+    """Return the number of filled slots of each bag, at least 1, or its square root.
 
-    A bag that has none divides by 1. `pool` is the product, which counts.
+    `pool` is the kernel's `spmm`, which counts the slots.
     """
     if pad_id is not None:
         one = jnp.ones((1, 1), dtype)
@@ -93,17 +94,17 @@ def spmm_transpose(
     num_embeddings: Size,
     dtype: jnp.dtype,
 ) -> Float[Array, "V D"]:
-    """Return out[v] = sum of c[i] * cotangent[bag of i] over the slots i that hold v.
+    """Return out[v] = sum of c[i] * cotangent[bag of i] over the slots i with id v.
 
-    Accumulates in the dtype of `cotangent`; rounds to `dtype` once.
+    It accumulates in the dtype of `cotangent` and rounds to `dtype` once.
     """
     rows, kept = bag_rows(cotangent, ids, offsets)
     if coefficients is not None:
         rows = coefficients[..., None] * rows
-    # A 64-bit id must not wrap round to a row: see `take`.
-    named = jnp.minimum(ids, num_embeddings)
+    # `segment_sum` narrows 64-bit ids to 32 bits; clip so that none wraps.
+    clipped = jnp.minimum(ids, num_embeddings)
     kept &= (ids >= 0) & filled(ids, pad_id)
-    kept_ids = jnp.where(kept, named, num_embeddings)
+    kept_ids = jnp.where(kept, clipped, num_embeddings)
     rows = rows.reshape(ids.size, cotangent.shape[1])
     out = jax.ops.segment_sum(rows, kept_ids.reshape(-1), num_embeddings)
     return out.astype(dtype)
@@ -132,10 +133,10 @@ def extremum(
     pad_id: int | None,
     largest: bool,
 ) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
-    """Return the largest (or smallest) c[i] * table[ids[i]] of each bag and feature.
+    """Return the extremum of c[i] * table[ids[i]] per bag and feature, and its slot.
 
-    With it comes the first slot that holds it: a flat index into `ids`, or N where the
-    bag is empty, whose value is zero. A NaN wins wherever it stands.
+    The slot is the first that holds the extremum, as a flat index into `ids`. An empty
+    bag has the value zero and the slot N. A NaN wins.
     """
     rows = _rows(table, ids)
     if coefficients is not None:
@@ -155,7 +156,7 @@ def extremum(
         num_bags = offsets.size - 1
         pool = jax.ops.segment_max if largest else jax.ops.segment_min
         values = pool(rows, bags, num_bags, indices_are_sorted=True)
-        # An atomic maximum may lose a NaN, so NaNs are counted on their own.
+        # The atomic maximum of a GPU may drop NaNs, so they are found separately.
         nans = jax.ops.segment_max(
             jnp.isnan(rows).astype(jnp.int32), bags, num_bags, indices_are_sorted=True
         )
@@ -187,25 +188,25 @@ def coalesce(
     num_embeddings: Size,
     max_unique_ids: Size,
 ) -> tuple[Int[Array, " U"], Float[Array, "U D"]]:
-    """Return the rows of `spmm_transpose` that slots name: which, and their sums.
+    """Return the distinct ids, sorted, and their rows of `spmm_transpose`.
 
-    They come in order, each once. Behind them, up to `max_unique_ids`, the index is V
-    and the sum zero.
+    Entries past the last distinct id have the index V and a zero row.
     """
     rows, kept = bag_rows(cotangent, ids, offsets)
     if coefficients is not None:
         rows = coefficients[..., None] * rows
-    named = jnp.minimum(ids, num_embeddings)
     kept &= (ids >= 0) & filled(ids, pad_id)
-    named = jnp.where(kept, named, num_embeddings).reshape(-1)
-    order = jnp.argsort(named, stable=True)
-    named = named[order]
-    is_first = jnp.diff(named, prepend=-1) > 0
-    place = jnp.where(named < num_embeddings, jnp.cumsum(is_first) - 1, max_unique_ids)
+    kept_ids = jnp.where(kept, jnp.minimum(ids, num_embeddings), num_embeddings)
+    kept_ids = kept_ids.reshape(-1)
+    order = jnp.argsort(kept_ids, stable=True)
+    kept_ids = kept_ids[order]
+    is_first = jnp.diff(kept_ids, prepend=-1) > 0
+    is_row = kept_ids < num_embeddings
+    position = jnp.where(is_row, jnp.cumsum(is_first) - 1, max_unique_ids)
     rows = rows.reshape(ids.size, cotangent.shape[1])[order]
-    sums = jax.ops.segment_sum(rows, place, max_unique_ids, indices_are_sorted=True)
+    sums = jax.ops.segment_sum(rows, position, max_unique_ids, indices_are_sorted=True)
     indices = jnp.full(max_unique_ids, num_embeddings, ids.dtype)
-    return indices.at[place].set(named, mode="drop"), sums
+    return indices.at[position].set(kept_ids, mode="drop"), sums
 
 
 def update_rows(
@@ -221,10 +222,10 @@ def update_rows(
     pad_id: int | None,
     rule: str,
 ) -> tuple[Array, ...]:
-    """Move the rows that slots name by a rule; return the table and its states.
+    """Update the rows of the bags' ids by an update rule; return table and states.
 
-    Their gradient is that of `spmm_transpose`. Other rows stay. The table is rounded
-    once; with a `seed`, up or down at random, so that it is right on average.
+    Their gradient is that of `spmm_transpose`. Other rows don't change. The table
+    rounds once; with a `seed`, stochastically.
     """
     num_embeddings = table.shape[0]
     indices, gradient = coalesce(
@@ -236,10 +237,12 @@ def update_rows(
         num_embeddings=num_embeddings,
         max_unique_ids=min(ids.size, num_embeddings),
     )
-    return move_rows(table, states, scalars, seed, indices, gradient, rule=rule)
+    return update_unique_rows(
+        table, states, scalars, seed, indices, gradient, rule=rule
+    )
 
 
-def move_rows(
+def update_unique_rows(
     table: Float[Array, "V D"],
     states: tuple[Array, ...],
     scalars: Float[Array, " H"],
@@ -250,10 +253,10 @@ def move_rows(
     rule: str,
     mean_square: Float[Array, " U"] | None = None,
 ) -> tuple[Array, ...]:
-    """Move rows, each named once, by a rule; return the table and its states.
+    """Update rows at distinct, sorted indices by a rule; return table and states.
 
-    Indices of no row come last. The gradient's `mean_square` is given where the table
-    has only some of the columns.
+    Indices out of range come last. Pass the `mean_square` of the gradient's rows if
+    they are sharded by columns.
     """
     rows = take(table, indices, 0).astype(gradient.dtype)
     before = [take(state, indices, 0) for state in states]
@@ -262,31 +265,31 @@ def move_rows(
     if seed is None:
         rows = rows.astype(table.dtype)
     else:
-        rows = _round_at_random(rows, seed, indices)
+        rows = _round_stochastically(rows, seed, indices)
     return tuple(
-        x.at[indices].set(moved, mode="drop", indices_are_sorted=True)
-        for x, moved in zip((table, *states), (rows, *after), strict=True)
+        x.at[indices].set(new, mode="drop", indices_are_sorted=True)
+        for x, new in zip((table, *states), (rows, *after), strict=True)
     )
 
 
-def _round_at_random(
+def _round_stochastically(
     rows: Float32[Array, "U D"], seed: UInt32[Array, "2"], indices: Int[Array, " U"]
 ) -> BFloat16[Array, "U D"]:
-    """Round to bfloat16, up or down with the odds that make it right on average.
+    """Round to bfloat16 so that the expected value is exact.
 
-    The seed, the row's number and the column's alone decide.
+    The noise is a function of the seed, the index of the row and that of the column.
     """
     columns = jnp.arange(rows.shape[1], dtype=jnp.uint32)
-    hashed = _mix(indices.astype(jnp.uint32) ^ seed[0])[:, None]
-    noise = _mix(hashed + columns * jnp.uint32(0x9E3779B9) + seed[1]) >> 16
+    hashed = _hash(indices.astype(jnp.uint32) ^ seed[0])[:, None]
+    noise = _hash(hashed + columns * jnp.uint32(0x9E3779B9) + seed[1]) >> 16
     bits = jax.lax.bitcast_convert_type(rows, jnp.uint32)
     upper = ((bits + noise) >> 16).astype(jnp.uint16)
     rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
     return jnp.where(jnp.isfinite(rows), rounded, rows.astype(jnp.bfloat16))
 
 
-def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Hash: every bit of x sways every bit of the result (C. Wellons, 2018)."""
+def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Hash 32-bit integers (Wellons, Prospecting for Hash Functions, 2018)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
