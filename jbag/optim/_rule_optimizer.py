@@ -1,4 +1,4 @@
-"""The optimizer of an update rule, for row-sparse gradients and dense arrays."""
+"""Optimizers from update rules, for `RowSparse` and dense gradients."""
 
 from __future__ import annotations
 
@@ -25,13 +25,18 @@ Rate = float | Array | Callable[[Int[Array, ""]], Any]
 
 
 class RowState(NamedTuple):
-    """The state of a row-wise optimizer.
+    """The state of an optimizer of `jbag.optim`.
 
     Attributes:
-      count: the number of steps taken.
-      states: by the name that the rule gives them, trees like the parameters. Of a
-        parameter of shape [..., D], a state has that shape, or [...] if it is one
-        number a row; and the accumulation dtype.
+      count: the number of completed steps.
+      states: by name, trees of the structure of the parameters, in the accumulation
+        dtype. For a table [V, D], a state has the shape [V, D], or [V] if it is
+        row-wise.
+
+    Example:
+      >>> state = jbag.optim.adam(0.1).init(jnp.ones((5, 2)))
+      >>> {name: x.shape for name, x in state.states.items()}
+      {'mu': (5, 2), 'nu': (5, 2)}
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # named as in Optax's states
@@ -46,7 +51,7 @@ def optimizer_from_rule(
     seed: int | None,
     initial: dict[str, Any] | None = None,
 ) -> optax.GradientTransformation:
-    """Make the optimizer that moves rows, and whole arrays, by a rule."""
+    """Return the optimizer of an update rule."""
     per_row = RULES[rule].per_row
     first = {name: (initial or {}).get(name, 0.0) for name in RULES[rule].states}
     check_at_least_zero(**constants, weight_decay=weight_decay)
@@ -92,28 +97,30 @@ def optimizer_from_rule(
             )
             parameter = parameters[k]
             if not is_rows(gradient):
-                results.append(_move(rule, gradient, parameter, states, scalars))
+                results.append(
+                    _update_dense(rule, gradient, parameter, states, scalars)
+                )
                 continue
             if parameter is None:
-                results.append(_step_rows(rule, gradient, None, states, scalars))
+                results.append(_compute_delta(rule, gradient, None, states, scalars))
                 continue
             at_random = seed is not None and parameter.dtype == jnp.bfloat16
             noise = _noise(seed, k, state.count) if at_random else None
             results.append(
-                _move_rows(rule, gradient, parameter, states, scalars, noise)
+                _update_rows(rule, gradient, parameter, states, scalars, noise)
             )
-        moved_states = {
+        new_states = {
             name: tree.unflatten([states[i] for _, states in results])
             for i, name in enumerate(first)
         }
         count = optax.safe_increment(state.count)
         deltas = tree.unflatten([delta for delta, _ in results])
-        return deltas, RowState(count, moved_states)
+        return deltas, RowState(count, new_states)
 
     return optax.GradientTransformation(init, update)
 
 
-def _move_rows(
+def _update_rows(
     rule: str,
     gradient: RowSparse,
     table: Array,
@@ -121,33 +128,35 @@ def _move_rows(
     scalars: list[Array],
     noise: Array | None,
 ) -> tuple[RowSparse, tuple[Array, ...]]:
-    """Move the rows and their states, in place where they may be; return the update."""
+    """Update rows and states in place; return the update and the states."""
     table, states = jnp.asarray(table), tuple(map(jnp.asarray, states))
     if gradient.shape != table.shape:
         raise ValueError(
             f"A gradient must have the shape of its table, {table.shape}; "
             f"got {gradient.shape}."
         )
-    moved, *moved_states = gradient.move(table, states, scalars, noise, rule=rule)
+    new_table, *new_states = gradient.update_table(
+        table, states, scalars, noise, rule=rule
+    )
 
     def difference() -> RowSparse:
-        delta, _ = _step_rows(rule, gradient, table, states, scalars)
+        delta, _ = _compute_delta(rule, gradient, table, states, scalars)
         if noise is None:
             return delta
-        old, new = (delta.rows_of(x).astype(jnp.float32) for x in (table, moved))
+        old, new = (delta.rows_of(x).astype(jnp.float32) for x in (table, new_table))
         return delta.with_values(new - old)
 
-    return RowUpdate(table, moved, difference), tuple(moved_states)
+    return RowUpdate(table, new_table, difference), tuple(new_states)
 
 
-def _step_rows(
+def _compute_delta(
     rule: str,
     gradient: RowSparse,
     table: Array | None,
     states: tuple[Array, ...],
     scalars: list[Array],
 ) -> tuple[RowSparse, tuple[Array, ...]]:
-    """Return what is added to the rows, and the new states."""
+    """Return the update of the rows, and the states."""
     gradient = gradient.coalesce()
     indices, values = gradient.indices, gradient.values
     rows = jnp.zeros_like(values)
@@ -156,36 +165,36 @@ def _step_rows(
     before = [gradient.rows_of(state) for state in states]
     delta, after = step(rule, rows, values, before, jnp.stack(scalars))
     delta = jnp.where((indices < gradient.shape[0])[:, None], delta, 0)
-    moved = tuple(gradient.put(x, y) for x, y in zip(states, after, strict=True))
-    return gradient.with_values(delta), moved
+    new_states = tuple(gradient.put(x, y) for x, y in zip(states, after, strict=True))
+    return gradient.with_values(delta), new_states
 
 
-def _move(
+def _update_dense(
     rule: str,
     gradient: Array,
     parameter: Array | None,
     states: tuple[Array, ...],
     scalars: list[Array],
 ) -> tuple[Array, tuple[Array, ...]]:
-    """Return what is added to a dense parameter, all rows of it, and the new states."""
+    """Return the update of a dense parameter, and the states."""
     dtype = scalars[0].dtype
     values = gradient.astype(dtype)
     rows = jnp.zeros_like(values) if parameter is None else parameter.astype(dtype)
     shape = values.shape
-    if not shape:  # a number is a row of one
+    if not shape:  # a scalar is one row with one feature
         values, rows = values[None], rows[None]
         num_per_element = len(RULES[rule].per_element)
         states = tuple(
             x[None] if i < num_per_element else x for i, x in enumerate(states)
         )
-    delta, moved = step(rule, rows, values, states, jnp.stack(scalars))
+    delta, new_states = step(rule, rows, values, states, jnp.stack(scalars))
     if not shape:
-        moved = tuple(x.reshape(()) for x in moved)
-    return delta.reshape(shape).astype(gradient.dtype), moved
+        new_states = tuple(x.reshape(()) for x in new_states)
+    return delta.reshape(shape).astype(gradient.dtype), new_states
 
 
 def _device_of_rows(parameter: Any) -> NamedSharding | None:
-    """Return where a number for each row lies, if the parameter lies over a mesh."""
+    """Return the sharding of a row-wise state of a parameter on a mesh, else None."""
     if not isinstance(parameter, jax.Array) or isinstance(parameter, jax.core.Tracer):
         return None
     sharding = parameter.sharding
@@ -203,12 +212,12 @@ def _scalars(
     constants: dict[str, Any],
     dtype: jnp.dtype,
 ) -> list[Array]:
-    """Return the numbers of the rule for this step, in its order."""
+    """Return the scalars of a rule for this step, in order."""
     values = {k: jnp.asarray(x, dtype) for k, x in constants.items()}
     values["rate"] = rate = rate_at(learning_rate, count, dtype)
     values["decay"] = rate * jnp.asarray(weight_decay, dtype)
     steps = (count + 1).astype(dtype)
-    if "b2" in values:  # as moments start from zero
+    if "b2" in values:  # corrects the bias of moments initialized to zero
         values["rate"] *= jnp.sqrt(_bias_correction(values["b2"], steps))
     if "b1" in values:
         values["rate"] /= _bias_correction(values["b1"], steps)
@@ -216,7 +225,7 @@ def _scalars(
 
 
 def _bias_correction(b: Array, steps: Array) -> Array:
-    """Return 1 - b ** steps, exactly where b is close to 1."""
+    """Return 1 - b ** steps, without cancellation for b close to 1."""
     return -jnp.expm1(steps * jnp.log1p(b - 1))
 
 
@@ -226,25 +235,25 @@ def rate_at(learning_rate: Rate, count: Int[Array, ""], dtype: jnp.dtype) -> Arr
 
 
 def _noise(seed: Any, number: int, count: Int[Array, ""]) -> Array:
-    """Return the seed of a table, by its number in the tree, in a step."""
+    """Return the seed of one table, by its position in the tree, for one step."""
     shift = number * 0x9E3779B9 % 2**32
     own = jnp.asarray(seed, jnp.uint32) + jnp.uint32(shift)
     return jnp.stack([own, count.astype(jnp.uint32)])
 
 
 def _check_seed(seed: Any) -> Any:
-    if isinstance(seed, jax.Array):  # as Optax injects it
+    if isinstance(seed, jax.Array):  # from `optax.inject_hyperparams`
         return seed
     return check_integer("stochastic_rounding", seed) % 2**32
 
 
 def is_zero(x: Any) -> bool:
-    """Return whether a number is known to be 0; a traced one isn't."""
+    """Return whether a number is 0; False for a traced one."""
     return _is_known(x) and x == 0
 
 
 def check_at_least_zero(**named: Any) -> None:
-    """Raise unless the numbers, where they are known, are at least 0."""
+    """Raise if a number is negative or not a number; traced values are not checked."""
     for name, number in named.items():
         _check_number(name, number)
         if _is_known(number) and not number >= 0:
@@ -258,7 +267,8 @@ def _check_below_one(**named: Any) -> None:
 
 
 def _check_number(name: str, number: Any) -> None:
-    is_array = isinstance(number, jax.Array | np.ndarray)  # as Optax injects it
+    # `optax.inject_hyperparams` passes arrays.
+    is_array = isinstance(number, jax.Array | np.ndarray)
     if isinstance(number, bool) or not (_is_known(number) or is_array):
         raise TypeError(f"`{name}` must be a number; got {number!r}.")
 

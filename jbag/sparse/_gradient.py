@@ -1,21 +1,22 @@
-"""`value_and_grad` and `grad`: like JAX's, but row-sparse where `sparse=True`.
+"""`value_and_grad` and `grad`: JAX's, with row-sparse gradients of sparse tables.
 
-From `sparse=True` to a row that an optimizer moved:
+The steps from `sparse=True` to an updated row:
 
-1. `ops._sparse_marks`: a sparse bag marks its table and its result; both marks are
-   identities.
-2. The loss is traced. `_jaxpr_analysis.find_marked_bags` returns a `PooledCall` for
-   each bag that pools from a leaf of the arguments that the loss uses in no other
-   way.
-3. `_jaxpr_interpreter.run` runs the program with zeros added to what each of them
-   pooled, the tables held constant; JAX differentiates it with respect to these zeros.
-4. `_pullback.pull_back`, as in `jbag.sparse.pool`, makes a `RowSparse` of each of these
-   gradients: a `FactoredGradient`, A.T @ cotangent, that isn't multiplied out. Its
-   `Placement` knows how a table lies over a mesh; `_guard` guards its leaves.
-5. `RowSparse.move`, called by the optimizers of `jbag.optim`, sums the rows and moves
-   them by a rule, in place; a `RowUpdate` hands the moved table to `apply_updates`.
+1. `ops._sparse_marks` inserts identity primitives, which mark the table and the pooled
+   rows.
+2. `value_and_grad` traces the loss. `_jaxpr_analysis.find_marked_bags` returns a
+   `PooledCall` for each marked bag whose table is an argument that the loss uses in no
+   other way.
+3. `_jaxpr_interpreter.run` evaluates the jaxpr with zeros added to the pooled rows and
+   the tables held constant. JAX differentiates with respect to these zeros.
+4. `_pullback.pull_back`, as in `jbag.sparse.pool`, makes a `RowSparse` of each
+   cotangent: a `FactoredGradient`, A.T @ cotangent, which is not multiplied. Its
+   `Placement` is the layout over a mesh. `_guard` protects its leaves.
+5. The optimizers of `jbag.optim` call `RowSparse.update_table`, which sums rows and
+   applies an update rule in place. `RowUpdate` gives `optax.apply_updates` the new
+   table.
 
-Nothing of the table's size is made, nor of (ids, features).
+No array of size V * D or N * D is formed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from jbag.sparse._row_sparse import RowSparse
 
 
 class DenseGradientWarning(UserWarning):
-    """A table that is pooled with `sparse=True` gets a dense gradient, V * D numbers.
+    """Warns that a table pooled with `sparse=True` gets a dense gradient [V, D].
 
     Example:
       >>> warnings.simplefilter("ignore", jbag.DenseGradientWarning)  # doctest: +SKIP
@@ -54,37 +55,41 @@ def value_and_grad(
     *,
     allow_dense: bool | None = None,
 ) -> Callable[..., Any]:
-    """Return a function that gives the loss and its gradient.
+    """Return a function that computes the value and the gradient of a loss.
 
-    It is `jax.value_and_grad`, except that the gradient of a table that is pooled with
-    `sparse=True` is a `RowSparse`: its cost and its size don't depend on the table's.
-    Tables are found by themselves among the arrays of the arguments, be they those of a
-    dict, of Linen's variables, or of an NNX state. Given NNX modules, it is
-    `jbag.nnx.value_and_grad`: state that the loss changes is changed.
+    It is `jax.value_and_grad`, except that the gradient of a table pooled with
+    `sparse=True` is a `RowSparse`, whose cost and size don't depend on V. The tables
+    may be any leaves of the arguments: of dicts, Linen variables or NNX states. With
+    NNX modules it calls `jbag.nnx.value_and_grad`, which also updates their state.
 
-    Bags are found through `jax.jit`, `jax.checkpoint`, `jax.vmap` over bags, `scan`
-    and `cond`. The gradient of a table is an array of V * D numbers, and right, where
-    it can't be row-sparse: if the loss uses the table otherwise, too (tied weights),
-    pools what was computed of it (a cast, say), pools it in a function with derivatives
-    of its own or in `shard_map`, carries it through a loop, or writes to JAX's
-    references.
+    The loss may pool under `jax.jit`, `jax.checkpoint`, `jax.vmap` over bags, `scan`
+    and `cond`. The gradient is a dense array [V, D], and correct, if the loss
+
+    - also uses the table in another way (tied weights);
+    - pools a function of the table (a cast);
+    - pools in a function with custom derivatives, or in `shard_map`;
+    - carries the table through a loop; or
+    - uses references (`jax.new_ref`).
+
     Leaves that aren't floating get zeros of dtype float0.
 
     Args:
-      loss: returns a scalar, or (scalar, auxiliary data) with `has_aux`.
-      argnums: which positional arguments to differentiate with respect to: a position
-        or a sequence of such; with NNX modules, `nnx.DiffState`s, too.
+      loss: a function that returns a scalar, or (scalar, auxiliary data) with
+        `has_aux`.
+      argnums: the positional arguments to differentiate: a position, or a sequence of
+        positions; with NNX modules also `nnx.DiffState`s.
       has_aux: whether the loss returns auxiliary data.
-      allow_dense: what happens where a table that is pooled with `sparse=True` gets an
-        array: None warns with `DenseGradientWarning`, True allows it, False raises.
+      allow_dense: the response to a dense gradient of a table pooled with
+        `sparse=True`: None warns with `DenseGradientWarning`, True allows it, False
+        raises.
 
     Returns:
-      A function of the arguments of `loss`, that returns (value, gradient); value is
-      (scalar, auxiliary data) with `has_aux`. The gradient is like the argument, or a
-      tuple of such if `argnums` is a sequence.
+      A function of the arguments of `loss` that returns (value, gradient), where value
+      is (scalar, auxiliary data) with `has_aux`. The gradient has the structure of the
+      argument; it is a tuple if `argnums` is a sequence.
 
     Raises:
-      TypeError: an argument holds nothing to differentiate; the loss isn't a scalar.
+      TypeError: an argument has no floating leaf, or the loss isn't a scalar.
       ValueError: a gradient is dense and `allow_dense` is False.
 
     Example:
@@ -105,7 +110,7 @@ def value_and_grad(
 
     @functools.wraps(loss)
     def differentiated(*args: Any, **kwargs: Any) -> Any:
-        if _holds_nnx_objects((argnums, args, kwargs)):
+        if _has_nnx_objects((argnums, args, kwargs)):
             both = importlib.import_module("jbag.nnx").value_and_grad
             both = both(loss, argnums, has_aux, allow_dense=allow_dense)
             return both(*args, **kwargs)
@@ -118,7 +123,7 @@ def value_and_grad(
             f"argument {jax.tree_util.keystr(named[k][0])}" for k in differentiable
         ]
         _check_differentiable(positions, chosen)
-        aux: list[Any] = []  # the structure of what was traced, without its arrays
+        aux: list[Any] = []  # the static parts of the auxiliary data, set by tracing
 
         def traced(arrays: list[Array]) -> Any:
             merged = list(leaves)
@@ -174,9 +179,20 @@ def grad(
     *,
     allow_dense: bool | None = None,
 ) -> Callable[..., Any]:
-    """Return a function that gives the gradient of the loss; see `value_and_grad`.
+    """Return a function that computes the gradient of a loss.
 
-    With `has_aux` it gives (gradient, auxiliary data), as `jax.grad` does.
+    Args:
+      loss: as in `value_and_grad`.
+      argnums: as in `value_and_grad`.
+      has_aux: as in `value_and_grad`.
+      allow_dense: as in `value_and_grad`.
+
+    Returns:
+      A function of the arguments of `loss` that returns the gradient, or (gradient,
+      auxiliary data) with `has_aux`.
+
+    Raises:
+      TypeError, ValueError: as `value_and_grad`.
 
     Example:
       >>> table = jnp.ones((1000, 2))
@@ -195,8 +211,8 @@ def grad(
     return differentiated
 
 
-def _holds_nnx_objects(tree: Any) -> bool:
-    """Return whether Flax NNX must split the tree: an `nnx.State` is a plain one."""
+def _has_nnx_objects(tree: Any) -> bool:
+    """Return whether the tree has NNX objects; an `nnx.State` is a plain pytree."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return False
@@ -225,9 +241,9 @@ def _check_dense(allow_dense: bool | None, paths: list[str], dense: list[int]) -
         return
     message = (
         f"The gradient of {', '.join(paths[k] for k in dense)} is a dense array, "
-        "though the table is pooled with `sparse=True`: the loss uses it otherwise, "
-        "too, or where rows can't be followed (see `jbag.value_and_grad`). "
-        "`allow_dense=True` allows it."
+        "though the table is pooled with `sparse=True`: the loss also uses the table "
+        "in another way, or pools it where no row-sparse gradient is supported (see "
+        "`jbag.value_and_grad`). `allow_dense=True` allows it."
     )
     if allow_dense is False:
         raise ValueError(message)
@@ -267,17 +283,15 @@ def _differentiate(
     leaves: list[Array],
     check_dense: Callable[[list[int]], None],
 ) -> tuple[Array, list[Array], list[Any]]:
-    """Return the value of `function(leaves)`, what comes with it, and its gradient.
+    """Return the value of `function(leaves)`, its auxiliary data and its gradients.
 
-    `check_dense` is called with the numbers of the leaves that are pooled with
-    `sparse=True` and get a dense gradient all the same.
+    `check_dense` is called with the positions of the leaves that are pooled with
+    `sparse=True` and get a dense gradient.
     """
     closed = jax.make_jaxpr(function)(leaves)
     found = find_marked_bags(closed)
     pooled = {call.leaf for call in found.calls.values()} - found.dense
-    if (
-        found.has_refs or not closed.jaxpr.outvars
-    ):  # what flows through them is JAX's to follow
+    if found.has_refs or not closed.jaxpr.outvars:  # values may flow through references
         pooled = set()
     check_dense(sorted(found.requested - pooled))
     if not pooled:
@@ -315,27 +329,27 @@ def _pull_back(
     call: PooledCall,
     table: Float[Array, "V D"],
 ) -> RowSparse:
-    """Return the gradient of the table from the gradient of what was pooled."""
+    """Return the gradient of the table from the cotangent of the pooled rows."""
     winners, ids, offsets, coefficients = jax.tree.map(jnp.asarray, bags)
     if offsets is None:
-        ids = _after(value, ids)
+        ids = _depend_on(value, ids)
     else:
-        offsets = _after(value, offsets)
+        offsets = _depend_on(value, offsets)
     options = {k: x for k, x in call.equation.params.items() if k != "has_winners"}
-    one: Callable[..., Any] = functools.partial(
+    pullback: Callable[..., Any] = functools.partial(
         pull_back, shape=jnp.shape(table), dtype=jax.typeof(table).dtype, **options
     )
     for _ in call.loops:
-        one = jax.vmap(one)
-    return one(cotangent, ids, offsets, coefficients, winners).sum()
+        pullback = jax.vmap(pullback)
+    return pullback(cotangent, ids, offsets, coefficients, winners).sum()
 
 
-def _after(value: Float[Array, ""], x: Int[Array, "..."]) -> Int[Array, "..."]:
-    """Return x, when the value is known and so the tables have been read.
+def _depend_on(value: Float[Array, ""], x: Int[Array, "..."]) -> Int[Array, "..."]:
+    """Return x, with a data dependency on the value of the loss.
 
-    XLA copies a table that is to be updated in place if nothing makes the update wait
-    for what reads the table, as with a loss that is linear. It can't see that no number
-    has more than 64 bits.
+    XLA copies a table instead of updating it in place if the update doesn't depend on
+    the reads of the table, as with a linear loss. XLA does not simplify the condition,
+    which is always true: no number has more than 64 bits.
     """
     dtype = jnp.dtype(f"uint{8 * value.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(value, dtype)

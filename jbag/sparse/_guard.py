@@ -1,14 +1,14 @@
-"""Guards against functions that map over the leaves of a row-sparse array.
+"""Detection of functions that map over the leaves of a `RowSparse`.
 
-Any function may map over the leaves of a pytree. Multiplied or summed, the ids of a
-gradient would name other rows. Sealed, they are arrays of an extended dtype, as keys
-are: copying, stacking, selecting and `lax.scan` work, arithmetic is a TypeError that
-says what to use. Compiled, sealing is nothing: the bits stay as they are.
+Any function may map over the leaves of a pytree. If it multiplies or adds ids, they
+become the ids of other rows. So ids are sealed: they are arrays of an extended dtype,
+like keys of `jax.random`. Copies, stacks, selections and `lax.scan` work; arithmetic
+raises a TypeError. Sealing is a bitcast, which costs nothing when compiled.
 
-What such a function can do to the numbers beside them shows in a guard, three more
-leaves. Two hold numbers that follow from the sealed arrays. Linear functions of one
-gradient keep them in proportion. `clip`, `sign`, `flip` or `ones_like` don't, nor does
-the sum of two gradients. The third is of `float0`, which even `isnan` refuses.
+A guard of three more leaves detects functions that change the cotangent. Two hold
+numbers computed from the sealed arrays. Linear functions of one gradient preserve their
+proportions; `clip`, `sign`, `flip`, `ones_like` and sums of two gradients don't. The
+third has dtype float0, on which functions such as `isnan` raise.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jbag.ops._factored_gradient import FactoredGradient
 from jbag.ragged._csr import filled
 
-# Powers of two, and so exact under any scale. They aren't sorted, nor of one sign, nor
-# whole; the two leaves differ in norm. The first goes on with a fingerprint.
-_KNOWN = np.array([0.5, -0.25], np.float32), np.array([2**14, -(2**-8)], np.float32)
+# Powers of two, whose proportions are exact under any scale; unsorted, of both signs
+# and not all integers, and of different norms per leaf, so that clips, sorts, roundings
+# and normalizations change them. A fingerprint is appended to the first.
+_GUARD_NUMBERS = (
+    np.array([0.5, -0.25], np.float32),
+    np.array([2**14, -(2**-8)], np.float32),
+)
 _FINGERPRINT_SIZE = 8
 
 _TAG = "indices of a jbag.RowSparse; for gradients with rows, see jbag.optim"
@@ -40,10 +44,10 @@ _TAG = "indices of a jbag.RowSparse; for gradients with rows, see jbag.optim"
 
 @functools.cache
 def _seal_dtype(num_words: int) -> Any:
-    """Return the key implementation that holds elements of so many 32-bit words."""
+    """Return the PRNG implementation whose keys have this number of 32-bit words."""
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise TypeError(f"Not a key of random numbers: {_TAG}.")
+        raise TypeError(f"This is not a key of random numbers: {_TAG}.")
 
     return random.define_prng_impl(
         key_shape=(num_words,),
@@ -65,8 +69,8 @@ def _words(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
 def _words_jvp(primals: tuple[Array], tangents: tuple[Any]) -> tuple[Array, Any]:
     if not isinstance(tangents[0], SymbolicZero):
         raise TypeError(
-            "The weights of a RowSparse have no derivative where it leaves a "
-            "transformed function: differentiate what is computed of it there."
+            "The weights of a RowSparse have no derivative outside the transformed "
+            "function that returns it: differentiate inside that function."
         )
     words = _words(*primals)
     return words, np.zeros(words.shape, jax.dtypes.float0)
@@ -74,7 +78,7 @@ def _words_jvp(primals: tuple[Array], tangents: tuple[Any]) -> tuple[Array, Any]
 
 @functools.partial(jax.jit, inline=True)
 def seal(x: Shaped[Array, "..."]) -> Array:
-    """Return an array of 32-bit or 64-bit elements, sealed, of the same shape."""
+    """Seal an array of 32-bit or 64-bit elements; keep its shape."""
     is_floating = jnp.issubdtype(x.dtype, jnp.floating)
     words = _words(x) if is_floating else jax.lax.bitcast_convert_type(x, jnp.uint32)
     num_words = x.dtype.itemsize // 4
@@ -85,11 +89,11 @@ def seal(x: Shaped[Array, "..."]) -> Array:
 
 @functools.partial(jax.jit, inline=True, static_argnums=1)
 def unseal(x: Array, dtype: Any) -> Shaped[Array, "..."]:
-    """Return the array of the dtype that was sealed."""
+    """Return the array, of the given dtype, that was sealed."""
     if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         raise TypeError(
-            f"A function changed the {_TAG}: these were an array of a dtype of their "
-            f"own, and are now of {x.dtype}."
+            f"A function changed the {_TAG}: they must have their extended dtype; "
+            f"got {x.dtype}."
         )
     words = jax.random.key_data(x)
     if words.shape[-1] == 1:
@@ -97,11 +101,11 @@ def unseal(x: Array, dtype: Any) -> Shaped[Array, "..."]:
     return jax.lax.bitcast_convert_type(words, dtype)
 
 
-def _numbers(
+def _guard_numbers(
     leaves: Sequence[tuple[Any, ...]], batch_ndim: int
 ) -> tuple[Float[Array, "... 10"], Float[Any, "2"]]:
-    """Return the numbers that a guard of these leaves holds."""
-    head, tail = _KNOWN
+    """Return the numbers of the guard of these leaves."""
+    head, tail = _GUARD_NUMBERS
     sealed = [x for own in leaves for x in own[1:] if x is not None]
     fingerprint = _fingerprint(sealed, batch_ndim)
     start = jnp.broadcast_to(head, (*fingerprint.shape[:-1], *head.shape))
@@ -110,16 +114,16 @@ def _numbers(
 
 @functools.partial(jax.jit, inline=True, static_argnums=1)
 def _fingerprint(sealed: Sequence[Array], batch_ndim: int) -> Float[Array, "... 8"]:
-    """Return powers of two by the bits of a hash of sealed arrays.
+    """Return powers of two whose exponents are bits of a hash of sealed arrays.
 
-    A sum of scaled fingerprints is in proportion to the first where they are the same.
+    A sum of scaled fingerprints is proportional to the first if all are equal.
     """
     total = jnp.uint32(0)
     for k, x in enumerate(sealed):
         words = jax.random.key_data(x)
         shape = words.shape[batch_ndim:]
         position = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-        # MurmurHash3's finalizer (A. Appleby, 2011).
+        # The finalizer of MurmurHash3 (Appleby, 2011).
         h = words ^ (position * np.uint32(0x9E3779B9) + np.uint32(k))
         h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
         h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
@@ -132,12 +136,13 @@ def _fingerprint(sealed: Sequence[Array], batch_ndim: int) -> Float[Array, "... 
 
 
 class SealedGradients(NamedTuple):
-    """Factored gradients as the leaves of a pytree: cotangents, and sealed arrays.
+    """The leaves of factored gradients: cotangents and sealed arrays.
 
     Attributes:
-      leaves: of each term the cotangent, ids, offsets, coefficients and winners.
-      structure: of each term the dtypes and shapes of these, and the options.
-      guard: arrays that show through which functions the leaves have passed.
+      leaves: per term, the cotangent and the sealed ids, offsets, coefficients and
+        winners.
+      structure: per term, their dtypes and shapes, and the options.
+      guard: arrays that detect functions of the leaves that are not linear.
     """
 
     leaves: tuple[tuple[Any, ...], ...]
@@ -148,7 +153,7 @@ class SealedGradients(NamedTuple):
     def from_terms(cls, terms: Sequence[FactoredGradient]) -> SealedGradients:
         leaves, structure = [], []
         for term in terms:
-            # Inverted, ids that a function fills with zeros or ones name no row.
+            # Inverted, so that a leaf filled with zeros or ones is out of range.
             arrays = (~term.ids, term.offsets, term.coefficients, term.winners)
             types = tuple(
                 None if x is None else (jnp.dtype(x.dtype), x.shape)
@@ -158,24 +163,25 @@ class SealedGradients(NamedTuple):
             leaves.append((term.cotangent, *sealed))
             options = (term.pad_id, term.implementation, term.average, term.placement)
             structure.append((types, *options))
-        guard = (*_numbers(leaves, batch_ndim=0), np.zeros((), jax.dtypes.float0))
-        closed = cls(tuple(leaves), tuple(structure), guard)
-        _remember(closed)
-        return closed
+        guard = (*_guard_numbers(leaves, batch_ndim=0), np.zeros((), jax.dtypes.float0))
+        gradients = cls(tuple(leaves), tuple(structure), guard)
+        _record_leaves(gradients)
+        return gradients
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """The axes that the cotangents have in front, () of one gradient."""
+        """The leading axes of the cotangents; () for one gradient."""
         return self.leaves[0][0].shape[:-2] if self.leaves else ()
 
     def to_terms(self, num_embeddings: int) -> tuple[FactoredGradient, ...]:
-        """Return the terms; of a batch, every array has its axes in front.
+        """Return the terms; every array of a batch has leading axes.
 
-        Where the guard is traced and changed, every slot names a row, and that is NaN.
+        If a traced guard turns out to be changed, every slot holds a valid id and a row
+        of NaN.
 
         Raises:
-          TypeError, ValueError: a function changed the dtype, the shape or the numbers
-            of a leaf.
+          TypeError: a function changed the dtype of a leaf.
+          ValueError: a function changed the shape or the numbers of a leaf.
         """
         terms = []
         for own, (types, *options) in zip(self.leaves, self.structure, strict=True):
@@ -216,47 +222,47 @@ class SealedGradients(NamedTuple):
         return tuple(terms)
 
     def _is_intact(self) -> Bool[Any, "..."]:
-        """Return whether only linear functions were applied, to one or to a batch."""
-        if _is_as_made(self):
+        """Return whether only linear functions were applied, per gradient."""
+        if _is_unchanged(self):
             return np.bool_(True)
         found = jnp.concatenate([x.astype(jnp.float32) for x in self.guard[:2]], -1)
-        start, tail = _numbers(self.leaves, len(self.batch_shape))
+        start, tail = _guard_numbers(self.leaves, len(self.batch_shape))
         tail = jnp.broadcast_to(tail, (*start.shape[:-1], *tail.shape))
         expected = jnp.concatenate([start, tail], axis=-1)
-        proportions = expected / _KNOWN[0][0]
+        proportions = expected / _GUARD_NUMBERS[0][0]
         return jnp.all(found == found[..., :1] * proportions, axis=-1)
 
-    def _bound(self) -> list[Any]:
-        """Return the leaves that belong together: the guard's and the sealed ones."""
+    def _recorded_leaves(self) -> list[Any]:
+        """Return the guard's numbers and the sealed leaves."""
         sealed = [x for own in self.leaves for x in own[1:] if x is not None]
         return [self.guard[0], self.guard[1], *sealed]
 
 
-# By the identity of a guard's first leaf the leaves that it was made with, while it
-# lives. Within the program that made them nothing is computed to compare them.
-_made_with: dict[int, list[Any]] = {}
+# The leaves that `from_terms` made, by the id() of the guard's first leaf while that is
+# alive. Leaves that are still the same objects need no comparison in the program.
+_leaves_by_guard: dict[int, list[Any]] = {}
 
 
-def _remember(closed: SealedGradients) -> None:
-    first, tail, *sealed = closed._bound()
+def _record_leaves(gradients: SealedGradients) -> None:
+    first, tail, *sealed = gradients._recorded_leaves()
     key = id(first)
-    alive = weakref.ref(first, lambda _: _made_with.pop(key, None))
-    _made_with[key] = [alive, lambda: tail, *map(weakref.ref, sealed)]
+    first_ref = weakref.ref(first, lambda _: _leaves_by_guard.pop(key, None))
+    _leaves_by_guard[key] = [first_ref, lambda: tail, *map(weakref.ref, sealed)]
 
 
-def _is_as_made(opened: SealedGradients) -> bool:
-    """Return whether these are the very leaves that `from_terms` made."""
-    bound = opened._bound()
-    made = _made_with.get(id(bound[0]))
-    return made is not None and all(
-        reference() is x for reference, x in zip(made, bound, strict=True)
+def _is_unchanged(gradients: SealedGradients) -> bool:
+    """Return whether the leaves are the objects that `from_terms` made."""
+    leaves = gradients._recorded_leaves()
+    recorded = _leaves_by_guard.get(id(leaves[0]))
+    return recorded is not None and all(
+        reference() is x for reference, x in zip(recorded, leaves, strict=True)
     )
 
 
 def _nan_unless(
     intact: Bool[Array, "..."], term: FactoredGradient, num_embeddings: int
 ) -> FactoredGradient:
-    """Return the term, or one of the same shapes in which each slot's row is NaN."""
+    """Return the term if intact, else one of the same shapes with rows of NaN."""
 
     def select(x: Any, otherwise: Any) -> Any:
         if x is None:
@@ -276,7 +282,7 @@ def _nan_unless(
 
 
 def _offsets_of_first_bag(term: FactoredGradient) -> Int[Array, " ends"] | None:
-    """Return offsets by which the first bag of each device's block has every slot."""
+    """Return offsets that put every slot of a block in the block's first bag."""
     if term.offsets is None:
         return None
     num_blocks = term.placement.num_blocks

@@ -1,7 +1,7 @@
-"""The analysis of a jaxpr: its marked bags, and the tables that they pool from.
+"""Analysis of a jaxpr: finds the marked bags and their tables.
 
-Calls, checkpoints, `scan` and `cond` that hold marks are walked through; anything else
-is one operation. `_jaxpr_interpreter` runs the program so.
+It enters calls, checkpoints, `scan` and `cond` that contain marks; any other equation
+is opaque. `_jaxpr_interpreter` enters the same equations.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from jaxtyping import Array
 
 from jbag.ops._sparse_marks import pooled_mark, table_mark
 
-# JAX's primitives that are walked through, by name, and the parameter that holds their
-# program. (`closed_call` is what `jax.jit` leaves in a program that was exported.)
+# The primitives that the analysis enters, by name, and the parameter with their jaxpr.
+# An exported program has `closed_call` in place of `jit`.
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
 CHECKPOINTS = {"checkpoint": "jaxpr", "remat2": "jaxpr"}
 SCAN, COND, STOP_GRADIENT = "scan", "cond", "stop_gradient"
 
-# Where an equation stands: its number, after those of the equations around it.
+# The position of an equation in its jaxpr, after the positions of enclosing equations.
 Path = tuple[int, ...]
 
 
 class PooledCall(NamedTuple):
-    """A marked bag that pools from an operand of the program.
+    """A marked bag whose table is an operand of the program.
 
     Attributes:
-      leaf: the number of the operand.
-      equation: the mark of what is pooled.
-      loops: the lengths of the scans around it, the outermost first.
+      leaf: the position of the operand.
+      equation: the mark of the pooled rows.
+      loops: the lengths of the enclosing scans, outermost first.
     """
 
     leaf: int
@@ -41,7 +41,7 @@ class PooledCall(NamedTuple):
     loops: tuple[int, ...]
 
     def zeros(self) -> Array:
-        """Return zeros like what is pooled, in all turns of the loops."""
+        """Return zeros of the shape of the pooled rows in all iterations."""
         pooled: Any = self.equation.outvars[0].aval
         placement = self.equation.params["placement"]
         zeros = placement.zeros((*self.loops, *pooled.shape), pooled.dtype)
@@ -52,14 +52,14 @@ class PooledCall(NamedTuple):
 
 
 class MarkedBags(NamedTuple):
-    """What is to be differentiated, and how.
+    """The result of the analysis.
 
     Attributes:
-      calls: the marked bags whose gradient can be row-sparse, by path.
-      tables: the marks before pooling, by path, and the number of the operand.
-      dense: the operands on which the first result depends in any other way.
-      requested: the operands of which some marked bag pools, be it in vain.
-      has_refs: whether JAX's references carry values: then the others mean nothing.
+      calls: by path, the marked bags whose gradient can be row-sparse.
+      tables: by path, the marks of tables, and the position of the operand.
+      dense: the operands on which the first output depends in any other way.
+      requested: the operands that marked bags pool, also those in `dense`.
+      has_refs: whether the program has references; then the analysis is not valid.
     """
 
     calls: dict[Path, PooledCall]
@@ -70,13 +70,13 @@ class MarkedBags(NamedTuple):
 
 
 class _Value(NamedTuple):
-    """What is known of a variable.
+    """The dependencies of a variable.
 
     Attributes:
-      sources: what it depends on, as far as derivatives go: numbers of operands, and
-        paths of marks of tables.
-      leaf: the operand that it is, unchanged.
-      table: the path of the mark of a table that it comes out of.
+      sources: the positions of operands, and the paths of marks of tables, that its
+        derivative depends on.
+      leaf: the operand that it is equal to, or None.
+      table: the path of the table's mark whose output it is, or None.
     """
 
     sources: frozenset[Any] = frozenset()
@@ -85,13 +85,13 @@ class _Value(NamedTuple):
 
 
 def find_marked_bags(closed: core.ClosedJaxpr) -> MarkedBags:
-    """Find the marked bags of a program, and which operands are used otherwise."""
+    """Find the marked bags of a program, and the operands with other uses."""
     search = _Search()
     operands = [_Value(frozenset([k]), k) for k in range(len(closed.jaxpr.invars))]
     results = search.visit(closed.jaxpr, operands, (), ())
     first = results[0] if results else _Value()
-    # A table that goes round its mark, as in a derivative that the loss itself takes,
-    # is an ordinary array: cut off, it would lose a part of its gradient.
+    # If the output depends on a table's mark other than through pooled rows, as with a
+    # derivative inside the loss, the table needs its full dense gradient.
     bypassed = {search.tables[x] for x in first.sources if isinstance(x, tuple)}
     dense = bypassed | {x for x in first.sources if isinstance(x, int)}
     return MarkedBags(
@@ -117,7 +117,7 @@ class _Search:
         path: Path,
         loops: tuple[int, ...],
     ) -> list[_Value]:
-        """Return what is known of the results."""
+        """Return the dependencies of the outputs."""
         known = dict(zip(jaxpr.invars, operands, strict=True))
 
         def of(variable: Any) -> _Value:
@@ -151,7 +151,7 @@ class _Search:
                 reached = frozenset([path])
             return [_Value(reached, table=path if path in self.tables else None)]
         if equation.primitive is pooled_mark:
-            # Its other operands are there to be read, not to be differentiated.
+            # The output depends only on the first operand, the pooled rows.
             table = ins[1].table
             over_mesh = params["placement"].over_mesh
             if table is None or (over_mesh and loops):
@@ -216,7 +216,7 @@ class _Search:
 
 
 def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
-    """Return how many constants and carried values a scan has."""
+    """Return the numbers of constants and carried values of a scan."""
     if "num_consts" in params:  # before JAX 0.12
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
@@ -224,23 +224,21 @@ def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def body(equation: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
-    """Return the program that a call calls, and its constants."""
+    """Return the jaxpr of a call, and its constants."""
     called = equation.params[(CALLS | CHECKPOINTS)[equation.primitive.name]]
     closed = isinstance(called, core.ClosedJaxpr)
     return (called.jaxpr, called.consts) if closed else (called, ())
 
 
 def _marked_operands(equation: core.JaxprEqn, ins: list[_Value]) -> Iterator[int]:
-    """Yield the operands that marked bags within an operation may pool."""
+    """Yield the operands that marked bags in an opaque equation may pool."""
     for jaxpr in core.jaxprs_in_params(equation.params):
-        whole = len(jaxpr.invars) == len(ins)
+        corresponds = len(jaxpr.invars) == len(ins)
         inner = _Search()
-        numbers = [
-            _Value(frozenset([k]), k) for k in range(len(jaxpr.invars))
-        ]  # its own operands
-        inner.visit(jaxpr, numbers, (), ())
+        operands = [_Value(frozenset([k]), k) for k in range(len(jaxpr.invars))]
+        inner.visit(jaxpr, operands, (), ())
         for k, value in enumerate(ins):
-            if not whole or k in inner.requested:
+            if not corresponds or k in inner.requested:
                 yield from (x for x in value.sources if isinstance(x, int))
 
 

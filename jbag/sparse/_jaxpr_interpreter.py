@@ -1,4 +1,4 @@
-"""The interpreter of a jaxpr that adds zeros to what its marked bags pool."""
+"""Interpreter of a jaxpr that adds zeros to the pooled rows of its marked bags."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def run(
     zeros: dict[Path, Array],
     tables: Sequence[Array],
 ) -> tuple[list[Any], dict[Path, Any]]:
-    """Run the program with zeros added at the marked bags.
+    """Evaluate a program with zeros added to the pooled rows of its marked bags.
 
     Args:
       closed: the program.
-      operands: of the program.
-      found: in the program.
-      zeros: by path, what is added to what is pooled.
-      tables: by number, the operands as marked bags pool them.
+      operands: the operands of the program.
+      found: the marked bags.
+      zeros: by path, the array to add to the pooled rows.
+      tables: the operands with which the marks of tables are replaced, by position.
 
     Returns:
-      The results, and by path the winners and bags of what is pooled.
+      The outputs, and by path the winners, ids, offsets and coefficients of each bag.
     """
     runner = _Runner(found, tables)
     return runner.run(closed.jaxpr, closed.consts, operands, (), zeros)
@@ -160,12 +160,12 @@ class _Runner(NamedTuple):
             functools.partial(branch, k) for k in range(len(params["branches"]))
         ]
         bags: dict[Path, Any] = {}
-        for one in branches:
-            bags |= jax.eval_shape(one, operands, zeros)[1]
+        for function in branches:
+            bags |= jax.eval_shape(function, operands, zeros)[1]
 
-        def with_all_bags(one: Callable[..., Any]) -> Callable[..., Any]:
+        def with_all_bags(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(operands: list[Any], zeros: dict[Path, Array]) -> Any:
-                outs, own = one(operands, zeros)
+                outs, own = function(operands, zeros)
                 others = {p: x for p, x in bags.items() if p not in own}
                 return outs, own | jax.tree.map(_no_bags, others)
 
@@ -173,12 +173,12 @@ class _Runner(NamedTuple):
 
         index = jnp.asarray(index, jnp.int32)
         return jax.lax.switch(
-            index, [with_all_bags(one) for one in branches], operands, zeros
+            index, [with_all_bags(x) for x in branches], operands, zeros
         )
 
 
 def _no_bags(x: Any) -> Array:
-    """Return an array of bags without a slot: as ids they name no row."""
+    """Return a placeholder for the bags of a branch not taken: ids out of range."""
     return jnp.full(x.shape, -2 if jnp.issubdtype(x.dtype, jnp.integer) else 0, x.dtype)
 
 
@@ -187,7 +187,7 @@ def _within(path: Path, places: dict[Path, Any]) -> dict[Path, Any]:
 
 
 def _as_array(x: Any) -> Any:
-    """Return an array that a program holds as one of JAX's."""
+    """Return a constant as a JAX array; leave numbers."""
     return x if isinstance(x, numbers.Number | np.generic) else jnp.asarray(x)
 
 

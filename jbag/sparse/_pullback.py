@@ -1,4 +1,4 @@
-"""Pooling together with its pullback: where a bag becomes a `RowSparse`."""
+"""The pullback of pooling: from a cotangent to a `RowSparse`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def pull_back(
     dtype: Any,
     **options: Any,
 ) -> RowSparse:
-    """Return the gradient of a table, A.T @ cotangent, not multiplied out.
+    """Return the gradient of a table, A.T @ cotangent, as unmultiplied factors.
 
-    A holds the coefficients of the bags; see `FactoredGradient` for the options.
+    The arguments and options are the fields of `FactoredGradient`.
     """
     cotangent = cotangent.astype(accumulation_dtype(cotangent.dtype))
     term = FactoredGradient(

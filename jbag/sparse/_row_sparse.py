@@ -1,4 +1,4 @@
-"""`RowSparse`: a [V, D] array of which few rows aren't zero."""
+"""`RowSparse`: a [V, D] array with few non-zero rows."""
 
 from __future__ import annotations
 
@@ -28,62 +28,57 @@ from jbag.sparse._guard import SealedGradients
 
 
 class _RowSparseType(type):
-    # JAX names the class where it finds a RowSparse in the place of an array, as in the
-    # state of `optax.adam`: the one place to say what takes rows.
+    # JAX puts the name of the class in its error if a RowSparse is used as an array, as
+    # by `optax.adam`.
     def __repr__(cls) -> str:
         return f"<class 'jbag.{cls.__name__}'; for gradients with rows, see jbag.optim>"
 
 
 @jax.tree_util.register_pytree_node_class
 class RowSparse(metaclass=_RowSparseType):
-    """A [V, D] array of which few rows aren't zero: a table's gradient, or its update.
+    """A [V, D] array with few non-zero rows: the gradient or the update of a table.
 
-    `jbag.value_and_grad` makes them. They are held as products that aren't multiplied
-    out: a bag's row of the cotangent stands once, however many ids the bag has, and the
-    sums of rows are only made by `coalesce`, or as they are added to a table. All
-    shapes are static, and it is a pytree, which passes through `jit`, `scan` and the
-    like.
+    It is the `IndexedSlices` of TensorFlow. `jbag.value_and_grad` returns it. It holds
+    factors, A.T @ cotangent, with one row per bag; `coalesce` and additions to a table
+    multiply them. It is a pytree of static shapes, which works under `jit`, `scan` and
+    other transformations.
 
-    `array + rows` adds them to an array of the same shape, in place where that is
-    donated; so `optax.apply_updates` works as it is. Further `rows + rows`, `-rows` and
-    `rows * number`.
+    `array + rows` adds the rows to an array [V, D], in place if the array is donated,
+    so `optax.apply_updates` works. `rows + rows`, `-rows` and `rows * number` work too.
 
-    A function that maps over the leaves of a gradient, such as `optax.scale` or
-    `jax.lax.psum`, raises a TypeError: all leaves but the cotangent are sealed, of a
-    dtype without arithmetic. What changes the cotangent alone, and isn't linear, is a
-    ValueError where the rows are read next, and NaN where that is traced. `jbag.optim`
-    has `scale`, `scale_by_schedule`, `clip_by_global_norm` and the like, `jbag.sparse`
-    has `psum` and `pmean`, and
-    `jax.tree.map(..., is_leaf=lambda x: isinstance(x, jbag.RowSparse))` maps over whole
-    gradients.
+    A function that maps over the leaves, such as `optax.scale` or `jax.lax.psum`,
+    raises a TypeError: all leaves but the cotangent have a dtype without arithmetic.
+    If a function that is not linear changes the cotangent, the next use of the rows
+    raises a ValueError, or gives NaN under `jit`. Use the transformations of
+    `jbag.optim`, `jbag.sparse.psum` and `pmean`, or map over whole gradients with
+    `jax.tree.map(..., is_leaf=lambda x: isinstance(x, jbag.RowSparse))`.
 
-    What `jax.vmap` or `jax.lax.scan` returns is a batch of them, with leading axes
-    `batch_shape`: `rows.sum()` adds it up, `todense` and `coalesce` take it as it is.
+    `jax.vmap` and `jax.lax.scan` return a batch of them, with leading axes
+    `batch_shape`. `sum` adds the batch up; `todense` and `coalesce` are applied to each
+    element.
 
-    To `jax.experimental.sparse.BCOO`, of which a padded index is out of bounds, too::
+    Conversions of coalesced rows to `jax.experimental.sparse.BCOO` and PyTorch, the
+    latter without padding, and back::
 
-        rows = rows.coalesce()
-        BCOO((rows.values, rows.indices[:, None]), shape=rows.shape,
-             indices_sorted=True, unique_indices=True)
+        x = BCOO((rows.values, rows.indices[:, None]), shape=rows.shape,
+                 indices_sorted=True, unique_indices=True)
+        RowSparse.from_rows(x.indices[:, 0], x.data, x.shape[0])
 
-    and from it, `RowSparse.from_rows(x.indices[:, 0], x.data, x.shape[0])`. To PyTorch,
-    which takes no padding::
-
-        rows, n = rows.coalesce(), int(rows.num_rows)
-        torch.sparse_coo_tensor(np.array(rows.indices[:n])[None],
-                                np.array(rows.values[:n]), rows.shape)
-
-    and from a coalesced tensor, `RowSparse.from_rows(x.indices()[0].numpy(),
-    x.values().numpy(), x.shape[0])`.
+        n = int(rows.num_rows)
+        indices, values = np.array(rows.indices[:n]), np.array(rows.values[:n])
+        x = torch.sparse_coo_tensor(indices[None], values, rows.shape).coalesce()
+        RowSparse.from_rows(*map(np.asarray, (x.indices()[0], x.values())), x.shape[0])
 
     Attributes:
       shape: (V, D).
-      dtype: of the array that it stands for. The sums run in float32 at least.
+      dtype: the dtype of the array. Sums accumulate in float32 or float64.
 
     Example:
       >>> rows = jbag.RowSparse.from_rows([3, 1, 3], jnp.ones((3, 2)), num_embeddings=5)
       >>> rows.coalesce().indices
       Array([1, 3, 5], dtype=int32)
+      >>> rows.num_rows
+      Array(2, dtype=int32)
       >>> (jnp.zeros((5, 2)) + rows)[:, 0]
       Array([0., 1., 0., 2., 0.], dtype=float32)
     """
@@ -101,25 +96,24 @@ class RowSparse(metaclass=_RowSparseType):
 
     @property
     def terms(self) -> tuple[FactoredGradient, ...]:
-        """The products that it is the sum of."""
+        """The terms whose sum it is."""
         if self._terms is not None:
             return self._terms
         assert self._sealed is not None
         if self.batch_shape:
             raise ValueError(
                 f"This is a batch of RowSparse, of shape {self.batch_shape}, as `vmap` "
-                "and `scan` return it: add it up with `rows.sum()`, or call this under "
-                "`jax.vmap`."
+                "and `scan` return it: sum it with `rows.sum()`, or use `jax.vmap`."
             )
         return self._sealed.to_terms(self.shape[0])
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """The leading axes of a batch, as `vmap` and `scan` return it; () of one."""
+        """The leading axes of a batch, as `vmap` and `scan` return it; else ()."""
         return () if self._sealed is None else self._sealed.batch_shape
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        """Return the leaves, of which all but the cotangents are sealed."""
+        """Return the leaves; all but the cotangents are sealed."""
         sealed = (
             SealedGradients.from_terms(self.terms)
             if self._sealed is None
@@ -130,7 +124,7 @@ class RowSparse(metaclass=_RowSparseType):
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> RowSparse:
-        """Return the array of these leaves, whatever they are."""
+        """Rebuild from leaves, without checks."""
         structure, shape, dtype, is_coalesced = aux
         rows = cls.__new__(cls)
         RowSparse.__init__(rows, (), shape, dtype, is_coalesced)
@@ -142,16 +136,16 @@ class RowSparse(metaclass=_RowSparseType):
     def from_rows(
         cls, indices: ArrayLike, values: ArrayLike, num_embeddings: int
     ) -> RowSparse:
-        """Return the array that holds, at each index, the sum of its rows.
+        """Return the array whose row v is the sum of `values` at the indices v.
 
         Args:
-          indices: [N], integers; those outside [0, V) count for nothing.
-          values: [N, D], floating: the rows.
+          indices: [N], integers; indices outside [0, V) are ignored.
+          values: [N, D], floating.
           num_embeddings: V.
 
         Raises:
           TypeError: `indices` aren't integers, or `values` aren't floating.
-          ValueError: the shapes don't fit.
+          ValueError: the shapes don't match.
         """
         num_embeddings = check_integer("num_embeddings", num_embeddings, low=0)
         ids = jnp.asarray(to_index_dtype(check_integers("indices", indices)))
@@ -170,18 +164,18 @@ class RowSparse(metaclass=_RowSparseType):
 
     @property
     def ndim(self) -> int:
-        """Two."""
+        """The number of axes, 2."""
         return 2
 
     def __getitem__(self, key: Any) -> RowSparse:
-        """Return itself at `...`, as a variable of NNX reads its value."""
+        """Return itself for `...`, with which a variable of NNX reads its value."""
         if key is not Ellipsis:
-            raise TypeError(f"A RowSparse is read whole, at `...`; got {key!r}.")
+            raise TypeError(f"The index of a RowSparse must be `...`; got {key!r}.")
         return self
 
     @property
     def indices(self) -> Int[Array, " N"]:
-        """The rows that aren't zero, V where a slot names none; unique if coalesced."""
+        """The ids of the rows, V in empty slots; sorted and unique if coalesced."""
         return self._flat().ids[:, 0]
 
     @property
@@ -191,15 +185,14 @@ class RowSparse(metaclass=_RowSparseType):
 
     @property
     def num_rows(self) -> Int[Array, ""]:
-        """How many rows are named."""
+        """The number of distinct ids."""
         return (self.coalesce().indices < self.shape[0]).sum()
 
     def coalesce(self) -> RowSparse:
-        """Return the same array with each row once, in order.
+        """Return an equal array with sorted, unique ids and the sum of each one's rows.
 
-        The result has as many rows as there are ids, or V; past the last one the
-        index is V, and the row zero. Of a table over a mesh, each device has the rows
-        that it owns.
+        It has min(N, V) entries. Entries past the last distinct id have the index V and
+        a zero row. For a table sharded over a mesh, each device has the rows it owns.
 
         Example:
           >>> rows = jbag.RowSparse.from_rows([3, 1, 3], jnp.ones((3, 2)), 5)
@@ -214,9 +207,13 @@ class RowSparse(metaclass=_RowSparseType):
         return RowSparse((unique,), self.shape, self.dtype, is_coalesced=True)
 
     def sum(self, axis: int | None = None) -> RowSparse:
-        """Return the sum of a batch, over one of its axes or over all.
+        """Sum a batch by concatenating its bags.
 
-        Nothing is multiplied out: the bags are laid end to end.
+        Args:
+          axis: an axis of the batch; None sums over all.
+
+        Raises:
+          ValueError: `axis` is out of range.
 
         Example:
           >>> loss = lambda t, ids: jbag.embedding_bag(t, ids, sparse=True).sum()
@@ -250,13 +247,18 @@ class RowSparse(metaclass=_RowSparseType):
         return RowSparse(terms, self.shape, self.dtype)
 
     def todense(self) -> Float[Array, "V D"]:
-        """Return the array, rounded once to `dtype`."""
+        """Return the dense array [V, D], rounded once to `dtype`.
+
+        Example:
+          >>> jbag.RowSparse.from_rows([1, 1], jnp.ones((2, 1)), 3).todense()[:, 0]
+          Array([0., 2., 0.], dtype=float32)
+        """
         if self.batch_shape:
             return jax.vmap(RowSparse.todense)(self)
         dense = self._placement.todense(self.terms, self.shape, self.dtype)
         return dense.astype(self.dtype)
 
-    def move(
+    def update_table(
         self,
         table: Float[Array, "V D"],
         states: Sequence[Array],
@@ -265,45 +267,44 @@ class RowSparse(metaclass=_RowSparseType):
         *,
         rule: str,
     ) -> tuple[Array, ...]:
-        """Return the table and its states, the rows that are named moved by a rule.
+        """Update the rows of a table by a rule of `ops.kernels.update_rules`.
 
-        In place, where they aren't needed any more. The rules are those of
-        `ops.kernels.update_rules`.
+        It returns the table and its states, updated in place if they are donated.
         """
         operands = (table, tuple(states), scalars, seed)
         return self._placement.update_rows(self.terms, *operands, rule=rule)
 
     def rows_of(self, array: Shaped[Array, "V ..."]) -> Shaped[Array, "N ..."]:
-        """Return an array's rows at `indices`, zeros where a slot names none."""
+        """Gather the rows of an array at `indices`, zeros in empty slots."""
         return self._placement.take(array, self.indices)
 
     def put(
         self, array: Shaped[Array, "V ..."], rows: Shaped[Array, "N ..."]
     ) -> Shaped[Array, "V ..."]:
-        """Return an array with its rows at `indices` replaced; they must be unique."""
+        """Scatter rows to an array at `indices`, which must be unique."""
         return self._placement.put(array, self.indices, rows)
 
     def with_values(self, values: Float[Array, "N D"]) -> RowSparse:
-        """Return it with other rows at the same indices."""
+        """Return a `RowSparse` with the same indices and other values."""
         term = self._flat()
         term = dataclasses.replace(term, cotangent=values)
         return RowSparse((term,), self.shape, self.dtype, self.is_coalesced)
 
     def scale_rows(self, scale: Float[Array, " N"]) -> RowSparse:
-        """Return it with each of the `values` times its number."""
+        """Multiply each row of `values` by its scale."""
         values = self.values
         return self.with_values(values * scale.astype(values.dtype)[:, None])
 
     @property
     def _placement(self) -> Placement:
-        """How the terms lie on devices."""
-        found = {term.placement for term in self.terms}
-        if len(found) > 1:
+        """The placement of the terms."""
+        placements = {term.placement for term in self.terms}
+        if len(placements) > 1:
             raise ValueError(
-                "Gradients of a table over a mesh add up where all of them are of one "
-                "strategy, and coalesced or not; got several."
+                "Gradients of a sharded table can be added if all have the same "
+                "strategy, and all are coalesced or not; got several."
             )
-        return next(iter(found), ONE_DEVICE)
+        return next(iter(placements), ONE_DEVICE)
 
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, RowSparse):
@@ -327,10 +328,10 @@ class RowSparse(metaclass=_RowSparseType):
             )
         if not jnp.issubdtype(other.dtype, jnp.floating):
             raise TypeError(
-                f"Rows are added to a floating array; got one of {other.dtype}."
+                f"A RowSparse must be added to a floating array; got {other.dtype}."
             )
-        numbers = (-1.0, 0.0)  # a step of size one upwards, without decay
-        return self.move(jnp.asarray(other), (), numbers, rule="sgd")[0]
+        scalars = (-1.0, 0.0)  # learning rate and weight decay
+        return self.update_table(jnp.asarray(other), (), scalars, rule="sgd")[0]
 
     def __sub__(self, other: Any) -> Any:
         return self + -other
@@ -366,29 +367,29 @@ class RowSparse(metaclass=_RowSparseType):
         batch = f", batch_shape={self.batch_shape}" if self.batch_shape else ""
         return f"RowSparse(shape={self.shape}, dtype={jnp.dtype(self.dtype)}{batch})"
 
-    # NumPy's arrays and numbers then leave arithmetic to these methods, as JAX's do.
+    # Makes NumPy's arrays and numbers defer arithmetic to these methods.
     __array_ufunc__ = None
 
     def _flat(self) -> FactoredGradient:
-        """Return the rows of all slots as bags of one."""
+        """Return one bag per slot, or per distinct id if coalesced."""
         if self.is_coalesced:
             return self.terms[0]
         return self._placement.flat(self.terms, self.shape, self.dtype)
 
 
 def is_rows(x: Any) -> bool:
-    """Return whether x is a `RowSparse`: for trees, in which it is a leaf."""
+    """Return whether x is a `RowSparse`, as the `is_leaf` of tree functions."""
     return isinstance(x, RowSparse)
 
 
 def _refuse_export(_: Any) -> NoReturn:
     raise ValueError(
-        "A function that takes or returns a RowSparse can't be serialized: let it take "
-        "or return `rows.indices` and `rows.values`, and use `RowSparse.from_rows`."
+        "A function that takes or returns a RowSparse can't be serialized: take or "
+        "return `rows.indices` and `rows.values`, and use `RowSparse.from_rows`."
     )
 
 
-# JAX's format has no dtype for sealed arrays. Within the function there may be rows.
+# JAX's format has no extended dtypes. The exported function may use RowSparse inside.
 jax.export.register_pytree_node_serialization(
     RowSparse,
     serialized_name="jbag.RowSparse",

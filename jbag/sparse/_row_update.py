@@ -1,4 +1,4 @@
-"""`RowUpdate`: what an optimizer adds to a table of which it has moved the rows."""
+"""`RowUpdate`: the update of a table that an optimizer has already updated in place."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from jbag.sparse._row_sparse import RowSparse
 
 @jax.tree_util.register_pytree_node_class
 class RowUpdate(RowSparse):
-    """What an optimizer adds to a table whose rows it has moved already.
+    """The update of a table that an optimizer has already updated in place.
 
-    Added to that very table, it gives the moved one, in place; added to another array,
-    or after it has passed through a function, it is the `RowSparse` that `difference`
-    computes, which is done only then.
+    `table + update` is the updated table, without a copy. In any other use, with
+    another array or after flattening, the update is the `RowSparse` that `difference`
+    computes on demand.
     """
 
     def __init__(
         self,
         table: Float[Array, "V D"],
-        moved: Float[Array, "V D"],
+        new_table: Float[Array, "V D"],
         difference: Callable[[], RowSparse],
     ) -> None:
         super().__init__((), table.shape, table.dtype, is_coalesced=True)
         self._terms = None
-        self._table, self._moved, self._difference = table, moved, difference
+        self._table, self._new_table, self._difference = table, new_table, difference
 
     @property
     def terms(self) -> tuple[FactoredGradient, ...]:
-        """The products that it is the sum of."""
+        """The terms whose sum it is."""
         if self._sealed is not None:
             return super().terms
         return self._difference().terms
 
     def __radd__(self, other: Any) -> Any:
-        """Return the moved table, or an array with the rows added to it."""
+        """Return the updated table, or an array with the rows added to it."""
         if self._sealed is None and other is self._table:
-            return self._moved
+            return self._new_table
         return super().__radd__(other)
