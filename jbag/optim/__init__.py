@@ -1,34 +1,36 @@
-"""Optimizers whose step costs what the batch touches, in Optax's form.
+"""Fused optimizers for row-sparse gradients, as Optax transformations.
 
-Each is an `optax.GradientTransformation` over trees in which some leaves are
-`RowSparse`, as `jbag.value_and_grad` gives them. Of a table with such a gradient, only
-the rows that the batch names move, and only their state; everything else is updated as
-Optax would, by the same formula. `optax.apply_updates`, `optax.chain`,
-`optax.partition`, Flax's `TrainState` and `nnx.Optimizer` work as they are::
+Each optimizer is an `optax.GradientTransformation` over trees of arrays and
+`RowSparse` leaves, as `jbag.value_and_grad` returns them. A step updates only the rows
+of a table whose ids are in the batch, and their state. Dense leaves are updated by the
+same formula. `optax.apply_updates`, `optax.chain`, `optax.partition`, Flax's
+`TrainState` and `nnx.Optimizer` work unchanged::
 
     optimizer = optax.partition(
         {"tables": jbag.optim.rowwise_adagrad(0.05), "rest": optax.adam(1e-3)}, labels
     )
 
-In a jitted step whose parameters and state are donated, tables and their state are
-updated in place. For that, `update` makes the new rows already where it is given the
-parameters, and `optax.apply_updates` takes them over; let nothing come between the two,
-or it costs a copy of the table.
+A jitted step with donated parameters and state updates tables in place: `update` with
+`params` computes the new table, and `optax.apply_updates` returns it. A transformation
+of the updates between these two calls costs a copy of the table.
 
-Optax's own transformations of gradients raise a TypeError where they meet rows:
+Optax's transformations of gradients raise a TypeError for `RowSparse` leaves. Use
 `scale`, `scale_by_schedule`, `scale_by_learning_rate`, `clip_by_global_norm`,
-`add_decayed_weights` and `apply_if_finite` are here, too.
+`add_decayed_weights` and `apply_if_finite` of this module.
 
-Rows that a batch doesn't name don't move at all: momentum and weight decay reach a row
-only when it is named. With "lazy" in their description, optimizers differ in that from
-their dense counterparts.
+Lazy optimizers apply momentum, moments and weight decay to a row only in the steps
+whose batch has its id; their dense counterparts do so in every step.
 
-Wherever `learning_rate` stands, it is a number, a traced scalar, or a schedule: a
-function of the number of steps taken. `weight_decay` is decoupled, as in `optax.adamw`:
-a row that moves also moves by -learning_rate * weight_decay * row; what is added to the
-gradient instead is `add_decayed_weights`. `stochastic_rounding`, an integer seed, has
-bfloat16 tables rounded up or down at random, so that steps much smaller than a row's
-numbers aren't lost; the same seed gives the same table.
+Shared arguments:
+
+- `learning_rate` is a number, a traced scalar, or a schedule: a function of the number
+  of completed steps.
+- `weight_decay` is decoupled, as in `optax.adamw`: it adds -learning_rate *
+  weight_decay * row to each updated row. See `add_decayed_weights` for L2
+  regularization.
+- `stochastic_rounding` is an integer seed, or None. With a seed, bfloat16 tables round
+  stochastically, so that updates below half a unit in the last place aren't lost. Equal
+  seeds give equal tables.
 """
 
 from __future__ import annotations
@@ -64,19 +66,32 @@ def sgd(
     weight_decay: float = 0.0,
     stochastic_rounding: int | None = None,
 ) -> optax.GradientTransformation:
-    r"""Descend the gradient: :math:`w \leftarrow w - \eta g`.
+    r"""Return stochastic gradient descent, with optional momentum.
 
-    It is `torch.optim.SGD` and `optax.sgd`. With momentum it is lazy: the velocity
-    :math:`m \leftarrow \mu m + (1 - \tau) g` takes V rows, and decays, and moves a row,
-    only in the steps that name the row. (PyTorch doesn't damp the first step.)
+    .. math:: m \leftarrow \mu m + (1 - \tau) g, \qquad w \leftarrow w - \eta m
+
+    It is `torch.optim.SGD` and `optax.sgd`, and lazy with momentum. The momentum m is a
+    state of shape [V, D]; without momentum, m is g. PyTorch does not dampen the first
+    step.
 
     Args:
-      learning_rate: :math:`\eta`.
-      momentum: :math:`\mu`; 0 keeps no velocity.
-      dampening: :math:`\tau`.
-      nesterov: move by :math:`g + \mu m`, not by m.
+      learning_rate: :math:`\eta`; see the module.
+      momentum: :math:`\mu`; 0 keeps no state.
+      dampening: :math:`\tau`, at most 1.
+      nesterov: whether to use :math:`g + \mu m` in place of m in the update of w.
       weight_decay: see the module.
       stochastic_rounding: see the module.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range.
+
+    References:
+      Sutskever et al., On the Importance of Initialization and Momentum in Deep
+      Learning, 2013.
 
     Example:
       >>> optimizer = jbag.optim.sgd(0.5)
@@ -111,20 +126,27 @@ def adagrad(
     weight_decay: float = 0.0,
     stochastic_rounding: int | None = None,
 ) -> optax.GradientTransformation:
-    r"""Divide by the root of all squared gradients so far, number by number.
+    r"""Return Adagrad: divide by the root of the sum of squared gradients.
 
     .. math:: s \leftarrow s + g^2, \qquad
         w \leftarrow w - \eta g / (\sqrt s + \epsilon)
 
-    It is `torch.optim.Adagrad`, and, as a row without gradient stays, not lazy.
-    `optax.adagrad` has :math:`\sqrt{s + \epsilon}`, and starts from 0.1.
+    It is `torch.optim.Adagrad`. It is not lazy, as a zero gradient changes nothing.
+    `optax.adagrad` divides by :math:`\sqrt{s + \epsilon}` and initializes s to 0.1.
 
     Args:
-      learning_rate: :math:`\eta`.
-      initial_accumulator_value: what s starts from.
-      eps: :math:`\epsilon`.
+      learning_rate: :math:`\eta`; see the module.
+      initial_accumulator_value: the initial s, at least 0.
+      eps: :math:`\epsilon`, at least 0.
       weight_decay: see the module.
       stochastic_rounding: see the module.
+
+    Returns:
+      The optimizer. Its state has the shape of the table, [V, D].
+
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range.
 
     References:
       Duchi et al., Adaptive Subgradient Methods for Online Learning and Stochastic
@@ -153,12 +175,24 @@ def rowwise_adagrad(
     weight_decay: float = 0.0,
     stochastic_rounding: int | None = None,
 ) -> optax.GradientTransformation:
-    r"""Adagrad with one accumulator a row, of the mean of the row's squares.
+    r"""Return row-wise Adagrad: one accumulator per row, of the mean squared gradient.
 
     .. math:: s \leftarrow s + \mathrm{mean}(g^2), \qquad
         w \leftarrow w - \eta g / (\sqrt s + \epsilon)
 
-    Its state is V numbers. The arguments are those of `adagrad`.
+    Args:
+      learning_rate: :math:`\eta`; see the module.
+      initial_accumulator_value: the initial s, at least 0.
+      eps: :math:`\epsilon`, at least 0.
+      weight_decay: see the module.
+      stochastic_rounding: see the module.
+
+    Returns:
+      The optimizer. Its state has one number per row, [V].
+
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range.
 
     References:
       Naumov et al., Deep Learning Recommendation Model for Personalization and
@@ -188,24 +222,31 @@ def adam(
     weight_decay: float = 0.0,
     stochastic_rounding: int | None = None,
 ) -> optax.GradientTransformation:
-    r"""Adam, lazily: the moments of a row move only in steps that name it.
+    r"""Return lazy Adam: a step updates the moments of the rows in the batch.
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \qquad
         v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \qquad
         w \leftarrow w - \eta \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
         \frac{m}{\sqrt v + \epsilon}
 
-    with t the number of steps taken, whichever rows they named. It is
-    `torch.optim.SparseAdam`; `optax.adam` adds :math:`\epsilon` to the root of the
-    corrected v, and moves every row in every step.
+    where t is the number of steps of the optimizer, not of the row. It is
+    `torch.optim.SparseAdam`. `optax.adam` adds :math:`\epsilon` to the root of the
+    bias-corrected v, and updates every row in every step.
 
     Args:
-      learning_rate: :math:`\eta`.
-      b1: :math:`\beta_1`.
-      b2: :math:`\beta_2`.
-      eps: :math:`\epsilon`.
+      learning_rate: :math:`\eta`; see the module.
+      b1: :math:`\beta_1`, in [0, 1).
+      b2: :math:`\beta_2`, in [0, 1).
+      eps: :math:`\epsilon`, at least 0.
       weight_decay: see the module.
       stochastic_rounding: see the module.
+
+    Returns:
+      The optimizer. Its states m and v have the shape of the table, [V, D].
+
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range.
 
     References:
       Kingma and Ba, Adam: A Method for Stochastic Optimization, 2014.
@@ -229,10 +270,24 @@ def rowwise_adam(
     weight_decay: float = 0.0,
     stochastic_rounding: int | None = None,
 ) -> optax.GradientTransformation:
-    r"""`adam`, lazily, with one second moment a row: of the mean of the row's squares.
+    r"""Return lazy row-wise Adam: one second moment per row.
 
-    The first moment takes V rows, unless `b1` is 0: then there is none, and the state
-    is V numbers. The arguments are those of `adam`.
+    It is `adam` with :math:`v \leftarrow \beta_2 v + (1 - \beta_2) \mathrm{mean}(g^2)`.
+
+    Args:
+      learning_rate: :math:`\eta`; see the module.
+      b1: :math:`\beta_1`, in [0, 1); 0 keeps no first moment.
+      b2: :math:`\beta_2`, in [0, 1).
+      eps: :math:`\epsilon`, at least 0.
+      weight_decay: see the module.
+      stochastic_rounding: see the module.
+
+    Returns:
+      The optimizer. Its states have the shapes [V, D] for m and [V] for v.
+
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range.
 
     References:
       FBGEMM, `PARTIAL_ROWWISE_ADAM`.
@@ -258,33 +313,42 @@ def ftrl(
     initial_accumulator_value: float = 0.1,
     stochastic_rounding: int | None = None,
 ) -> optax.GradientTransformation:
-    r"""Follow the regularised leader, proximally: Adagrad that makes numbers zero.
+    r"""Return FTRL-Proximal: Adagrad with L1 and L2 regularization.
 
     .. math:: n' = n + g^2, \qquad z' = z + \eta g - (\sqrt{n'} - \sqrt n) w, \qquad
         w' = \begin{cases} 0 & |z'| \le \eta \lambda_1 \\
         -\dfrac{z' - \mathrm{sgn}(z') \eta \lambda_1}
         {\beta + \sqrt{n'} + \eta \lambda_2} & \text{otherwise} \end{cases}
 
-    z starts where w' would be the parameter's first value, so that without
-    :math:`\lambda_1`, :math:`\lambda_2` and :math:`\beta` it is `adagrad`. This z is
-    :math:`\eta` times the one of the paper, so that the learning rate may change.
+    The initial z gives w' the initial value of the parameter. With :math:`\lambda_1`,
+    :math:`\lambda_2` and :math:`\beta` zero, it is `adagrad`. z is :math:`\eta` times
+    the z of the paper, which allows schedules.
 
     Args:
-      learning_rate: :math:`\eta`.
+      learning_rate: :math:`\eta`; see the module.
       l1: :math:`\lambda_1`, at least 0.
       l2: :math:`\lambda_2`, at least 0.
       beta: :math:`\beta`, at least 0.
-      initial_accumulator_value: what n starts from.
+      initial_accumulator_value: the initial n, at least 0.
       stochastic_rounding: see the module.
+
+    Returns:
+      The optimizer. Its states z and n have the shape of the table, [V, D].
+
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range.
 
     References:
       McMahan et al., Ad Click Prediction: a View from the Trenches, 2013.
 
     Example:
-      >>> optimizer = jbag.optim.ftrl(0.1, l1=1e-4)
+      >>> state = jbag.optim.ftrl(0.1, l1=1e-4).init(jnp.ones((5, 2)))
+      >>> sorted(state.states)
+      ['n', 'z']
     """
 
-    def first_z(w: Array) -> Array:
+    def initial_z(w: Array) -> Array:
         rate = rate_at(learning_rate, jnp.zeros((), jnp.int32), w.dtype)
         root = jnp.sqrt(jnp.asarray(initial_accumulator_value, w.dtype))
         return -w * (beta + root + rate * l2) - jnp.sign(w) * rate * l1
@@ -295,5 +359,5 @@ def ftrl(
         {"beta": beta, "l1": l1, "l2": l2},
         0.0,
         stochastic_rounding,
-        initial={"z": first_z, "n": initial_accumulator_value},
+        initial={"z": initial_z, "n": initial_accumulator_value},
     )

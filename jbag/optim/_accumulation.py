@@ -1,4 +1,4 @@
-"""Gradients of several batches for one step of an optimizer."""
+"""Gradient accumulation over several batches."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ from jbag.sparse._row_sparse import is_rows
 def accumulate_gradients(
     value_and_grad: Callable[..., Any], steps: int
 ) -> Callable[..., Any]:
-    """Return a function that averages values and gradients over several batches.
+    r"""Return a function that averages values and gradients over several batches.
 
-    The batches are taken one after another, so that the memory is that of one; the
-    gradient of a table has the rows that any of them names. Gradients of calls of your
-    own add up with `+`.
+    .. math:: g = \frac{1}{K} \sum_{k=1}^K g_k
+
+    where K is `steps`. It scans over the batches, with the memory of one batch. The
+    gradient of a table has the rows of all batches.
 
     Args:
-      value_and_grad: takes (parameters, *batch) and returns (value, gradient), as
-        `jbag.value_and_grad(loss)` does. With `has_aux`, the auxiliary data is stacked.
-      steps: how many batches there are, at least 1.
+      value_and_grad: a function of (parameters, *batch) that returns (value, gradient),
+        as `jbag.value_and_grad(loss)` does. With `has_aux`, the auxiliary data is
+        stacked.
+      steps: the number of batches, at least 1.
 
     Returns:
-      A function of (parameters, *batches), where every array of the batches has a
-      leading axis of size `steps`.
+      A function of (parameters, *batches) that returns (value, gradient). Every array
+      of the batches has a leading axis of size `steps`.
+
+    Raises:
+      TypeError: `steps` is not an integer.
+      ValueError: `steps` is below 1.
 
     Example:
       >>> def loss(table, ids):
@@ -50,18 +56,18 @@ def accumulate_gradients(
             dense = [x for x in leaves if not is_rows(x)]
             if total is not None:
                 dense = [a + b for a, b in zip(total, dense, strict=True)]
-            places[:] = [tree, [is_rows(x) for x in leaves]]
+            structure[:] = [tree, [is_rows(x) for x in leaves]]
             return dense, (value, rows)
 
-        places: list[Any] = []
+        structure: list[Any] = []  # set by tracing
         first = jax.tree.map(lambda x: x[0], batches)
         shapes, _ = jax.eval_shape(functools.partial(body, None), first)
         zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes]
         dense, (values, stacked) = jax.lax.scan(body, zeros, batches, length=steps)
-        tree, sparse = places
+        tree, sparse = structure
         rows = [x.sum() for x in stacked]
-        left = {True: iter(rows), False: iter(dense)}
-        gradient = jax.tree.unflatten(tree, [next(left[x]) / steps for x in sparse])
+        sums = {True: iter(rows), False: iter(dense)}
+        gradient = jax.tree.unflatten(tree, [next(sums[x]) / steps for x in sparse])
         if isinstance(values, tuple):
             return (values[0].mean(), values[1]), gradient
         return values.mean(), gradient

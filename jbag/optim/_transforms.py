@@ -1,4 +1,4 @@
-"""Transformations of gradients and updates, some leaves of which are `RowSparse`."""
+"""Transformations of gradients and updates with `RowSparse` leaves."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ from jbag.sparse._row_sparse import RowSparse, is_rows
 
 
 def scale(step_size: float | Array) -> optax.GradientTransformation:
-    """Multiply all gradients by a number: `optax.scale` for trees with rows.
+    """Multiply updates by a number: `optax.scale` with `RowSparse` leaves.
+
+    Args:
+      step_size: the number.
+
+    Returns:
+      The transformation.
 
     Example:
-      >>> optimizer = optax.chain(jbag.optim.scale(0.5), jbag.optim.adagrad(0.1))
+      >>> half = jbag.optim.scale(0.5)
+      >>> rows = jbag.RowSparse.from_rows([3], jnp.ones((1, 2)), num_embeddings=5)
+      >>> half.update(rows, half.init(None))[0].values
+      Array([[0.5, 0.5]], dtype=float32)
     """
     return optax.stateless(lambda updates, _: _scaled(updates, step_size))
 
@@ -27,12 +36,17 @@ def scale(step_size: float | Array) -> optax.GradientTransformation:
 def scale_by_schedule(
     step_size_fn: Callable[[Int[Array, ""]], Any],
 ) -> optax.GradientTransformation:
-    """Multiply all gradients by a function of the number of steps taken.
+    """Multiply updates by a schedule: `optax.scale_by_schedule` with `RowSparse`.
 
-    It is `optax.scale_by_schedule` for trees with rows.
+    Args:
+      step_size_fn: a function of the number of completed steps.
+
+    Returns:
+      The transformation.
 
     Example:
       >>> warmup = jbag.optim.scale_by_schedule(lambda step: (step + 1) / 100)
+      >>> optimizer = optax.chain(warmup, jbag.optim.sgd(0.1))
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
@@ -53,13 +67,23 @@ def scale_by_learning_rate(
     *,
     flip_sign: bool = True,
 ) -> optax.GradientTransformation:
-    """Multiply all updates by a learning rate, or by minus it, or by a schedule.
+    """Multiply updates by the negative learning rate.
 
-    It is `optax.scale_by_learning_rate` for trees with rows. The optimizers of
-    `jbag.optim` take their own `learning_rate`.
+    It is `optax.scale_by_learning_rate` with `RowSparse` leaves. The optimizers of
+    `jbag.optim` include their learning rate.
+
+    Args:
+      learning_rate: a number or a schedule.
+      flip_sign: whether to negate it.
+
+    Returns:
+      The transformation.
 
     Example:
-      >>> descend = jbag.optim.scale_by_learning_rate(0.1)
+      >>> descend = jbag.optim.scale_by_learning_rate(0.5)
+      >>> rows = jbag.RowSparse.from_rows([3], jnp.ones((1, 2)), num_embeddings=5)
+      >>> descend.update(rows, descend.init(None))[0].values
+      Array([[-0.5, -0.5]], dtype=float32)
     """
     sign = -1 if flip_sign else 1
     if callable(learning_rate):
@@ -71,10 +95,18 @@ def scale_by_learning_rate(
 def apply_if_finite(
     inner: optax.GradientTransformation, max_consecutive_errors: int
 ) -> optax.GradientTransformation:
-    """Skip the steps of `inner` in which a gradient isn't finite.
+    """Skip the steps of an optimizer in which a gradient isn't finite.
 
-    It is `optax.apply_if_finite` for trees with rows; see there for the state. As both
-    outcomes are computed, tables aren't updated in place.
+    It is `optax.apply_if_finite` with `RowSparse` leaves. It computes both outcomes, so
+    tables are not updated in place.
+
+    Args:
+      inner: the optimizer.
+      max_consecutive_errors: the number of consecutive steps to skip; later ones are
+        applied.
+
+    Returns:
+      The transformation, with the state of `optax.apply_if_finite`.
 
     Example:
       >>> optimizer = jbag.optim.apply_if_finite(jbag.optim.sgd(0.1), 3)
@@ -82,7 +114,7 @@ def apply_if_finite(
 
     def update_plain(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         updates, state = extended.update(updates, state, params, **extra)
-        # Of the structure of the gradients: a skipped update is zeros like these.
+        # A skipped update is zeros of the gradients' structure: return that structure.
         return map_rows(lambda rows: rows.with_values(rows.values), updates), state
 
     extended = optax.with_extra_args_support(inner)
@@ -97,7 +129,7 @@ def apply_if_finite(
 
 
 def map_rows(function: Callable[..., Any], updates: Any) -> Any:
-    """Apply a function to the row-sparse leaves of a tree."""
+    """Apply a function to the `RowSparse` leaves of a tree."""
     return jax.tree.map(
         lambda x: function(x) if is_rows(x) else x, updates, is_leaf=is_rows
     )
@@ -113,10 +145,20 @@ def _scaled(updates: Any, number: Any) -> Any:
 
 
 def add_decayed_weights(weight_decay: float) -> optax.GradientTransformation:
-    """Add weight_decay * parameter to the gradient: L2 regularisation.
+    r"""Add L2 regularization to gradients: :math:`g \leftarrow g + \lambda w`.
 
-    Of a table with a row-sparse gradient, to the rows that the batch names. It stands
-    before an optimizer, in `optax.chain`, and needs the parameters.
+    Only the rows of a `RowSparse` gradient are regularized. In `optax.chain`, put it
+    before the optimizer. `update` requires `params`.
+
+    Args:
+      weight_decay: :math:`\lambda`, at least 0.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      TypeError: `weight_decay` is not a number.
+      ValueError: `weight_decay` is negative; in `update`, `params` is None.
 
     Example:
       >>> decay = jbag.optim.add_decayed_weights(0.5)
@@ -135,14 +177,28 @@ def add_decayed_weights(weight_decay: float) -> optax.GradientTransformation:
 
     def update(updates: Any, params: Any) -> Any:
         if params is None:
-            raise ValueError("`params` must be given, to be decayed; got None.")
+            raise ValueError("`params` must be given to `update`; got None.")
         return jax.tree.map(add, updates, params, is_leaf=is_rows)
 
     return optax.stateless(update)
 
 
 def clip_by_row_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scale each row of a row-sparse gradient down to a norm; leave other gradients.
+    r"""Scale each row of `RowSparse` gradients down to a maximum norm.
+
+    .. math:: g_v \leftarrow g_v \min(1, m / \|g_v\|_2)
+
+    where m is `max_norm`. Dense gradients don't change.
+
+    Args:
+      max_norm: the largest norm of a row, at least 0.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      TypeError: `max_norm` is not a number.
+      ValueError: `max_norm` is negative.
 
     Example:
       >>> clip = jbag.optim.clip_by_row_norm(1.0)
@@ -165,9 +221,24 @@ def clip_by_row_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scale all gradients down to a norm over all of them, `global_norm`.
+    r"""Scale all gradients down to a maximum global norm.
 
-    It is `optax.clip_by_global_norm` for trees in which some leaves are `RowSparse`.
+    .. math:: g \leftarrow g \min(1, m / \|g\|_2)
+
+    where m is `max_norm`. It is `optax.clip_by_global_norm` with `RowSparse` leaves.
+
+    Args:
+      max_norm: the largest `global_norm`, at least 0.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      TypeError: `max_norm` is not a number.
+      ValueError: `max_norm` is negative.
+
+    References:
+      Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, 2012.
 
     Example:
       >>> optimizer = optax.chain(
@@ -184,7 +255,15 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def global_norm(updates: Any) -> Float[Array, ""]:
-    """Return the root of the sum of all squares, over row-sparse and dense leaves.
+    r"""Return the Euclidean norm of a tree with `RowSparse` leaves.
+
+    .. math:: \|g\|_2 = \sqrt{\sum_k g_k^2}
+
+    Args:
+      updates: a tree of arrays and `RowSparse`.
+
+    Returns:
+      A scalar.
 
     Example:
       >>> rows = jbag.RowSparse.from_rows([1, 1], jnp.ones((2, 1)), num_embeddings=9)
@@ -203,6 +282,6 @@ def global_norm(updates: Any) -> Float[Array, ""]:
 
 
 def _norm_scale(norm: Array, max_norm: Any) -> Array:
-    """Return what scales the norm down to the largest allowed."""
+    """Return the factor that scales a norm down to `max_norm`."""
     largest = jnp.asarray(max_norm, norm.dtype)
     return jnp.where(norm > largest, largest / norm, 1)
