@@ -1,1 +1,1 @@
-"""Ragged batches: bags of ids, their offsets and padding, and how they are packed."""
+"""Ragged batches: `Bags`, offsets, segment ids, padding, packing and concatenation."""

@@ -1,4 +1,4 @@
-"""`Bags`: a ragged batch of ids with static shapes, and the ways in and out of it."""
+"""`Bags`: a ragged batch of ids with static shapes, and its conversions."""
 
 from __future__ import annotations
 
@@ -37,19 +37,18 @@ from jbag.ragged._offsets import offsets_to_segment_ids, segment_ids_to_offsets
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bags:
-    """A batch of B bags of ids, of any raggedness within one static shape.
+    """A ragged batch of B bags of ids in CSR form, with static shapes.
 
     Bag b is `indices[offsets[b]:offsets[b + 1]]`. Slots at or past `offsets[-1]`, the
-    tail, are in no bag: batches of one capacity N and one B share one compilation.
+    tail, are in no bag. Batches with equal B and capacity N share one compilation.
 
-    It is a pytree of arrays, and passes through jit, vmap, scan, `jax.device_put`,
-    `jax.export` and checkpoints as one; with `jbag.linen`, through `flax.serialization`
-    too. Made from host data it holds NumPy arrays, which stay on the host (and can be
-    checked there) until they are used.
+    It is a pytree for jit, vmap, scan, `jax.device_put`, `jax.export` and checkpoints;
+    `jbag.linen` registers it with `flax.serialization`. Bags from host data hold NumPy
+    arrays, which are checked by value and stay on the host until used.
 
     Attributes:
       indices: [N], integers.
-      offsets: [B + 1], integers, from 0, never decreasing.
+      offsets: [B + 1], integers, from 0, non-decreasing.
       weights: [N], floating, or None.
 
     Example:
@@ -73,18 +72,18 @@ class Bags:
         capacity: int | None = None,
         num_bags: int | None = None,
     ) -> Bags:
-        """Pack one list, or 1-D array, of ids for each bag.
+        """Pack one list or 1-D array of ids per bag.
 
         Args:
           ids: B lists of ids.
-          weights: B lists of weights of the same lengths, or None.
-          capacity: N, at least the number of ids; that number if None. See `bucket`.
-          num_bags: B, at least `len(ids)`; the rest are empty bags.
+          weights: B lists of weights of the lengths of `ids`, or None.
+          capacity: N, at least the number of ids, which is the default. See `bucket`.
+          num_bags: B, at least `len(ids)`, which is the default. Empty bags are added.
 
         Raises:
-          IndexError: an id doesn't fit in JAX's widest enabled integer.
-          TypeError: a list holds something that is no integer (`weights`: no number).
-          ValueError: `weights` and `ids` differ in lengths, or something doesn't fit.
+          IndexError: an id exceeds the widest enabled integer of JAX.
+          TypeError: `ids` holds a non-integer, or `weights` a non-number.
+          ValueError: lengths of `weights` differ, or `capacity` or `num_bags` is low.
 
         Example:
           >>> jbag.Bags.from_lists([[3, 1], [], [2]]).offsets
@@ -113,14 +112,14 @@ class Bags:
         *,
         include_last_offset: bool = False,
     ) -> Bags:
-        """Take ids [N] with offsets in either of PyTorch's conventions.
+        """Convert ids [N] and offsets in either convention of PyTorch.
 
         Args:
           indices: [N].
-          offsets: [B], the last bag running to the end of `indices`; or [B + 1] with
+          offsets: [B], where the last bag ends at N; or [B + 1] with
             `include_last_offset`.
           weights: [N] or None.
-          include_last_offset: whether `offsets` end with the number of slots in use.
+          include_last_offset: whether `offsets` ends with the number of slots in use.
 
         Raises:
           TypeError, ValueError: as `embedding_bag`.
@@ -139,12 +138,16 @@ class Bags:
     def from_lengths(
         cls, indices: Integers, lengths: Integers, weights: Floats | None = None
     ) -> Bags:
-        """Take ids [N] with the length of each bag [B].
+        """Convert ids [N] and the length of each bag [B].
 
-        Slots past the sum of the lengths are the tail.
+        Args:
+          indices: [N].
+          lengths: [B], at least 0; slots past their sum are the tail.
+          weights: [N] or None.
 
         Raises:
-          TypeError, ValueError: as `embedding_bag`; a length on the host is negative.
+          TypeError: as `embedding_bag`.
+          ValueError: as `embedding_bag`; a length is negative, or the sum exceeds N.
 
         Example:
           >>> jbag.Bags.from_lengths([7, 8, 9], [2, 0, 1]).offsets
@@ -161,7 +164,7 @@ class Bags:
                 raise ValueError(
                     f"`lengths` must be at least 0; got {lengths[at]} at position {at}."
                 )
-            # Where one length is past the end alone, the sum may wrap round.
+            # The sum may overflow only if a single length exceeds the size.
             too_long = int(lengths.max(initial=0)) > ids.size
             total = int(lengths.max() if too_long else lengths.sum(dtype=np.int64))
             if total > ids.size:
@@ -182,12 +185,16 @@ class Bags:
         num_bags: int,
         weights: Floats | None = None,
     ) -> Bags:
-        """Take ids [N] with the bag of each slot [N], sorted.
+        """Convert ids [N] and sorted segment ids [N].
 
-        A segment id of `num_bags` marks the tail.
+        Args:
+          indices: [N].
+          segment_ids: the bag of each slot [N], sorted; `num_bags` in the tail.
+          num_bags: B.
+          weights: [N] or None.
 
         Raises:
-          TypeError, ValueError: as `segment_ids_to_offsets`; shapes differ.
+          TypeError, ValueError: as `segment_ids_to_offsets`; the shapes differ.
 
         Example:
           >>> jbag.Bags.from_segment_ids([7, 8, 9], [0, 0, 2], num_bags=3).offsets
@@ -211,13 +218,13 @@ class Bags:
         *,
         pad_id: int | None = None,
     ) -> Bags:
-        """Take ids [B, L] of which some slots are empty. The capacity is B * L.
+        """Convert padded ids [B, L]; the capacity is B * L.
 
         Args:
           ids: [B, L].
-          mask: [B, L], True where a slot holds an id.
+          mask: [B, L], True at slots with an id; None means all, or use `pad_id`.
           weights: [B, L] or None.
-          pad_id: the id that marks an empty slot, in place of a mask.
+          pad_id: the id of empty slots, in place of a mask.
 
         Raises:
           TypeError: `ids` or `pad_id` are not integers, or `mask` is not boolean.
@@ -233,12 +240,12 @@ class Bags:
 
     @property
     def num_bags(self) -> int:
-        """B, a static number."""
+        """B, a static int."""
         return self.offsets.shape[-1] - 1
 
     @property
     def capacity(self) -> int:
-        """N, the number of slots, a static number."""
+        """N, the number of slots, a static int."""
         return self.indices.shape[-1]
 
     @property
@@ -248,7 +255,7 @@ class Bags:
 
     @property
     def segment_ids(self) -> Int[AnyArray, " N"]:
-        """The bag of each slot, [N]; B in the tail."""
+        """The bag of each slot [N]; B in the tail."""
         return offsets_to_segment_ids(self.offsets, self.capacity)
 
     def __len__(self) -> int:
@@ -264,12 +271,16 @@ class Bags:
             )
 
     def pad_to(self, capacity: int, num_bags: int | None = None) -> Bags:
-        """Return the same bags in `capacity` slots, followed by empty bags.
+        """Return the bags with another capacity, followed by empty bags.
 
-        Only slots of the tail can be given up.
+        On a device, bags that exceed the capacity become malformed and pool to NaN.
+
+        Args:
+          capacity: the new N, at least the number of slots in use.
+          num_bags: the new B, at least the current one, which is the default.
 
         Raises:
-          ValueError: the slots in use, or the bags, don't fit.
+          TypeError, ValueError: an argument is not an integer, or too small.
 
         Example:
           >>> jbag.Bags.from_lists([[1, 2], [3]]).pad_to(4, num_bags=3)
@@ -293,7 +304,7 @@ class Bags:
         numpy = np if on_host(self.offsets) else jnp
         offsets = self.offsets
         if not on_host(offsets) and capacity < self.capacity:
-            # No offset is -1: what doesn't fit stays malformed, whatever comes after.
+            # -1 is never a valid offset, so these bags stay malformed if padded again.
             offsets = jnp.where(offsets > capacity, -1, offsets)
         more = (0, num_bags - self.num_bags)
         return Bags(
@@ -303,10 +314,10 @@ class Bags:
         )
 
     def to_lists(self) -> list[list[int]]:
-        """Return the ids of each bag, copied to the host.
+        """Copy the ids of each bag to a list.
 
         Raises:
-          ValueError: the offsets are malformed.
+          ValueError: the offsets are malformed, or this is a stack of batches.
 
         Example:
           >>> jbag.Bags.from_offsets([7, 8, 9], [0, 2]).to_lists()
@@ -319,14 +330,16 @@ class Bags:
         return [ids[start:end] for start, end in itertools.pairwise(ends)]
 
     def to_padded(self, length: int) -> _padded.Padded:
-        """Return ids, mask and weights [B, length]; `from_padded` takes them back.
+        """Return padded ids, mask and weights [B, L], the inverse of `from_padded`.
 
-        Empty slots hold id 0 and weight 0. On a device, where it can't be checked, a
-        bag that is malformed or longer than `length` becomes ids out of range: it pools
-        to NaN.
+        Empty slots have the id 0 and the weight 0. On a device, a bag that is malformed
+        or longer than L gets ids out of range and pools to NaN.
+
+        Args:
+          length: L.
 
         Raises:
-          ValueError: `length` is below 1, or a bag on the host is longer.
+          TypeError, ValueError: `length` is not an integer, or too small.
 
         Example:
           >>> jbag.Bags.from_lists([[7, 8], [9]]).to_padded(3).ids
@@ -338,7 +351,10 @@ class Bags:
         return _padded.to_padded(self.indices, self.offsets, self.weights, length)
 
     def validate(self, num_embeddings: int) -> Bags:
-        """Check everything by value, copying from the device if need be; return self.
+        """Check all arrays by value, with a copy to the host; return self.
+
+        Args:
+          num_embeddings: V.
 
         Raises:
           IndexError: an id in a bag is outside [0, num_embeddings).

@@ -1,4 +1,4 @@
-"""`bucket`: capacities of few sizes, so that few shapes are compiled."""
+"""`bucket`: rounds capacities to few sizes, which limits compilations."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from jbag._validation import check_integer
 
 
 def bucket(n: int, minimum: int = 64) -> int:
-    """Round a capacity up to one of few: 4, 5, 6 or 7 times a power of two.
+    r"""Round a capacity up to 4, 5, 6 or 7 times a power of two.
 
-    At most a quarter is added, and a stream of batches of sizes up to N meets about
-    4 * log2(N / minimum) shapes, each of which is compiled once.
+    It adds at most a quarter. Batches of up to N slots have about
+    :math:`4 \log_2(N / \text{minimum})` different capacities, each compiled once.
 
     Args:
-      n: the number of slots needed, at least 0.
+      n: the number of slots in use, at least 0.
       minimum: the smallest capacity, a power of two, at least 4.
 
+    Returns:
+      The capacity.
+
     Raises:
-      TypeError, ValueError: `n` or `minimum` is no such number.
+      TypeError: an argument is not an integer.
+      ValueError: an argument is too small, or `minimum` is not a power of two.
 
     Example:
       >>> [jbag.bucket(n) for n in (3, 65, 1000, 1025)]

@@ -1,4 +1,4 @@
-"""Concatenation of several batches of bags to one."""
+"""Concatenation of batches of bags."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from jbag.ragged._csr import (
 
 
 def concatenate_bags(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets]:
-    """Return the ids and offsets of all bags, in order.
+    """Concatenate the ids and offsets of bags.
 
-    Slots in no bag, of which all but the last part's now lie between bags, become
-    `PAD_ID`. A malformed bag stays malformed, or holds an id of no row: it is NaN and
-    receives nothing, as before. Rectangles of one length stay a rectangle.
+    Slots in no bag get `PAD_ID`. A malformed bag stays malformed or gets an id out of
+    range, so it is still NaN and gives the table no gradient. Ids [B, L] with equal L
+    stay rectangular.
     """
     if len(parts) == 1:
         return parts[0]
@@ -41,8 +41,9 @@ def concatenate_bags(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets
         if ends.size == 1:  # no bags
             continue
         bounds, _ = _csr.bag_bounds(ends, own.size)
-        # One more slot on either side tells of the outer bounds, which parts share: of
-        # a bag that is malformed by them, the id there alone is left.
+        # Adjacent parts share a bound, so it can't be malformed for one of them alone.
+        # Instead, a slot is added at each end of a part: it holds an id out of range if
+        # the first or last bound is malformed, and else it is empty.
         is_moved = bounds != ends
         before, after = jnp.where(is_moved[jnp.array([0, -1])], OUT_OF_RANGE_ID, PAD_ID)
         low = jnp.where(is_moved[0], bounds[1], 0)
@@ -61,7 +62,7 @@ def concatenate_bags(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets
 def concatenate_slots(
     parts: Sequence[tuple[Ids, Offsets]], values: Sequence[Shaped[Array, "*slots"]]
 ) -> Shaped[Array, "*slots"]:
-    """Return the values of all slots, in the order of `concatenate_bags`."""
+    """Concatenate the values of slots in the order of `concatenate_bags`."""
     if len(parts) == 1:
         return values[0]
     if _is_rectangle(parts):
@@ -83,9 +84,10 @@ def merge_batches(
     pad_id: int | None,
     num_embeddings: Any,
 ) -> tuple[Ids, Offsets, Slots | None, Int[Array, "K*B D"] | None]:
-    """Return K batches of bags of one table as one; its empty slots are `PAD_ID`.
+    """Merge K batches of bags of one table; empty slots get `PAD_ID`.
 
-    Winners, flat slots, are numbered anew; N, of a bag without one, stays the end.
+    Winners are shifted to the slots of the merged batch; N, which means no winner,
+    becomes K * N.
     """
     size, slots = ids.shape[0], ids[0].size
     ids = canonicalize_ids(ids, pad_id, num_embeddings)
@@ -105,7 +107,7 @@ def merge_batches(
 def to_ragged(
     ids: Ids, offsets: Offsets
 ) -> tuple[Int[Array, " N"], Int[Array, " ends"]]:
-    """Return bags with offsets, as which a rectangle can be written, too."""
+    """Convert rectangular bags to ragged ones; return ragged bags unchanged."""
     if offsets is not None:
         return ids, offsets
     bounds = ids.shape[1] * jnp.arange(ids.shape[0] + 1, dtype=ids.dtype)
@@ -118,7 +120,7 @@ def num_bags(ids: Ids, offsets: Offsets) -> int:
 
 
 def unit_weights(ids: Ids, dtype: jnp.dtype) -> Float[Array, "*slots"]:
-    """Return weights that change nothing."""
+    """Return weights of one."""
     return jnp.ones(ids.shape, dtype)
 
 

@@ -1,4 +1,4 @@
-"""Bags as CSR arrays: ids, offsets and coefficients; empty slots and segment ids."""
+"""CSR arrays of bags: ids, offsets and coefficients."""
 
 from __future__ import annotations
 
@@ -8,64 +8,64 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-# `slots` is N or B L, and `ends` is B + 1.
+# The axes `*slots` are [N] or [B, L], and `ends` is B + 1.
 # A size is an int, or symbolic under `jax.export`.
 Size = Any
 Ids = Int[Array, "*slots"]
 Offsets = Int[Array, " ends"] | None
 Slots = Float[Array, "*slots"]
 
-# What `canonicalize_ids` calls an empty slot, and an id that names no row.
+# The canonical ids of an empty slot, and of an id outside [0, V).
 PAD_ID = -1
 OUT_OF_RANGE_ID = -2
 
 
 def filled(ids: Ids, pad_id: int | None) -> Bool[Array, "*slots"]:
-    """Return which slots are not empty."""
+    """Mask the slots that are not empty."""
     return jnp.ones(ids.shape, bool) if pad_id is None else ids != pad_id
 
 
 def bag_bounds(
     offsets: Int[Array, " ends"], capacity: Size
 ) -> tuple[Int[Array, " ends"], Bool[Array, " B"]]:
-    """Return offsets that partition the slots, and which bags were malformed.
+    """Return non-decreasing offsets in [0, capacity], and a mask of malformed bags.
 
-    A bag is malformed where its own bounds start below an earlier offset, start above 0
-    in the first bag, or pass the end of the slots.
+    A bag is malformed if one of its two offsets is less than an earlier offset or
+    greater than the capacity, or is the first and not 0.
     """
     bounds = jax.lax.cummax(jnp.clip(offsets.at[0].set(0), 0, capacity))
-    moved = bounds != offsets
-    return bounds, moved[:-1] | moved[1:]
+    is_changed = bounds != offsets
+    return bounds, is_changed[:-1] | is_changed[1:]
 
 
 def segment_ids(bounds: Int[Array, " ends"], capacity: Size) -> Int[Array, " N"]:
-    """Return the bag of each slot, B where the slot lies past the last bag."""
+    """Return the bag of each slot; B in the tail."""
     ends = jnp.zeros(capacity + 1, jnp.int32).at[bounds[1:]].add(1)
     return jnp.cumsum(ends[:capacity])
 
 
 def merge_axes(x: Shaped[Array, "K first ..."]) -> Shaped[Array, "K*first ..."]:
-    """Return x with its two leading axes as one."""
+    """Merge the two leading axes of x."""
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def canonicalize_ids(
     ids: Int[Array, "..."], pad_id: int | None, rows: Any
 ) -> Int[Array, "..."]:
-    """Return ids of which those in [0, V) are rows, and the negative ones tell why not.
+    """Replace ids of empty slots by `PAD_ID`, others out of range by `OUT_OF_RANGE_ID`.
 
-    Rows may then be numbered anew, and slots emptied.
+    Ids of rows can then be shifted, and slots emptied, without a conflict.
     """
-    named = jnp.where((ids < 0) | (ids >= rows), OUT_OF_RANGE_ID, ids)
-    return named if pad_id is None else jnp.where(ids == pad_id, PAD_ID, named)
+    canonical = jnp.where((ids < 0) | (ids >= rows), OUT_OF_RANGE_ID, ids)
+    return canonical if pad_id is None else jnp.where(ids == pad_id, PAD_ID, canonical)
 
 
 def concatenate_ragged(
     ids: Int[Array, "K N"], offsets: Int[Array, "K ends"]
 ) -> tuple[Int[Array, "K N"], Int[Array, " all_ends"], Bool[Array, "K B"]]:
-    """Return the offsets of K ragged batches laid end to end, and the malformed bags.
+    """Concatenate K ragged batches; return ids, offsets, and a mask of malformed bags.
 
-    Slots in no bag, which now lie between bags, become empty slots of the bag before.
+    Slots in no bag become empty slots of the bag before them.
     """
     size, capacity = ids.shape
     num_bags = offsets.shape[1] - 1

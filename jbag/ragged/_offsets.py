@@ -1,4 +1,4 @@
-"""Offsets and segment ids: two spellings of how slots are dealt to bags."""
+"""Conversions between offsets and segment ids."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from jbag.ragged import _csr
 
 
 def offsets_to_segment_ids(offsets: Integers, capacity: int) -> Int[AnyArray, " N"]:
-    """Return the bag of each slot: how many bags end at or before it.
+    """Return the bag of each slot.
 
     Args:
-      offsets: [B + 1], from 0, never decreasing.
+      offsets: [B + 1], from 0, non-decreasing.
       capacity: N, the number of slots.
 
     Returns:
-      [N], int32; B in the slots past the last offset. Malformed offsets on a device,
-      where they can't be checked, give -1 throughout.
+      Sorted segment ids [N], int32; B in the tail. If offsets on a device are
+      malformed, every segment id is -1.
 
     Raises:
-      TypeError: `offsets` are not integers.
-      ValueError: `offsets` on the host start above 0, decrease, or pass the end.
+      TypeError: `offsets` or `capacity` are not integers.
+      ValueError: `offsets` on the host start above 0, decrease, or exceed N.
 
     Example:
       >>> jbag.offsets_to_segment_ids(numpy.array([0, 4, 6, 10]), capacity=11)
@@ -49,19 +49,20 @@ def offsets_to_segment_ids(offsets: Integers, capacity: int) -> Int[AnyArray, " 
 def segment_ids_to_offsets(
     segment_ids: Integers, num_bags: int
 ) -> Int[AnyArray, " {num_bags}+1"]:
-    """Return where each bag starts, and last where the last one ends.
+    """Return the first slot of each bag, and the end of the last one.
 
     Args:
       segment_ids: the bag of each slot [N], sorted; `num_bags` in the tail.
       num_bags: B.
 
     Returns:
-      [B + 1], int32. Unsorted or negative segment ids on a device, where they can't be
-      checked, give offsets of -1, with which every bag pools to NaN.
+      Offsets [B + 1], int32. If segment ids on a device are unsorted or out of range,
+      every offset is -1, and every bag pools to NaN.
 
     Raises:
-      TypeError: `segment_ids` are not integers.
-      ValueError: they are not 1-D; on the host, they decrease or leave [0, num_bags].
+      TypeError: `segment_ids` or `num_bags` are not integers.
+      ValueError: `segment_ids` are not 1-D; on the host, they decrease or are outside
+        [0, num_bags].
 
     Example:
       >>> jbag.segment_ids_to_offsets(numpy.array([0, 0, 2]), num_bags=3)
@@ -89,7 +90,7 @@ def segment_ids_to_offsets(
             f"`segment_ids` must be sorted; got {segments[at - 1]} then {segments[at]} "
             f"at position {at}."
         )
-    # After the checks, as a narrow dtype may not hold `num_bags`.
+    # Narrowed after the checks, as `num_bags` may not fit in the dtype.
     segments = to_index_dtype(segments)
     bags = numpy.arange(num_bags + 1, dtype=segments.dtype)
     offsets = numpy.searchsorted(segments, bags).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Lists of ids, concatenated on the host."""
+"""Concatenation of lists of ids on the host."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 
 
 def pack(name: str, lists: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Concatenate lists of numbers; return them [N] and their lengths [B].
+    """Concatenate lists of numbers; return the numbers [N] and the lengths [B].
 
     Raises:
-      TypeError: something is not a list of numbers.
+      TypeError: `lists` is not a list of lists of numbers.
       ValueError: the lists are nested deeper.
     """
     if isinstance(lists, str | bytes | Mapping) or not isinstance(lists, Iterable):
@@ -44,7 +44,7 @@ def pack(name: str, lists: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def describe_mismatch(lengths: np.ndarray, own: np.ndarray) -> str:
-    """Say where `weights`, of lengths `own`, and `ids` differ."""
+    """Describe the first difference between the lengths of `ids` and `weights`."""
     if len(lengths) != len(own):
         return f"`weights` must hold {len(lengths)} lists, as `ids`; got {len(own)}."
     bag = int(np.argmax(lengths != own))
@@ -57,7 +57,7 @@ def describe_mismatch(lengths: np.ndarray, own: np.ndarray) -> str:
 def _concatenate(lists: list[Any]) -> np.ndarray:
     if all(isinstance(row, list | tuple) for row in lists):
         return np.array(list(itertools.chain.from_iterable(lists)))
-    # An empty array is of some floating dtype by default: it has no say.
+    # Empty arrays are left out, as their default dtype is floating.
     rows = [np.asarray(row if hasattr(row, "dtype") else list(row)) for row in lists]
     return np.concatenate([row for row in rows if row.size])
 

@@ -1,4 +1,4 @@
-"""Padded ids [B, L] from and to flat slots: `Bags.from_padded`, `Bags.to_padded`."""
+"""Conversions between padded ids [B, L] and `Bags`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,18 @@ from jbag.ragged import _csr
 
 
 class Padded(NamedTuple):
-    """What `Bags.to_padded` returns: the arguments of `Bags.from_padded`."""
+    """The result of `Bags.to_padded`, and the arguments of `Bags.from_padded`.
+
+    Attributes:
+      ids: [B, L], 0 in empty slots.
+      mask: [B, L], True at slots with an id.
+      weights: [B, L], 0 in empty slots, or None.
+
+    Example:
+      >>> padded = jbag.Bags.from_lists([[7, 8], [9]]).to_padded(2)
+      >>> jbag.Bags.from_padded(*padded).to_lists()
+      [[7, 8], [9]]
+    """
 
     ids: Int[AnyArray, "B L"]
     mask: Bool[AnyArray, "B L"]
@@ -35,9 +46,9 @@ jax.export.register_namedtuple_serialization(Padded, serialized_name="jbag.Padde
 def from_padded(
     ids: Any, mask: Any, weights: Any, pad_id: Any
 ) -> tuple[AnyArray, AnyArray, AnyArray | None]:
-    """Check a rectangle; return ids [B * L], lengths [B] and weights [B * L].
+    """Check padded ids; return ids [B * L], lengths [B] and weights [B * L].
 
-    The ids and weights of empty slots stand behind the others.
+    Empty slots are moved to the end.
     """
     ids = check_integers("ids", ids)
     if ids.ndim != 2:
@@ -48,8 +59,8 @@ def from_padded(
         pad_id = check_integer("pad_id", pad_id)
     if mask is None:
         limits = jnp.iinfo(ids.dtype)
-        marks = pad_id is not None and limits.min <= pad_id <= limits.max
-        mask = ids != pad_id if marks else np.ones(ids.shape, bool)
+        can_occur = pad_id is not None and limits.min <= pad_id <= limits.max
+        mask = ids != pad_id if can_occur else np.ones(ids.shape, bool)
     mask = np.asarray(mask) if on_host(mask) else mask
     if mask.dtype != bool:
         raise TypeError(f"`mask` must be boolean; got {mask.dtype}.")
@@ -62,7 +73,7 @@ def from_padded(
     numpy = _array_module(ids, mask, weights)
     if numpy is jnp:
         ids, mask = jnp.asarray(to_index_dtype(ids)), jnp.asarray(mask)
-    # A stable sort moves the empty slots, in their order, behind the others.
+    # A stable sort moves empty slots to the end and keeps the order of the others.
     order = numpy.argsort(~mask.reshape(-1), stable=True)
     if weights is not None:
         weights = numpy.asarray(weights).reshape(-1)[order]
@@ -75,9 +86,9 @@ def to_padded(
     weights: Float[AnyArray, " N"] | None,
     length: int,
 ) -> Padded:
-    """Return the bags as rows of `length` slots; those that don't fit are lost.
+    """Return the bags padded to `length` slots.
 
-    On a device a lost bag, or a malformed one, is a row of ids out of range.
+    On a device, a bag that is malformed or longer gets ids out of range.
     """
     capacity, offsets = indices.size, to_index_dtype(offsets)
     lengths = offsets[1:] - offsets[:-1]
@@ -98,12 +109,12 @@ def to_padded(
     ids = fill(indices)
     if numpy is jnp:
         _, malformed = _csr.bag_bounds(jnp.asarray(offsets), capacity)
-        lost = (malformed | (lengths > length))[:, None]
-        ids = jnp.where(lost, jnp.iinfo(ids.dtype).max, ids)
-        mask |= lost
+        invalid = (malformed | (lengths > length))[:, None]
+        ids = jnp.where(invalid, jnp.iinfo(ids.dtype).max, ids)
+        mask |= invalid
     return Padded(ids, mask, None if weights is None else fill(weights))
 
 
 def _array_module(*arrays: AnyArray | None) -> ModuleType:
-    """Return NumPy if every array is on the host, else JAX's."""
+    """Return `numpy` if every array is on the host, else `jax.numpy`."""
     return np if all(x is None or on_host(x) for x in arrays) else jnp
