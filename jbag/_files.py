@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and refused by one kind of error if broken."""
+"""Atomic writes of files, and the errors of readers."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-# What a reader may allocate for numbers that the file declares and doesn't hold.
-_FREE_BYTES = 1 << 26
-_FREE_MULTIPLE = 64
+# A reader may allocate this many bytes, plus this multiple of the size of the file, for
+# arrays whose shapes the file declares.
+_MAX_DECLARED_BYTES = 1 << 26
+_MAX_DECLARED_RATIO = 64
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield the path of a new file, which replaces `path` when the block ends.
+    """Yield the path of a temporary file that replaces `path` when the block ends.
 
-    The new file lies in the same directory. It is flushed to the disk before it takes
-    the place of the old one, in one step: whatever fails, and whenever the process
-    ends, `path` is the old file or the new one, whole. A link at `path` is followed,
-    and the mode of the old file is kept. Of several writers at once, the last one wins.
+    The temporary file is in the directory of `path`. It is flushed to disk and then
+    renamed, so after a crash or an error `path` is the complete old file or the
+    complete new one. Symbolic links are followed, and the mode of the old file is kept.
+    With concurrent writers, the last one wins.
 
     Args:
-      path: of the file.
+      path: the path of the file.
+
+    Yields:
+      The path of the temporary file.
 
     Raises:
-      OSError: the file can't be written; the old one is as it was. What the block
-        raises is passed on.
+      OSError: the file can't be written; the old file is unchanged. Exceptions of the
+        block propagate.
 
     Example:
       >>> path = directory / "figures.json"
@@ -43,12 +47,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         mode = target.stat().st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(f"{os.fspath(path)} is a directory, not a file.")
-        if not stat.S_ISREG(mode):  # a pipe or a device, which nothing can replace
+        if not stat.S_ISREG(mode):  # a pipe or a device, which must not be replaced
             yield target
             return
     temporary = target.with_name(f".{secrets.token_hex(4)}.{target.name}")
     try:
-        # Made here: a failure to do so should name the directory, not a library.
+        # Created here, so that a failure raises an OSError with the path.
         temporary.open("xb").close()
         yield temporary
         if mode is not None:
@@ -57,11 +61,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            error.filename, error.filename2 = os.fspath(path), None  # for its message
+            error.filename, error.filename2 = os.fspath(path), None
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # where the name of a file is flushed with its directory
+    if os.name == "posix":  # a rename is durable once the directory is flushed
         _flush(target.parent, os.O_RDONLY)
 
 
@@ -75,15 +79,15 @@ def _flush(path: Path, flags: int) -> None:
 
 @contextlib.contextmanager
 def refusing(path: str | os.PathLike[str], finding: str) -> Iterator[None]:
-    """Turn whatever a parser raises into a ValueError: the path, a finding and a cause.
+    """Convert the exceptions of a parser to ValueErrors: path, finding and cause.
 
-    An ImportError, and an OSError that names the file itself, are passed on.
+    An ImportError, and an OSError with a file name, propagate.
     """
     try:
         yield
     except ImportError:
         raise
-    except Exception as error:  # parsers of other libraries raise some thirty kinds
+    except Exception as error:  # the parsers of other libraries raise many types
         if isinstance(error, OSError) and error.filename is not None:
             raise
         why = str(error) or type(error).__name__
@@ -91,10 +95,10 @@ def refusing(path: str | os.PathLike[str], finding: str) -> Iterator[None]:
 
 
 def check_declared(num_bytes: int, file_size: int, what: str) -> None:
-    """Raise ValueError if a small file declares many bytes that it doesn't hold."""
-    most = _FREE_BYTES + _FREE_MULTIPLE * file_size
-    if num_bytes > most:
+    """Raise ValueError if a file declares arrays that are far larger than the file."""
+    limit = _MAX_DECLARED_BYTES + _MAX_DECLARED_RATIO * file_size
+    if num_bytes > limit:
         raise ValueError(
-            f"{what} would take {num_bytes} bytes; for a file of {file_size} bytes at "
-            f"most {most} are taken"
+            f"{what} would take {num_bytes} bytes; the limit for a file of {file_size} "
+            f"bytes is {limit}"
         )

@@ -1,7 +1,7 @@
-"""Checks of the arguments of public functions, and their messages.
+"""Argument checks of public functions.
 
-Data on the host (lists, NumPy) is checked by value. Data on a device, or traced, is
-checked by dtype and shape only: copying it back would stall the device.
+Host data (lists, NumPy) is checked by value. Device data and traced data is checked by
+dtype and shape only, as a copy to the host would block on the device.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ TABLE_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def on_host(x: Any) -> TypeGuard[np.ndarray]:
-    """Whether x is data that Python can look at: not a JAX array, nor traced."""
+    """Return whether x is host data: neither a JAX array nor traced."""
     return not isinstance(x, jax.Array)
 
 
 def check_table(table: Any) -> jax.Array:
-    """Return the table as an array; raise unless it is a matrix of a floating dtype."""
+    """Return the table as an array; raise unless it is a floating matrix [V, D]."""
     try:
         table = jnp.asarray(table)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"`table` must be a floating matrix [V, D]; got {type(table).__name__}."
         ) from error
-    likely = (
+    hint = (
         " jbag takes (table, indices) where PyTorch's functional form takes "
         "(indices, table): are the arguments in PyTorch's order?"
     )
@@ -45,7 +45,7 @@ def check_table(table: Any) -> jax.Array:
         integers = jnp.issubdtype(table.dtype, jnp.integer)
         raise TypeError(
             f"`table` must be a matrix of {', '.join(TABLE_DTYPES)}; got {table.dtype} "
-            f"of shape {table.shape}.{likely if integers else ''}"
+            f"of shape {table.shape}.{hint if integers else ''}"
         )
     if table.ndim != 2:
         raise ValueError(
@@ -72,7 +72,7 @@ def check_integers(name: str, x: Any) -> AnyArray:
 def check_weights(
     weights: Any, shape: tuple[int, ...], *, like: str = "indices"
 ) -> AnyArray:
-    """Return the weights as an array; raise unless floating and of that shape."""
+    """Return the weights as an array; raise unless they are floating, of `shape`."""
     if on_host(weights):
         listed = not hasattr(weights, "dtype")
         weights = _host_array("weights", weights, "numbers")
@@ -95,7 +95,7 @@ def check_weights(
 def check_offsets(
     offsets: Any, capacity: Any, *, include_last_offset: bool
 ) -> AnyArray:
-    """Return offsets [B + 1] over `capacity` slots, on the host if they were there.
+    """Return offsets [B + 1] over `capacity` slots; host offsets stay on the host.
 
     The capacity is an int, or a symbolic size under `jax.export`.
     """
@@ -104,11 +104,11 @@ def check_offsets(
         raise ValueError(f"`offsets` must be 1-D; got shape {offsets.shape}.")
     if include_last_offset and offsets.size == 0:
         raise ValueError(
-            "`offsets` must hold B + 1 entries with include_last_offset; got none."
+            "`offsets` must be [B + 1] with include_last_offset; got an empty array."
         )
     if not include_last_offset and offsets.size == 0 and capacity != 0:
         raise ValueError(
-            f"`offsets` must start at 0; got none, for {capacity} `indices`."
+            f"`offsets` must start at 0; got an empty array for {capacity} `indices`."
         )
     host = on_host(offsets)
     if host and offsets.size:
@@ -144,7 +144,7 @@ def check_ids(
 ) -> None:
     """Raise IndexError at the first id outside [0, num_embeddings).
 
-    `counted` says which slots lie in a bag; None means all.
+    `counted` masks the slots to check; None means all.
     """
     bad = (ids < 0) | (ids >= num_embeddings)
     if counted is not None:
@@ -175,10 +175,10 @@ def check_integer(
 
 
 def to_index_dtype(x: AnyArray) -> AnyArray:
-    """Return integers as int32, or as int64 where x has more bits and JAX keeps them.
+    """Convert integers to int32, or wide ones to int64 if JAX has 64 bits enabled.
 
-    A value that doesn't fit becomes -1, which is no row and no offset either: it must
-    not wrap round to one.
+    A value that doesn't fit becomes -1, which is neither a valid id nor a valid offset;
+    a wrapped value may be one.
     """
     wide = x.dtype.itemsize > 4 or x.dtype == np.uint32
     target = jax.dtypes.canonicalize_dtype(np.int64 if wide else np.int32)
@@ -207,12 +207,12 @@ def _host_array(name: str, x: Any, kind: str) -> np.ndarray:
             f"`{name}` must be an array of {kind}; got lists of different lengths. "
             "jbag.Bags.from_lists packs those."
         ) from error
-    # NumPy turns a list of numbers and strings into strings: look at what was given.
+    # NumPy converts numbers beside strings to strings; object arrays keep them.
     return array if array.dtype.kind not in "USO" else np.asarray(x, object)
 
 
 def _first_invalid(x: Any) -> str:
-    """Say where an array of objects holds the first that isn't a number."""
+    """Describe the first element of an object array that is not a number."""
     if x.dtype != object:
         return ""
     for at, value in np.ndenumerate(x):
@@ -222,13 +222,13 @@ def _first_invalid(x: Any) -> str:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raise TypeError unless value is True or False."""
+    """Raise TypeError unless `value` is True or False."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"`{name}` must be True or False; got {value!r}.")
 
 
 def check_strings(name: str, strings: Iterable[str]) -> list[str]:
-    """Return strings as a list; raise TypeError unless they are that."""
+    """Return strings as a list; raise TypeError if one is not a string."""
     if isinstance(strings, str | bytes) or not isinstance(strings, Iterable):
         raise TypeError(f"`{name}` must be a list of strings; got {strings!r}.")
     strings = list(strings)
@@ -239,12 +239,12 @@ def check_strings(name: str, strings: Iterable[str]) -> list[str]:
 
 
 def is_sharded(x: jax.Array) -> bool:
-    """Whether an array is sharded along some Explicit axis."""
+    """Return whether an array is sharded along an Explicit axis."""
     return any(axes is not None for axes in jax.typeof(x).sharding.spec)
 
 
 def unsharded(x: Any) -> Any:
-    """Return an array without its sharding along Explicit axes; others as they are."""
+    """Replicate an array along Explicit axes; return other arrays unchanged."""
     if not isinstance(x, jax.Array) or not is_sharded(x):
         return x
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, P()))

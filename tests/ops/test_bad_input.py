@@ -54,7 +54,7 @@ def test_lists_of_whole_numbers_are_weights():
         ([-1, 4], r"must start at 0; got -1"),
         ([0, 7], r"must not pass the end of `indices`, 6; got 7 at position 1"),
         ([0, 2**40], r"must not pass the end of `indices`, 6; got 1099511627776"),
-        ([], r"must start at 0; got none"),
+        ([], r"must start at 0; got an empty array"),
     ],
 )
 def test_malformed_offsets_on_the_host(offsets, message, convert):
