@@ -97,6 +97,7 @@ def test_pages_name_every_public_name():
         ROOT / "examples" / "README.md",
         ROOT / "examples" / "benchmarks" / "README.md",
         ROOT / "jbag" / "csrc" / "README.md",
+        ROOT / "jbag" / "sharding" / "README.md",
         ROOT / "tests" / "README.md",
     ],
     ids=lambda path: str(path.relative_to(ROOT)),

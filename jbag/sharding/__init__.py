@@ -1,37 +1,39 @@
-"""Tables over many devices, by JAX's own runtime.
+"""Embedding tables sharded over a device mesh.
 
-The `PartitionSpec` of a table is its strategy, "x" being an axis of the mesh, or a
-tuple of several:
+The `PartitionSpec` of a table selects its sharding strategy. "x" is an axis of the
+mesh, or a tuple of axes. `ShardingType` has TorchRec's names.
 
-==========================  ======================================================
-spec                        each device
-==========================  ======================================================
-``P()``                     has the table; the rows of its gradient go to all
-``P("x", None)``            has some rows; distinct ids go to owners, and rows back
-``P(None, "x")``            has some columns, and pools these for all of the batch
-``TableWise("x", lanes)``   has some tables, and pools these for all of the batch
-==========================  ======================================================
+==========================  ==========================================================
+spec                        strategy
+==========================  ==========================================================
+``P()``                     data parallel: each device has the table; row gradients
+                            are all-gathered
+``P("x", None)``            row-wise: each device has a part of the rows; distinct
+                            ids go to the owners of their rows, and rows return
+``P(None, "x")``            column-wise: each device has a part of the columns, and
+                            pools them for the whole batch
+``TableWise("x", lanes)``   table-wise: each device has some of the tables, and
+                            pools them for the whole batch
+==========================  ==========================================================
 
-`ShardingType` has TorchRec's names for these.
+A batch has one block per device. Ragged features are stacked `Bags` with indices [P, N]
+and offsets [P, B / P + 1]; dense features are ids [B, L]. The output [B, D] is sharded
+in the same way. `Blocks` builds such batches from the examples that each process reads.
+Meshes with Auto and with Explicit axes are supported.
 
-A batch is cut into P blocks, one for each device, each with ids and offsets of its own:
-a stack of `Bags`, [P, N] and [P, B / P + 1], or ids [B, L]. So does the result [B, D]
-lie. `Blocks` makes that of what each process has read. Meshes of Auto and of Explicit
-axes will do.
+A `Layout` assigns rows to devices. It does not depend on the number of devices, so a
+checkpoint from 8 devices restores on 12, and under another spec. Tables with
+``sparse=True`` have `RowSparse` gradients. `jbag.optim` updates the rows on the device
+that owns them, after each device sends one sum per distinct row to the owner. No device
+forms a V x D gradient, and no device sends (ids x D) values.
 
-Rows are dealt to their owners by a `Layout`, which doesn't depend on the number of
-devices: a checkpoint of 8 goes on with 12, and with another spec. Gradients of tables
-with ``sparse=True`` are `RowSparse`; `jbag.optim` moves the rows where they lie, after
-one sum for each distinct row of a device has gone to its owner. Neither V x D numbers
-on a device, nor (ids x D) between devices, are ever made.
+`plan` chooses specs. The docstring of `jbag.sharding._planner` has the formulas and an
+example of 1 TB of tables on 1024 devices.
 
-`plan` chooses specs. `jbag.sharding._planner` has its formulas, and the example of 1 TB
-of tables on 1024 devices.
-
-Make a large table where it lies, by `jax.jit` with ``out_shardings``, from a key of
-``impl="rbg"``: to draw the numbers of the default one, each device would make all of
-them on CPUs. Donate it to the steps that move it. Rounding at random (see `jbag.optim`)
-depends on how a table is cut.
+Initialize a large table with `jax.jit` and ``out_shardings``, so that no device holds
+all of it. Use a key with ``impl="rbg"``: with the default implementation, each CPU
+device draws the numbers of the whole table. Donate the table to the training step. The
+result of stochastic rounding (see `jbag.optim`) depends on the sharding.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ from jbag.collection._collection import (
 )
 from jbag.collection._lookup import Traffic as Traffic
 from jbag.collection._stacking import Feature, Table
-from jbag.sharding._planner import Load as Load
+from jbag.sharding._loads import Load as Load
 from jbag.sharding._planner import Plan as Plan
 from jbag.sharding._planner import TablePlan as TablePlan
 from jbag.sharding._planner import plan as plan
@@ -77,34 +79,39 @@ def embedding_bag(
     rows_per_round: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B D"]:
-    """Pool bags over a table that lies over a mesh; `jbag.embedding_bag` otherwise.
+    """Pool bags of rows of one sharded table.
+
+    The result equals that of `jbag.embedding_bag` on the unsharded table.
 
     Args:
-      table: [V', D], the array of the layout's rows.
-      bags: a stack of `Bags`, a block for each device, which may have weights; or ids
+      table: [V', D], the rows in the order of `layout`.
+      bags: stacked `Bags`, one block per device, with or without weights; or ids
         [B, L].
-      spec: how the table lies: ``P()``, ``P("x", None)`` or ``P(None, "x")``.
-      mesh: the mesh; None is that of `jax.set_mesh`.
-      layout: of the rows; None is that they stand in order, and V' is V.
-      batch_axis: the axes along which a batch is cut where `spec` names none; None is
+      spec: the sharding: ``P()``, ``P("x", None)`` or ``P(None, "x")``.
+      mesh: the mesh; None uses the mesh of `jax.set_mesh`.
+      layout: the row layout; None keeps the order of the rows, with V' = V.
+      batch_axis: the mesh axes that shard the batch if `spec` names no axis; None uses
         all axes of the mesh.
-      mode: as in `jbag.embedding_bag`, as are the other options.
-      padding_idx: the row that stands for nothing.
-      max_norm: rows are used scaled down to this norm, a number.
-      norm_type: p of that norm.
+      mode: "mean", "sum", "sqrtn", "max" or "min".
+      padding_idx: the row that bags leave out.
+      max_norm: scale rows down to this norm before pooling; a number or None.
+      norm_type: the order p of that norm.
       scale_grad_by_freq: divide each row's gradient by its count in the whole batch.
-      sparse: ask for a row-sparse gradient.
-      rows_per_round: C, how many rows a device requests of one owner in a round; None
-        fits ids that are spread evenly. It changes the speed alone: where it is too
-        small for a batch, there are more rounds.
-      implementation: the kernel by name, or None.
+      sparse: compute a row-sparse gradient under `jbag.value_and_grad`.
+      rows_per_round: C, the rows that a device requests from one owner in a round; None
+        fits uniformly distributed ids. It affects speed only: a batch that exceeds it
+        takes more rounds.
+      implementation: the name of a kernel; None selects one.
 
     Returns:
-      [B, D], cut along the batch axes. Ids that are no row's are NaN on a device.
+      [B, D], sharded along the batch axes. A bag with an out-of-range id in a device
+      array is NaN.
 
     Raises:
-      IndexError, TypeError, ValueError: as `jbag.embedding_bag`; the mesh, the spec,
-        the layout and the blocks don't fit.
+      IndexError: a host array holds an out-of-range id.
+      TypeError: an argument has a wrong type.
+      ValueError: an option is out of range, no mesh is set, or the shapes of the table
+        or the bags do not fit the layout, the spec or the mesh.
 
     Example:
       >>> mesh = jax.make_mesh((jax.device_count(),), ("x",))

@@ -1,4 +1,4 @@
-"""The cost model of `_planner`: what tables send and hold; the best sharding types."""
+"""The planner's cost model: bytes sent and held per strategy, and a greedy search."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels.update_rules import Rule
 
 Choice = dict[str, ShardingType]
-Cost = tuple[float, float, float]  # bytes sent forward, backward; held
+Cost = tuple[float, float, float]  # bytes: sent forward, sent backward, held
 
 
 class TableLoad(NamedTuple):
-    """The load of a table, or of several as one, on a device."""
+    """The load of one table, or of stacked tables, on a device."""
 
     embedding_dim: int
     dtype: np.dtype
@@ -30,22 +30,22 @@ class TableLoad(NamedTuple):
     weights: int
     num_features: int
     distinct: int
-    rows_per_round: Any  # the sum of those given
-    default_slots: int  # slots of features without one
+    rows_per_round: Any  # the sum over features that set it
+    default_slots: int  # the slots of features that do not set it
 
 
 class CostModel(NamedTuple):
-    """The bytes that tables send and hold, on so many devices, with a rule's state."""
+    """Compute the bytes that a device sends and holds; `_planner` has the formulas."""
 
     num_devices: int
-    num_bags: int  # of a feature on a device
+    num_bags: int  # per feature and device
     grid: int
     rule: Rule
 
     def cost(self, strategy: ShardingType, load: TableLoad) -> Cost:
-        """Return the bytes sent forward and backward, and held."""
+        """Return the bytes that a device sends forward and backward, and holds."""
         P, D, n, f = self.num_devices, load.embedding_dim, load.slots, load.num_features
-        V = load.rows if strategy == ShardingType.TABLE_WISE else self.padded(load)
+        V = load.rows if strategy == ShardingType.TABLE_WISE else self.padded_rows(load)
         e, a = load.dtype.itemsize, accumulation_dtype(load.dtype).itemsize
         per_element = D * (e + len(self.rule.per_element) * a)
         per_row = len(self.rule.per_row) * a
@@ -66,21 +66,20 @@ class CostModel(NamedTuple):
         held += 2 * P * (forward + backward) + 3 * rows * a * D
         return times * forward, times * backward, held
 
-    def padded(self, load: TableLoad) -> int:
-        """Return the rows of the array, whose columns are alike."""
+    def padded_rows(self, load: TableLoad) -> int:
+        """Return V', the rows rounded up to a multiple of the grid."""
         return -(-load.rows // self.grid) * self.grid
 
     def routing(self, load: TableLoad) -> tuple[Any, int]:
-        """Return C, and the rounds that are likely if ids fall evenly on owners.
+        """Return C and the likely number of rounds for uniformly distributed ids.
 
-        By Chernoff's bound on Poisson's law, less than one of all devices' buckets is
-        expected to overflow then.
+        With this number, the expected number of full buckets over all devices is below
+        one, by Chernoff's bound for the Poisson distribution.
         """
         default = default_rows_per_round(load.default_slots, self.num_devices)
         C, rounds = min(load.rows_per_round + default, load.slots), 1
-        while (
-            min(load.distinct, -(-self.padded(load) // (self.num_devices * rounds))) > C
-        ):
+        rows = self.padded_rows(load)
+        while min(load.distinct, -(-rows // (self.num_devices * rounds))) > C:
             mean = load.distinct / (self.num_devices * rounds)
             exponent = mean - (C + 1) + (C + 1) * math.log((C + 1) / mean)
             if mean < C and exponent > math.log(self.num_devices**2 * rounds):
@@ -89,65 +88,67 @@ class CostModel(NamedTuple):
         return C, rounds
 
     def lanes(self, stack: Sequence[TableLoad]) -> tuple[int, ...]:
-        """Return the devices that whole tables lie on."""
+        """Return the device of each table of a table-wise stack."""
         return Lanes(tuple(table.rows for table in stack), self.num_devices).lanes
 
     def combined(self, strategy: ShardingType, stack: Sequence[TableLoad]) -> TableLoad:
-        """Return the load of tables as one, or of the device that has the largest."""
+        """Return the summed load of a stack; table-wise, the maximum over devices."""
         numbers = np.array([table[2:] for table in stack], np.int64)
         if strategy == ShardingType.TABLE_WISE:
-            dealt = np.zeros((self.num_devices, numbers.shape[1]), np.int64)
-            np.add.at(dealt, list(self.lanes(stack)), numbers)
-            return TableLoad(*stack[0][:2], *dealt.max(0).tolist())
+            per_device = np.zeros((self.num_devices, numbers.shape[1]), np.int64)
+            np.add.at(per_device, list(self.lanes(stack)), numbers)
+            return TableLoad(*stack[0][:2], *per_device.max(0).tolist())
         return TableLoad(*stack[0][:2], *numbers.sum(0).tolist())
 
     def shares(
         self, strategy: ShardingType, stack: Sequence[TableLoad]
     ) -> Iterator[Cost]:
-        """Share what tables cost as one in proportion to what each costs alone."""
-        joined = self.combined(strategy, stack)
-        if strategy == ShardingType.ROW_WISE:  # alone, with its part of C
-            part = self.routing(joined)[0] / max(joined.slots, 1)
+        """Divide the cost of a stack in proportion to the cost of each table alone."""
+        combined = self.combined(strategy, stack)
+        if strategy == ShardingType.ROW_WISE:  # each table has a share of C
+            part = self.routing(combined)[0] / max(combined.slots, 1)
             stack = [
                 x._replace(rows_per_round=part * x.slots, default_slots=0, distinct=0)
                 for x in stack
             ]
         alone = zip(*(self.cost(strategy, table) for table in stack), strict=True)
-        return zip(*map(_apportion, self.cost(strategy, joined), alone), strict=True)
+        return zip(*map(_apportion, self.cost(strategy, combined), alone), strict=True)
 
     def warnings(
         self, strategy: ShardingType, stack: Sequence[TableLoad]
     ) -> Iterator[str]:
-        """Say what to mind about tables of one kind."""
+        """Yield warnings about a stack."""
         load, count = self.combined(strategy, stack), len(stack)
         D, P = load.embedding_dim, self.num_devices
         if strategy == ShardingType.COLUMN_WISE and D // P < 16:
             yield (
-                f"of {D} features in columns a device has {D // P}; reading fewer than "
-                "16 is slow."
+                f"column-wise tables of {D} features have {D // P} per device; fewer "
+                "than 16 are slow."
             )
         if strategy == ShardingType.ROW_WISE and (routing := self.routing(load))[1] > 1:
             yield (
-                f"rows of {D} features are sent in {routing[1]} rounds, as buckets "
-                f"take {routing[0]} ids."
+                f"row-wise tables of {D} features need {routing[1]} rounds; a bucket "
+                f"holds {routing[0]} ids."
             )
         if strategy == ShardingType.TABLE_WISE and count < P:
             yield (
-                f"whole tables of {D} features are {count} for {P} devices; all set "
-                "aside and send as much as those that have one."
+                f"table-wise tables of {D} features number {count} for {P} devices; "
+                "devices without a table allocate and send as much as the others."
             )
         if (
             rows := load.rows
             if strategy == ShardingType.TABLE_WISE
-            else self.padded(load)
+            else self.padded_rows(load)
         ) >= 1 << 31:
             yield (
-                f"{rows} rows of {D} features in one array are more than 32-bit "
-                "ids count."
+                f"{rows} rows of {D} features in one array exceed the range of "
+                "32-bit ids."
             )
 
 
 def choose(model: CostModel, loads: Mapping[str, TableLoad], limit: int) -> Choice:
+    """Return the sharding type of each table, by greedy descent from uniform starts."""
+
     @functools.cache
     def cost(strategy: ShardingType, names: tuple[str, ...]) -> Cost:
         stack = [loads[name] for name in names]
@@ -166,7 +167,7 @@ def choose(model: CostModel, loads: Mapping[str, TableLoad], limit: int) -> Choi
     }
 
     def neighbors(choice: Choice, together: bool) -> Iterator[Choice]:
-        """Yield the choices that are one table's step away, or one array's."""
+        """Yield the choices that change one table, or one array if `together`."""
         arrays = [names for _, names in stacks_of(loads, choice)] if together else []
         for names in [(name,) for name in loads] + arrays:
             for sharding_type in types:
@@ -191,7 +192,7 @@ def _descend(
     neighbors: Callable[[Choice], Iterator[Choice]],
     objective: Callable[[Choice], tuple[float, float, float]],
 ) -> Choice:
-    """Change the choice while that helps, first what helps most."""
+    """Change the choice until no neighbor is better, the largest gain first."""
     while True:
         now, better = objective(choice), []
         for other in neighbors(choice):
@@ -210,7 +211,7 @@ def _descend(
 def stacks_of(
     loads: Mapping[str, TableLoad], choice: Choice
 ) -> list[tuple[ShardingType, tuple[str, ...]]]:
-    """Return, by sharding types, the names of tables that lie and send as one."""
+    """Return the tables of each array: of one sharding type, width and dtype."""
     stacks: dict[Any, list[str]] = {}
     for name, table in loads.items():
         stacks.setdefault((choice[name], *table[:2]), []).append(name)
@@ -218,7 +219,7 @@ def stacks_of(
 
 
 def _apportion(total: float, wanted: Sequence[float]) -> list[int]:
-    """Return integers that sum up to the total, in these proportions."""
+    """Return integers in these proportions that sum to the total."""
     *ends, whole = itertools.accumulate(wanted)
     if whole == 0:
         return [0] * len(wanted)

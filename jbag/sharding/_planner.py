@@ -1,37 +1,38 @@
-"""How to cut each table over a mesh, by what it takes to send and to hold.
+"""The planner: choose a sharding strategy for each table.
 
-Letters: P devices, B examples in a step, V rows and D features of a table; e bytes a
-number of the table, a bytes a number of a sum or gradient: 4, or 8 for float64. One
-device has n slots for ids of 4 bytes, and f features, each of B / P bags.
+Letters: P devices, B examples per step, V rows and D features of a table, e bytes per
+table element, a bytes per element of a sum or gradient (4, or 8 for float64). A device
+has n slots for ids of 4 bytes, and f features, each with B / P bags.
 
-Bytes that a device sends to each of P - 1 others in a step:
+A step sends these bytes from each device to each of the P - 1 others:
 
 =============  ==================================  =======================
 strategy       forward                             backward
 =============  ==================================  =======================
 data_parallel  0                                   min(n, V) (4 + a D)
-row_wise       C (4 + e D) a round                 C (4 + a D) a round
+row_wise       C (4 + e D) per round               C (4 + a D) per round
 column_wise    4 n + 4 f (B/P + 1) + f B/P D/P e   f B/P D/P a
 table_wise     4 n + 4 f B/P + f B/P a D           f B/P a D
 =============  ==================================  =======================
 
-Data-parallel tables send their gradient's rows, at most n. Rows are sent in buckets of
-C, in as many rounds as the fullest bucket takes. Columns get all ids, and
-send back pooled pieces; an optimizer with one number a row sums squares over them,
-which takes 2 / P min(P n, V) a. Whole tables get their ids, and send back pooled rows;
-as what is sent has one size, n and f are those of the busiest device. Where slots have
-weights, these go with the ids, a bytes each.
+Data-parallel tables all-gather at most n gradient rows. Row-wise tables exchange
+buckets of C rows; the fullest bucket sets the number of rounds. Column-wise tables
+all-gather the ids and return pooled columns; an optimizer with a scalar state per row
+also sums squares over the columns, 2 / P min(P n, V) a bytes. Table-wise tables receive
+their ids and return pooled rows; n and f are those of the device with the most, because
+all-to-all messages have one size. Weights add a bytes per slot.
 
-A device holds its part of the table and of the optimizer's state; twice what it
-receives; and three times (looked up, gradient, sums) the rows that may be requested
-from it: min(n, V) of them, or of columns and whole tables min(P n, V).
+A device holds its part of the table and of the optimizer state, twice the received
+bytes, and three copies (lookup, gradient, sums) of the rows in use: min(n, V), or
+min(P n, V) for column-wise and table-wise tables.
 
-Tables of one D, dtype and strategy lie in one array and send as one: n, f, C and V are
-theirs together. What is held, and what rows and columns name, is of V padded to a
-multiple of the grid; whole tables set aside what the fullest device has.
+Tables with the same D, dtype and strategy are stacked in one array: n, f, C and V are
+sums over the stack. Memory, and the row counts of row-wise and column-wise tables, use
+V rounded up to a multiple of the grid. Table-wise devices all allocate as much as the
+fullest one.
 
-**1 TB on 1024 devices.** One table of 2e9 items, five of 2e8 users and 95 small ones;
-an example names 50 items, and one row of each other table. A device has 16 GB.
+**1 TB on 1024 devices.** One table of 2e9 items, five of 2e8 users and 95 small
+ones. An example has 50 item ids and one id for each other table. A device has 16 GB.
 
 >>> tables = {"item": jbag.EmbeddingBag(2_000_000_000, 64)}
 >>> tables |= {f"user{i}": jbag.EmbeddingBag(200_000_000, 128) for i in range(5)}
@@ -53,14 +54,14 @@ an example names 50 items, and one row of each other table. A device has 16 GB.
 512 A device sends 28.8 MB in a step, and holds 2.11 GB of 14.4 GB.
 1024 A device sends 37.3 MB in a step, and holds 1.1 GB of 14.4 GB.
 
-All go in rows, small ones too: a replicated row's gradient would be sent 1023 times,
-and whole tables are fewer than devices. The grid, which P must divide, is 322560. The
-owners are all devices along the axis, or along several axes together.
+All tables are row-wise, small ones too: a data-parallel row would send its gradient
+1023 times, and there are fewer tables than devices. The grid, a multiple of P, is
+322560.
 
-Of more devices each holds less, but doesn't send less: a bucket has slots for n / P
-ids, six standard deviations and 8 more. On 1024, the 320 ids of users go in buckets of
-16, 8 kB each; the formulas leave out the latency of so many small messages. Set
-`rows_per_round` lower if the data allows it. A full bucket takes another round:
+With more devices, each holds less but does not send less: a bucket has capacity for the
+mean n / P, six standard deviations and 8 more ids. On 1024 devices, the 320 user ids
+need buckets of 16 ids, 8 kB each. The formulas ignore the latency of such small
+messages. Set `rows_per_round` lower if the data allows it; a full bucket adds a round:
 
 >>> print(str(cut(1024, rows_per_round=2)).splitlines()[-1])
 A device sends 30.9 MB in a step, and holds 1.09 GB of 14.4 GB.
@@ -74,86 +75,32 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from jbag._mesh.partition_specs import Axis, ShardingType, TableWise
 from jbag._mesh.row_layout import GRID
-from jbag._validation import TABLE_DTYPES, check_flag, check_integer
+from jbag._validation import check_integer
 from jbag.ops.kernels.update_rules import RULES
-from jbag.ragged._bags import Bags
-from jbag.sharding._cost_model import CostModel, TableLoad, choose, stacks_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """The load of a feature on its table in a step.
-
-    Attributes:
-      table: the table that it looks up.
-      slots: n, the capacity for the ids of one device's bags.
-      weighted: whether slots have weights.
-      rows_per_round: C, its part of the ids in a bucket, if the table is row-wise; None
-        for one that suffices.
-      distinct: how many different ids a device has; None if all may differ.
-
-    Example:
-      >>> Load("words", slots=4096, distinct=900)
-      Load(table='words', slots=4096, weighted=False, rows_per_round=None, distinct=900)
-    """
-
-    table: str
-    slots: int
-    weighted: bool = False
-    rows_per_round: int | None = None
-    distinct: int | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.table, str):
-            raise TypeError(f"`table` must be the name of a table; got {self.table!r}.")
-        check_integer("slots", self.slots, low=0)
-        check_flag("weighted", self.weighted)
-        if self.rows_per_round is not None:
-            check_integer("rows_per_round", self.rows_per_round, low=1)
-        if self.distinct is not None:
-            check_integer("distinct", self.distinct, low=0, high=self.slots + 1)
-
-    @classmethod
-    def measure(
-        cls, table: str, bags: Bags, *, rows_per_round: int | None = None
-    ) -> Load:
-        """Return the load of which one device's batch is an example.
-
-        Raises:
-          TypeError, ValueError: `bags` isn't one batch of bags.
-
-        Example:
-          >>> bags = jbag.Bags.from_lists([[7, 7], [7, 8]], capacity=6)
-          >>> Load.measure("words", bags)
-          Load(table='words', slots=6, weighted=False, rows_per_round=None, distinct=2)
-        """
-        if not isinstance(bags, Bags):
-            raise TypeError(f"`bags` must be Bags; got {type(bags).__name__}.")
-        if (shape := bags.indices.shape) != (bags.indices.size,):
-            raise ValueError(f"`bags` must be one batch; got indices of shape {shape}.")
-        named = np.unique(np.asarray(bags.indices)[: int(bags.offsets[-1])])
-        weighted = bags.weights is not None
-        return cls(table, bags.capacity, weighted, rows_per_round, named.size)
+from jbag.sharding._cost_model import CostModel, choose, stacks_of
+from jbag.sharding._loads import Load, check_table_loads
 
 
 @dataclasses.dataclass(frozen=True)
 class TablePlan:
-    """What is planned for a table; bytes are its share, where several send as one.
+    """Hold the strategy of one table and its cost.
+
+    The costs of a stack of tables are divided among its tables.
 
     Attributes:
-      name, num_embeddings, embedding_dim: of the table.
-      strategy: a `ShardingType`, "data_parallel", "row_wise", "column_wise" or
-        "table_wise".
-      spec: the `PartitionSpec` or `TableWise` that declares it.
-      forward_bytes, backward_bytes: what a device sends in a step.
-      memory_bytes: what a device holds.
-      device: where a whole table lies, or None.
+      name: the name of the table.
+      num_embeddings: V.
+      embedding_dim: D.
+      strategy: the `ShardingType`.
+      spec: the `PartitionSpec` or `TableWise` of the strategy.
+      forward_bytes: the bytes that a device sends per step in the forward pass.
+      backward_bytes: the bytes that a device sends per step in the backward pass.
+      memory_bytes: the bytes that a device holds.
+      device: the device of a table-wise table; None for other strategies.
 
     Example:
       >>> tables = {"words": jbag.EmbeddingBag(900, 64)}
@@ -176,12 +123,12 @@ class TablePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A plan for tables; `print` shows it.
+    """Hold the strategies of all tables; `print` shows them as a table of text.
 
     Attributes:
-      tables: a `TablePlan` for each.
-      limit: the bytes that a device may hold, without the spare ones.
-      warnings: what to mind, in words.
+      tables: one `TablePlan` per table.
+      limit: the usable bytes per device, without the spare part.
+      warnings: sentences about slow or wasteful strategies.
 
     Example:
       >>> tables = {"words": jbag.EmbeddingBag(900, 64)}
@@ -197,17 +144,17 @@ class Plan:
 
     @property
     def bytes_per_step(self) -> int:
-        """What a device sends in a step."""
+        """The bytes that a device sends per step."""
         return sum(t.forward_bytes + t.backward_bytes for t in self.tables)
 
     @property
     def memory_per_device(self) -> int:
-        """What a device holds: all alike, as the blocks of an array have one size."""
+        """The bytes that each device holds."""
         return sum(table.memory_bytes for table in self.tables)
 
     @property
     def specs(self) -> dict[str, PartitionSpec | TableWise]:
-        """The spec of each group, if tables are grouped by their strategies."""
+        """The spec of each strategy; use the strategies as the groups of the tables."""
         return {str(table.strategy): table.spec for table in self.tables}
 
     def __str__(self) -> str:
@@ -231,7 +178,7 @@ class Plan:
                 *map("  ".join, zip(*columns, strict=True)),
                 f"A device sends {sent} in a step, and holds {held} of "
                 f"{_format_bytes(self.limit)}.",
-                *(f"Mind: {warning}" for warning in self.warnings),
+                *(f"Warning: {warning}" for warning in self.warnings),
             ]
         )
 
@@ -248,29 +195,32 @@ def plan(
     spare: float = 0.1,
     grid: int = GRID,
 ) -> Plan:
-    """Choose how to cut each table, so that devices send little, and can hold it all.
+    """Choose strategies that minimize the bytes sent within the memory of a device.
 
-    Bytes are those of the formulas above. From starts where all tables are alike,
-    strategies change, of one table at a time or of all in an array: while memory
-    doesn't suffice, first where the fewest bytes more are sent for a byte saved; then
-    where the most sent are saved. The best of the ends is the plan. There is one if all
-    tables in rows fit; one that sends a little less may be missed.
+    The search is greedy, on the formulas of `jbag.sharding._planner`. It starts from
+    each uniform plan and changes one table or one array at a time. While memory does
+    not suffice, it minimizes the bytes sent per byte of memory saved; then it minimizes
+    the bytes sent. The best result is the plan. The search finds a plan if the
+    all-row-wise plan fits; it may miss the optimum.
 
     Args:
-      tables: by name; each a `Table` or an `EmbeddingBag`, or what has their
+      tables: a dict by table name of `Table` or `EmbeddingBag`, or of objects with
         `num_embeddings`, `param_dtype`, and `embedding_dim` or `features`.
-      loads: by feature.
+      loads: a dict by feature name of `Load`.
       num_devices: P.
       batch_size: B, a multiple of P.
-      memory: what a device has, in bytes.
-      axis: of the mesh, or several, over which tables and batches are cut.
-      optimizer: the rule whose state is held: "sgd", "adam", "rowwise_adagrad", ...
-      spare: the part of `memory` to leave alone.
-      grid: K of the layout, a multiple of P.
+      memory: the bytes of memory of a device.
+      axis: the mesh axis, or a tuple of axes, that shards tables and batches.
+      optimizer: the optimizer that defines the state: "sgd", "rowwise_adagrad", ...
+      spare: the fraction of `memory` to leave unused.
+      grid: K of the `Layout`, a multiple of P.
+
+    Returns:
+      A `Plan`.
 
     Raises:
-      TypeError: an argument is of another type.
-      ValueError: a number is out of range, a name isn't known, or memory is too small.
+      TypeError: an argument has a wrong type.
+      ValueError: a number is out of range, a name is unknown, or memory is too small.
 
     Example:
       >>> tables = {"item": jbag.EmbeddingBag(50_000_000, 64)}
@@ -308,7 +258,7 @@ def plan(
         raise ValueError(f"`spare` must be in [0, 1); got {spare}.")
     if not all(isinstance(x, str) for x in (axis if type(axis) is tuple else (axis,))):
         raise TypeError(f"`axis` must be a name, or a tuple of names; got {axis!r}.")
-    table_loads = _check(tables, loads)
+    table_loads = check_table_loads(tables, loads)
     model = CostModel(num_devices, batch_size // num_devices, grid, RULES[optimizer])
     limit = math.floor(memory * (1 - spare))
     specs: dict[ShardingType, PartitionSpec | TableWise] = {
@@ -334,65 +284,11 @@ def plan(
     best = Plan(tuple(planned[name] for name in tables), limit, tuple(warnings))
     if best.memory_per_device > limit:
         raise ValueError(
-            f"`memory` must suffice for a plan: the thriftiest that was found needs "
-            f"{best.memory_per_device} bytes; got {memory}, of which {limit} to use."
+            "`memory` must suffice for the smallest plan found, "
+            f"{best.memory_per_device} bytes; got {memory}, of which {limit} are "
+            f"usable."
         )
     return best
-
-
-def _check(tables: Any, loads: Any) -> dict[str, TableLoad]:
-    """Return the load of each table; raise if an argument isn't a table or a load."""
-    for name, mapping in {"tables": tables, "loads": loads}.items():
-        if not isinstance(mapping, Mapping):
-            raise TypeError(f"`{name}` must be a mapping by name; got {mapping!r}.")
-    if not tables:
-        raise ValueError("`tables` must hold at least one; got none.")
-    for feature, load in loads.items():
-        if not isinstance(load, Load):
-            raise TypeError(f"`loads[{feature!r}]` must be a Load; got {load!r}.")
-        if load.table not in tables:
-            raise ValueError(
-                f"`loads[{feature!r}].table` must be one of `tables`, "
-                f"{', '.join(map(str, tables))}; got {load.table!r}."
-            )
-    checked = {}
-    for name, table in tables.items():
-        try:
-            rows, dtype = table.num_embeddings, table.param_dtype
-            has_dim = hasattr(
-                table, "embedding_dim"
-            )  # a Table; modules have `features`
-            width = table.embedding_dim if has_dim else table.features
-        except AttributeError as error:
-            raise TypeError(
-                f"`tables[{name!r}]` must have `num_embeddings`, `embedding_dim` (or "
-                f"`features`) and `param_dtype`; got {table!r}."
-            ) from error
-        check_integer(f"tables[{name!r}].num_embeddings", rows, low=1)
-        check_integer(f"tables[{name!r}].embedding_dim", width, low=1)
-        dtype = jnp.dtype(dtype)
-        if dtype.name not in TABLE_DTYPES:
-            raise TypeError(
-                f"`tables[{name!r}].param_dtype` must be one of "
-                f"{', '.join(TABLE_DTYPES)}; got {dtype}."
-            )
-        own = [load for load in loads.values() if load.table == name]
-        checked[name] = TableLoad(
-            width,
-            dtype,
-            rows,
-            slots=sum(load.slots for load in own),
-            weights=sum(load.slots for load in own if load.weighted),
-            num_features=len(own),
-            distinct=min(
-                rows, sum(x.slots if x.distinct is None else x.distinct for x in own)
-            ),
-            rows_per_round=sum(load.rows_per_round or 0 for load in own),
-            default_slots=sum(
-                load.slots for load in own if load.rows_per_round is None
-            ),
-        )
-    return checked
 
 
 def _format_bytes(size: float) -> str:

@@ -1,4 +1,4 @@
-"""Batches for a mesh: what each process has read, as blocks for its devices."""
+"""Global batches over a mesh from the examples that each process reads."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from jbag.data._batches import check_capacities, check_examples, select
 
 
 class Blocks:
-    """Makes batches over a mesh, of one static shape, from what each process has read.
+    """Build global batches of one static shape from each process's examples.
 
-    All sizes are given here, and must be the same in all processes, which is checked
-    when it is made: different ones would give wrong numbers. Nothing of them is derived
-    from a batch, of which each process knows only its own part.
+    All processes must pass the same sizes; the constructor checks this, because
+    different sizes would give wrong results. No size depends on the data of a batch.
 
     Args:
-      mesh: the mesh, of this process's devices and the others'.
-      batch_size: B, the examples of the whole batch, over all devices.
-      capacity: the slots for the ids of a device's block: a number for all features,
-        or a tree of them as the batch's bags are.
-      axis: the axes of the mesh along which batches are cut; None is all of them.
+      mesh: the mesh over the devices of all processes.
+      batch_size: B, the examples of the global batch.
+      capacity: N, the slots for the ids of one device's block: a number for all
+        features, or a tree with the structure of the bags.
+      axis: the mesh axes that shard the batch; None uses all axes.
 
     Raises:
-      TypeError, ValueError: the arguments are no such things, or processes differ.
+      TypeError: an argument has a wrong type.
+      ValueError: a number is out of range, P does not divide `batch_size`, or the sizes
+        differ between processes.
 
     Example:
       >>> mesh = jax.make_mesh((1,), ("x",))
@@ -70,17 +71,17 @@ class Blocks:
 
     @property
     def num_bags(self) -> int:
-        """The examples of this process."""
+        """The number of examples of this process."""
         return self._batch_size // self._strategy.size * self.num_blocks
 
     @property
     def num_blocks(self) -> int:
-        """The blocks of this process."""
+        """The number of blocks of this process."""
         return len(self._own_blocks)
 
     @property
     def positions(self) -> Int[np.ndarray, " n"]:
-        """Where in the whole batch the examples of this process stand, in order."""
+        """The positions of this process's examples in the global batch, sorted."""
         size = self._batch_size // self._strategy.size
         return (self._own_blocks[:, None] * size + np.arange(size)).reshape(-1)
 
@@ -92,16 +93,21 @@ class Blocks:
         return np.array(sorted(starts))
 
     def __call__(self, bags: Any, arrays: Any = None) -> tuple[Any, Any]:
-        """Return the whole batch: bags in blocks, and arrays cut along the same axes.
+        """Return the global batch, sharded along the batch axes.
 
         Args:
-          bags: this process's examples, as one `Bags` on the host or a tree of them.
-          arrays: a tree of arrays with the examples on their first axis, or None.
+          bags: this process's examples: a `Bags` on the host, or a tree of them.
+          arrays: a tree of arrays [n, ...], or None.
+
+        Returns:
+          (bags, arrays): the trees with `Bags` of indices [P, N] and offsets
+          [P, B / P + 1], and with arrays [B, ...].
 
         Raises:
-          TypeError, ValueError: an argument is of another type or length, or isn't like
-            the first batch's; or the ids of a block don't fit. No device has been told
-            of the batch then.
+          TypeError: an argument has a wrong type.
+          ValueError: an argument has a wrong length, the dtypes or shapes differ from
+            the first batch's, or the ids of a block exceed the capacity. No collective
+            has started when this is raised.
         """
         examples = check_examples(bags, arrays)
         if examples.size != self.num_bags:
@@ -135,10 +141,10 @@ class Blocks:
             self._check_processes_agree("arrays in a batch", signature)
             self._arrays = signature
         elif signature != self._arrays:
-            # No word to the others: they may be on their way without this batch.
+            # No collective here: other processes may not run this code.
             raise ValueError(
-                f"A batch must be of arrays like the first one's, {self._arrays}; "
-                f"got {signature}."
+                "`bags` and `arrays` must have the dtypes and shapes of the first "
+                f"batch, {self._arrays}; got {signature}."
             )
         placed = jax.make_array_from_process_local_data(
             self._sharding, (blocks, examples.arrays)
@@ -149,7 +155,7 @@ class Blocks:
         )
 
     def _check_processes_agree(self, what: str, own: Any) -> None:
-        """Raise unless all processes have the same."""
+        """Raise ValueError if `own` differs between processes."""
         if jax.process_count() == 1:
             return
         text = repr(own).encode()

@@ -13,7 +13,7 @@ import jbag
 from jbag.ops.kernels.update_rules import RULES
 from jbag.sharding import Load, TableWise
 from jbag.sharding._cost_model import CostModel
-from jbag.sharding._planner import _check
+from jbag.sharding._loads import check_table_loads
 
 pytestmark = pytest.mark.standard_promotion
 DEVICES, BAGS, SLOTS, WIDTH, COUNT = 4, 64, 500, 32, 5
@@ -84,7 +84,9 @@ def test_a_step_sends_what_is_planned(strategy, weighted):
 
     loads = {f"f{i}": Load(f"t{i}", SLOTS, weighted) for i in range(COUNT)}
     model = CostModel(DEVICES, BAGS, 20160, RULES["rowwise_adagrad"])
-    load = model.combined(strategy, list(_check(collection.tables, loads).values()))
+    load = model.combined(
+        strategy, list(check_table_loads(collection.tables, loads).values())
+    )
     forward, backward, held = model.cost(strategy, load)
     # Besides, two slots a feature tell its bags apart, and losses are summed up.
     apart = 2 * COUNT * (WIDTH + 1) * 4 * DEVICES + 200

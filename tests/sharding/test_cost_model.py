@@ -7,7 +7,8 @@ import pytest
 from plans import P, Table, plan_one, totals
 
 from jbag._mesh.partition_specs import TableWise
-from jbag.sharding._planner import Load, plan
+from jbag.sharding._loads import Load
+from jbag.sharding._planner import plan
 
 
 def test_replicated_tables_send_their_gradient():
@@ -167,7 +168,7 @@ def test_a_capacity_is_taken_and_rounds_are_counted():
     found = plan({"t": table}, {"f": load}, **options)
     assert totals(found)[:2] == [2 * 3 * 120 * 44] * 2
     assert found.warnings == (
-        "rows of 10 features are sent in 2 rounds, as buckets take 120 ids.",
+        "row-wise tables of 10 features need 2 rounds; a bucket holds 120 ids.",
     )
     few = dataclasses.replace(load, distinct=200)
     found = plan({"t": table}, {"f": few}, **options)

@@ -12,7 +12,8 @@ from plans import STRATEGIES, P, Table, oracle, plan_one, random_case, totals
 
 import jbag
 from jbag._mesh.partition_specs import TableWise
-from jbag.sharding._planner import Load, Plan, TablePlan, plan
+from jbag.sharding._loads import Load
+from jbag.sharding._planner import Plan, TablePlan, plan
 
 
 def test_a_table_of_few_rows_is_replicated_where_its_columns_are_uneven():
@@ -97,8 +98,8 @@ def test_too_little_memory_is_an_error_that_says_how_much_it_takes():
     table, received = 50 * 20160 * (40 + 4) // 4, 4 * 168 * (44 + 44)
     needed = table + 2 * received + 3 * 400 * 40
     assert str(error.value) == (
-        "`memory` must suffice for a plan: the thriftiest that was found needs "
-        f"{needed} bytes; got 1000000, of which 1000000 to use."
+        "`memory` must suffice for the smallest plan found, "
+        f"{needed} bytes; got 1000000, of which 1000000 are usable."
     )
     assert plan_one(Table(10**6, 10), Load("t", 400), memory=needed)
 
@@ -206,7 +207,7 @@ def test_plans_print_a_line_for_each_table():
         "day    table_wise on 1           7         8      0 B    1.5 MB  12.3 kB",
         "total                                           999 B    1.6 MB    20 GB",
         "A device sends 1.6 MB in a step, and holds 20 GB of 3 TB.",
-        "Mind: all is well.",
+        "Warning: all is well.",
     ]
 
 
@@ -216,9 +217,9 @@ def test_narrow_columns_are_warned_of():
     found = plan(tables, loads, num_devices=8, **options)
     assert found.tables[0].strategy == "column_wise"
     assert found.warnings == (
-        "of 64 features in columns a device has 8; reading fewer than 16 is slow.",
+        "column-wise tables of 64 features have 8 per device; fewer than 16 are slow.",
     )
-    assert str(found).endswith("\nMind: " + found.warnings[0])
+    assert str(found).endswith("\nWarning: " + found.warnings[0])
     assert plan(tables, loads, num_devices=4, **options).warnings == ()
 
 
@@ -228,8 +229,8 @@ def test_idle_devices_are_warned_of():
     found = plan(tables, loads, num_devices=8, batch_size=64, memory=10**9)
     assert {table.strategy for table in found.tables} == {"table_wise"}
     assert found.warnings == (
-        "whole tables of 10 features are 7 for 8 devices; all set aside and send as "
-        "much as those that have one.",
+        "table-wise tables of 10 features number 7 for 8 devices; devices without a "
+        "table allocate and send as much as the others.",
     )
 
 
@@ -241,7 +242,7 @@ def test_more_rows_than_ids_count_are_warned_of():
     assert {table.strategy for table in found.tables} == {"row_wise"}
     [warning] = found.warnings
     assert warning == (
-        "2200000320 rows of 10 features in one array are more than 32-bit ids count."
+        "2200000320 rows of 10 features in one array exceed the range of 32-bit ids."
     )
 
 
@@ -267,7 +268,7 @@ def test_modules_are_tables():
     ("arguments", "error", "message"),
     [
         ({"tables": [1]}, TypeError, r"`tables` must be a mapping by name; got \[1\]"),
-        ({"tables": {}}, ValueError, "`tables` must hold at least one; got none"),
+        ({"tables": {}}, ValueError, "`tables` must hold at least one table; got none"),
         (
             {"tables": {"t": 3}},
             TypeError,

@@ -6,7 +6,8 @@ import math
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jbag.sharding._planner import Load, plan
+from jbag.sharding._loads import Load
+from jbag.sharding._planner import plan
 
 P = PartitionSpec
 STRATEGIES = ("data_parallel", "row_wise", "column_wise", "table_wise")
