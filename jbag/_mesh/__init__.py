@@ -1,1 +1,1 @@
-"""Tables over the devices of a mesh: row layouts, all-to-all, gradients."""
+"""Sharding over a device mesh: specs, row layouts, all-to-all, gradients."""

@@ -1,14 +1,13 @@
-"""All-to-all: distinct ids to the rows' owners, rows back, gradients to the owners.
+"""All-to-all of distinct ids, of table rows and of row gradients.
 
-All of it runs on one device of a mesh, under `shard_map`. A table of V' rows is cut
-into P shards of S, one for each device; a row's owner is row // S. Per pair of devices
-and round, C ids and C rows are sent, in buckets of that one size.
+The functions run per device under `shard_map`. A table of V' rows has P shards of S
+rows, one per device; the owner of a row is row // S. In each round, each pair of
+devices exchanges a bucket of C ids and C rows.
 
-Where a bucket would overflow, there are more rounds. They are cut by ranges of rows,
-not by position in the batch: round r is about the r-th part of every shard. So what all
-devices send about a row arrives in one round, and an optimizer that isn't linear sees a
-row's gradient whole. A part of at most C rows is never named by more than C distinct
-ids, so that doubling the number of rounds ends.
+If a bucket would overflow, there are more rounds. Round r covers the r-th part of the
+rows of every shard, not a part of the batch. The gradient of a row therefore arrives in
+one round, as a non-linear optimizer requires. At most C distinct ids fall in a part of
+C rows, so doubling the number of rounds terminates.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ from jbag.ragged._csr import OUT_OF_RANGE_ID
 
 
 def default_rows_per_round(slots: int, owners: int) -> int:
-    r"""Return C for n slots a device: :math:`n / P + 6 \sqrt{n / P} + 8`, in eights.
+    r"""Return :math:`C = n / P + 6 \sqrt{n / P} + 8`, rounded up to a multiple of 8.
 
-    If n distinct ids fall on owners evenly, as the grid makes them, no bucket overflows
-    but once in a hundred million.
+    n is the number of slots per device. With n distinct ids, uniformly distributed over
+    the owners, a bucket overflows with a probability below 1e-8.
     """
     share = slots / owners
     wanted = math.ceil((share + 6 * math.sqrt(share) + 8) / 8) * 8
@@ -47,10 +46,10 @@ def default_rows_per_round(slots: int, owners: int) -> int:
 def deduplicate(
     ids: Int[Array, " N"], num_rows: int
 ) -> tuple[Int[Array, " U"], Int[Array, " N"]]:
-    """Return the rows that ids name, in order, and where each id stands among them.
+    """Return the distinct ids, sorted, and the position of each id among them.
 
-    The result has U = min(N, V') rows; the rest is V'. Ids outside [0, V') name none
-    and stand for themselves if negative, and at `OUT_OF_RANGE_ID` otherwise.
+    U = min(N, V'); unused entries are V'. The positions of negative ids are the ids
+    themselves; those of ids of V' or more are `OUT_OF_RANGE_ID`.
     """
     size = ids.size
     known = (ids >= 0) & (ids < num_rows)
@@ -64,20 +63,20 @@ def deduplicate(
     unique = (
         jnp.full(max_unique_ids, num_rows, ids.dtype).at[slots].set(named, mode="drop")
     )
-    places = jnp.zeros_like(ids).at[order].set(rank, unique_indices=True)
+    inverse = jnp.zeros_like(ids).at[order].set(rank, unique_indices=True)
     out_of_range = jnp.where(ids < 0, ids, OUT_OF_RANGE_ID)
-    return unique, jnp.where(known, places, out_of_range)
+    return unique, jnp.where(known, inverse, out_of_range)
 
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """How ids and rows are sent: over which axes, by how many devices, in what buckets.
+    """Exchange ids and rows between the devices along mesh axes.
 
     Attributes:
-      axis: of the mesh.
-      owners: P.
-      shard: S, the rows that an owner has.
-      rows_per_round: C.
+      axis: the mesh axes.
+      owners: P, the number of devices.
+      shard: S, the rows per device.
+      rows_per_round: C, the capacity of a bucket.
     """
 
     axis: tuple[str, ...]
@@ -86,7 +85,7 @@ class Router:
     rows_per_round: int
 
     def rounds(self, unique: Int[Array, " U"]) -> Int[Array, ""] | int:
-        """Return how many rounds all devices need, a power of two."""
+        """Return the number of rounds that all devices need, a power of two."""
         rows_per_round = self.rows_per_round
         if rows_per_round >= min(unique.size, self.shard):
             return 1
@@ -108,7 +107,7 @@ class Router:
     def each_round(
         self, body: Callable[[Any, Any], Any], carry: Any, rounds: Int[Array, ""] | int
     ) -> Any:
-        """Return what `body(round, carry)` makes of the carry, round by round."""
+        """Run `carry = body(round, carry)` for each round; return the carry."""
         if isinstance(rounds, int):
             return body(0, carry)
         first = jnp.zeros((), rounds.dtype)
@@ -122,9 +121,9 @@ class Router:
     def bucket(
         self, unique: Int[Array, " U"], number: Any, rounds: Any
     ) -> tuple[Int[Array, "P C"], Int[Array, "P C"], Int[Array, " P"]]:
-        """Return a round's ids as owners number them, and where they stand in `unique`.
+        """Return a round's ids in their shards, their positions in `unique`, and starts.
 
-        Empty places hold S, and stand at U. With them comes where each bucket starts.
+        Empty slots have id S and position U. Bucket p starts at starts[p] in `unique`.
         """
         width = -(-self.shard // rounds)
         begin = self.shard * jnp.arange(self.owners, dtype=unique.dtype)
@@ -133,14 +132,16 @@ class Router:
         starts, ends = jnp.searchsorted(unique, jnp.stack([low, high])).astype(
             unique.dtype
         )
-        places = starts[:, None] + jnp.arange(self.rows_per_round, dtype=unique.dtype)
-        is_filled = places < ends[:, None]
-        places = jnp.where(is_filled, places, unique.size)
-        ids = take(unique, places, 0) - begin[:, None]
-        return jnp.where(is_filled, ids, self.shard), places, starts
+        positions = starts[:, None] + jnp.arange(
+            self.rows_per_round, dtype=unique.dtype
+        )
+        is_filled = positions < ends[:, None]
+        positions = jnp.where(is_filled, positions, unique.size)
+        ids = take(unique, positions, 0) - begin[:, None]
+        return jnp.where(is_filled, ids, self.shard), positions, starts
 
     def all_to_all(self, x: Shaped[Array, "P ..."]) -> Shaped[Array, "P ..."]:
-        """Send x[p] to device p; return what each of them sent."""
+        """Send x[p] to device p; return the block received from each device."""
         if self.owners == 1:
             return x
         return jax.lax.all_to_all(x, self.axis, 0, 0)
@@ -152,23 +153,23 @@ class Router:
         out: Shaped[Array, "U ..."],
         *arrays: Shaped[Array, "U ..."],
     ) -> Shaped[Array, "U ..."]:
-        """Return what the owners look up for each row, `out` where no row is named.
+        """Return the owners' `lookup` of each row; `out` for unused entries.
 
-        `lookup` takes a round's ids [P, C] and the elements of `arrays` for each id.
+        `lookup` takes a round's ids [P, C] and the elements of `arrays` at these ids.
         """
         rounds = self.rounds(unique)
         owner, row = unique // self.shard, unique % self.shard
         slots = jnp.arange(unique.size, dtype=unique.dtype)
 
         def body(number: Any, out: Array) -> Array:
-            ids, places, starts = self.bucket(unique, number, rounds)
-            sent = [self.all_to_all(take(x, places, 0)) for x in arrays]
+            ids, positions, starts = self.bucket(unique, number, rounds)
+            sent = [self.all_to_all(take(x, positions, 0)) for x in arrays]
             received = self.all_to_all(lookup(self.all_to_all(ids), *sent))
             received = received.reshape(-1, *received.shape[2:])
             requested = row // -(-self.shard // rounds) == number
             requested &= owner < self.owners
-            place = slots - take(starts, owner, 0) + self.rows_per_round * owner
-            found = take(received, jnp.where(requested, place, -1), 0)
+            position = slots - take(starts, owner, 0) + self.rows_per_round * owner
+            found = take(received, jnp.where(requested, position, -1), 0)
             requested = requested.reshape(-1, *[1] * (out.ndim - 1))
             return jnp.where(requested, found.astype(out.dtype), out)
 
@@ -181,16 +182,16 @@ class Router:
         receive: Callable[[Any, Int[Array, " M"], Shaped[Array, "M D"]], Any],
         carry: Any,
     ) -> Any:
-        """Send rows to their owners; return what they make of the carry, by rounds.
+        """Send rows to their owners; fold `receive` over the rounds on each owner.
 
-        `receive(carry, ids, rows)` gets what came from all devices, M = P * C rows, and
-        their numbers in the shard, S in empty places.
+        `receive(carry, ids, rows)` takes the M = P * C rows from all devices and their
+        ids in the shard; empty slots have id S.
         """
         rounds = self.rounds(unique)
 
         def body(number: Any, carry: Any) -> Any:
-            ids, places, _ = self.bucket(unique, number, rounds)
-            ids, sent = self.all_to_all(ids), self.all_to_all(take(rows, places, 0))
+            ids, positions, _ = self.bucket(unique, number, rounds)
+            ids, sent = self.all_to_all(ids), self.all_to_all(take(rows, positions, 0))
             return receive(carry, ids.reshape(-1), sent.reshape(-1, rows.shape[1]))
 
         return self.each_round(body, carry, rounds)
@@ -199,7 +200,7 @@ class Router:
 def router(
     strategy: Strategy, num_rows: int, slots: int, rows_per_round: int
 ) -> Router:
-    """Return the router for a table of V' rows and that many distinct ids."""
+    """Return the router for a table of V' rows and `slots` ids per device."""
     owners = strategy.size
     return Router(
         strategy.batch, owners, num_rows // owners, min(rows_per_round, slots)
@@ -214,10 +215,10 @@ def fetch(
     rows_per_round: int,
     implementation: str | None,
 ) -> Float[Array, "all_U D"]:
-    """Return the rows that each device requests, zeros where it names none.
+    """Return the table rows at the ids of each device; zeros for unused entries.
 
-    `unique` has a block for each device, in order, each row once. It is linear in the
-    table; its transpose sends one row for each distinct id back to the owner.
+    `unique` has one block per device, of sorted distinct ids. The function is linear in
+    the table; its transpose sends one row per distinct id to the owner.
     """
     return fetch_p.bind(
         table,
@@ -245,7 +246,7 @@ def _fetch_impl(
         shard: Float[Array, "S D"], unique: Int[Array, " U"]
     ) -> Float[Array, "U D"]:
         def lookup(ids: Int[Array, "P C"]) -> Float[Array, "P C D"]:
-            # Each id is a bag of its own.
+            # One bag per id.
             rows = _spmm.spmm(
                 shard,
                 ids.reshape(-1, 1),
@@ -275,7 +276,7 @@ def _scatter_add_impl(
     rows_per_round: int,
     implementation: str | None,
 ) -> Float[Array, "rows D"]:
-    """Return the array of which each owner's rows are the sums of what it receives."""
+    """Return the [V', D] sums of the rows that each owner receives."""
     dtype = accumulation_dtype(rows.dtype)
     route = router(strategy, num_rows, unique.size // strategy.size, rows_per_round)
 
@@ -304,7 +305,7 @@ def _scatter_add_impl(
 
 
 def _define(name: str, function: Callable[..., Any]) -> Primitive:
-    """Make the primitive of a function that is linear in its first operand."""
+    """Define a primitive from a function that is linear in its first operand."""
     primitive = Primitive(f"jbag_{name}")
     evaluate_compiled(primitive)
 
@@ -319,7 +320,7 @@ def _define(name: str, function: Callable[..., Any]) -> Primitive:
 
 
 def _differentiate(primitive: Primitive, transposed: Primitive) -> None:
-    """Let `transposed` be the transpose of a primitive."""
+    """Register the derivative rules of a primitive with this transpose."""
 
     def jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
         value = primitive.bind(*primals, **params)
@@ -347,7 +348,7 @@ _differentiate(scatter_add_p, fetch_p)
 def sum_counts(
     counts: Float[Array, " U"], unique: Int[Array, " U"], route: Router
 ) -> Float[Array, " U"]:
-    """Return each row's count summed over all devices. Runs on one device."""
+    """Return each row's count, summed over all devices."""
 
     def lookup(
         ids: Int[Array, "P C"], counts: Float[Array, "P C"]

@@ -1,9 +1,8 @@
-"""Gradients of a table over a mesh: how they are sent to the shards that they update.
+"""Placements of the gradients of sharded tables.
 
-A `RowSparse` of such a table holds terms whose arrays have a block for each device. A
-placement knows how these blocks lie, and sends each device what its shard needs; the
-operation runs there, on the shard alone. Rows are numbered as the whole table's, unless
-said otherwise.
+The terms of the table's `RowSparse` gradient have one block per device. A placement
+sends the blocks to the shards that they update, and runs the operation on each shard.
+Row ids are those of the whole table, unless a docstring names the shard.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ Receive = Callable[[Any, FactoredGradient], Any]
 
 @dataclasses.dataclass(frozen=True)
 class LocalGradients:
-    """Each device has all that its shard needs; also: a base of the other placements.
+    """Place the terms on the devices whose shards they update; send nothing.
 
     Attributes:
-      strategy: of the table.
+      strategy: the strategy of the table.
       cotangent: the spec of the cotangent.
       bags: the spec of ids, offsets and coefficients.
     """
@@ -59,31 +58,31 @@ class LocalGradients:
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks ids, offsets and coefficients are cut into."""
+        """The number of blocks of ids, offsets and coefficients."""
         return self.strategy.size if self.bags else 1
 
     def collect(
         self, terms: list[FactoredGradient], shape: Any, receive: Receive, carry: Any
     ) -> Any:
-        """Return what `receive` makes of the carry and what this device receives.
+        """Fold `receive` over the terms that this device receives; return the carry.
 
-        It is called with terms whose rows are the shard's; every row is whole in one of
-        them. `shape` is the shard's.
+        The terms have ids of the shard, of shape `shape`. All contributions to a row
+        are in one term.
         """
-        # Divided before ids of no row are taken for empty slots.
+        # `plain` needs the out-of-range ids, which `_to_shard_ids` drops.
         term = concatenate_gradients(terms, shape[1]).plain()
-        return receive(carry, _to_local(term, self.strategy, shape[0]))
+        return receive(carry, _to_shard_ids(term, self.strategy, shape[0]))
 
-    def coalesced(self) -> LocalGradients:
-        """Return the placement of what has been received."""
+    def received_placement(self) -> LocalGradients:
+        """Return the placement of received rows."""
         return self
 
     def max_rows(self, terms: Sequence[FactoredGradient], rows: int) -> int:
-        """Return how many rows of the shard the terms can name."""
+        """Return the largest number of distinct rows of the terms in a shard."""
         return min(rows, sum(term.ids.size for term in terms))
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Return zeros that lie as the cotangent does."""
+        """Return zeros with the sharding of the cotangent."""
         return reshard(jnp.zeros(shape, dtype), self.strategy, self.cotangent)
 
     def update_rows(
@@ -96,15 +95,15 @@ class LocalGradients:
         *,
         rule: str,
     ) -> tuple[Array, ...]:
-        """Update the rows of each shard by a rule; see `RowSparse.update_table`."""
+        """Apply an optimizer rule to the rows of each shard; see `RowSparse.update_table`."""
         dtype = accumulation_dtype(table.dtype)
         numbers = jnp.stack([jnp.asarray(x, dtype) for x in scalars])
         specs = tuple(self._spec(x) for x in (table, *states))
-        # Each device has some columns of a row, whose squares are averaged over all.
+        # The mean square of a row is over the columns of all devices.
         is_column_wise = self.strategy.sharding_type == ShardingType.COLUMN_WISE
         sums_squares = is_column_wise and bool(rules.RULES[rule].per_row)
 
-        def move(
+        def update(
             arrays: tuple[Array, ...],
             numbers: Array,
             seed: Any,
@@ -118,11 +117,11 @@ class LocalGradients:
                     return _update_columns(term, *operands, rule, table.shape[1], axes)
                 return term.apply(update_rows, *operands, rule=rule)
 
-            return self.collect(_local(terms), arrays[0].shape, receive, arrays)
+            return self.collect(_on_one_device(terms), arrays[0].shape, receive, arrays)
 
         axes = self.strategy.batch
         run = per_device(
-            move,
+            update,
             self.strategy,
             (specs, P(), P(), self._gradient_specs(terms)),
             specs,
@@ -133,7 +132,7 @@ class LocalGradients:
     def todense(
         self, terms: Sequence[FactoredGradient], shape: tuple[int, ...], dtype: Any
     ) -> Float[Array, "V D"]:
-        """Return the sum of the terms as an array, in the accumulation dtype."""
+        """Return the sum of the terms, dense, in the accumulation dtype."""
         dtype = accumulation_dtype(jnp.dtype(dtype))
 
         def add(terms: list[FactoredGradient]) -> Array:
@@ -144,7 +143,9 @@ class LocalGradients:
                     spmm_transpose, num_embeddings=own[0], dtype=dtype
                 )
 
-            return self.collect(_local(terms), own, receive, jnp.zeros(own, dtype))
+            return self.collect(
+                _on_one_device(terms), own, receive, jnp.zeros(own, dtype)
+            )
 
         specs = (self._gradient_specs(terms),)
         run = per_device(add, self.strategy, specs, self.strategy.table, check=False)
@@ -153,26 +154,26 @@ class LocalGradients:
     def flat(
         self, terms: Sequence[FactoredGradient], shape: tuple[int, ...], dtype: Any
     ) -> FactoredGradient:
-        """Return the rows that are named, as bags of one: they are coalesced."""
+        """Return the terms as bags of one id; they are also coalesced."""
         return self.coalesce(terms, shape, dtype)
 
     def coalesce(
         self, terms: Sequence[FactoredGradient], shape: tuple[int, ...], dtype: Any
     ) -> FactoredGradient:
-        """Return the rows that are named, each once where it lies, and their sums."""
+        """Return one term with one sum per distinct row, on the owner of the row."""
         del dtype
         num_embeddings, width = shape
-        coalesced = self.coalesced()
+        received = self.received_placement()
 
         def gather(terms: list[FactoredGradient]) -> tuple[Array, Array]:
             own = self._shard((num_embeddings, width))
-            terms = _local(terms)
+            terms = _on_one_device(terms)
             max_rows = self.max_rows(terms, own[0])
 
             def receive(
                 carry: tuple[Any, ...], term: FactoredGradient
             ) -> tuple[Any, ...]:
-                # Rounds go up the shard: what they receive stays in order.
+                # Rounds cover increasing ranges of rows, so the indices are sorted.
                 indices, sums, count = carry
                 new_indices, rows = term.apply(coalesce, num_embeddings=own[0])
                 slots = count + jnp.arange(new_indices.size, dtype=count.dtype)
@@ -200,20 +201,20 @@ class LocalGradients:
             gather,
             self.strategy,
             (self._gradient_specs(terms),),
-            (coalesced.bags, coalesced.cotangent),
+            (received.bags, received.cotangent),
             check=False,
         )(list(terms))
         return FactoredGradient(
             sums,
             indices,
             implementation=terms[0].implementation,
-            placement=coalesced,
+            placement=received,
         )
 
     def take(
         self, array: Shaped[Array, "V ..."], indices: Int[Array, " N"]
     ) -> Shaped[Array, "N ..."]:
-        """Return rows of an array at the indices of what has been received."""
+        """Return rows of an array at received indices."""
         spec, rows = self._spec(array), self._rows_spec(array)
 
         def get(array: Array, indices: Array) -> Array:
@@ -229,7 +230,7 @@ class LocalGradients:
         indices: Int[Array, " N"],
         rows: Shaped[Array, "N ..."],
     ) -> Shaped[Array, "V ..."]:
-        """Return the array with those rows replaced."""
+        """Return the array with the rows at received indices replaced."""
         spec, rows_spec = self._spec(array), self._rows_spec(array)
 
         def set_rows(array: Array, indices: Array, rows: Array) -> Array:
@@ -242,7 +243,7 @@ class LocalGradients:
         return run(array, indices, rows)
 
     def _spec(self, array: Array) -> P:
-        """Return the spec of a table, or of a state of it."""
+        """Return the spec of a table or of an optimizer state."""
         return self.strategy.table if array.ndim == 2 else self.strategy.per_row
 
     def _rows_spec(self, array: Array) -> P:
@@ -272,10 +273,10 @@ class LocalGradients:
 
 @dataclasses.dataclass(frozen=True)
 class AllGatheredGradients(LocalGradients):
-    """The table is replicated: every device sends its sums of rows to all.
+    """All-gather the row sums of each device, for a data-parallel table.
 
     Attributes:
-      rows: how many rows there are, without padding.
+      rows: V, without padding.
     """
 
     rows: int = 0
@@ -283,31 +284,31 @@ class AllGatheredGradients(LocalGradients):
     def collect(
         self, terms: list[FactoredGradient], shape: Any, receive: Receive, carry: Any
     ) -> Any:
-        """See `LocalGradients`."""
+        """Override `LocalGradients`."""
         rows, indices = _deduplicate_rows(terms, *shape)
-        if not indices.size:  # there are no bags
+        if not indices.size:  # no bags
             return receive(carry, FactoredGradient(rows, indices[:, None]))
         axes = self.strategy.batch
         rows = jax.lax.all_gather(rows[: self.rows], axes, tiled=True)
         indices = jax.lax.all_gather(indices[: self.rows], axes, tiled=True)
         return receive(carry, FactoredGradient(rows, indices[:, None]))
 
-    def coalesced(self) -> LocalGradients:
-        """See `LocalGradients`."""
+    def received_placement(self) -> LocalGradients:
+        """Override `LocalGradients`."""
         return LocalGradients(self.strategy, P(), P())
 
     def max_rows(self, terms: Sequence[FactoredGradient], rows: int) -> int:
-        """See `LocalGradients`."""
+        """Override `LocalGradients`."""
         slots = min(self.rows, sum(term.ids.size for term in terms))
         return min(rows, slots * self.strategy.size)
 
 
 @dataclasses.dataclass(frozen=True)
 class AllToAllGradients(LocalGradients):
-    """The rows are dealt out: one sum for each distinct row goes to the owner.
+    """Send one sum per distinct row to its owner, for a row-wise table.
 
     Attributes:
-      rows_per_round: C, of a pair of devices and a round.
+      rows_per_round: C, the rows per pair of devices and round.
     """
 
     rows_per_round: int = 0
@@ -315,10 +316,10 @@ class AllToAllGradients(LocalGradients):
     def collect(
         self, terms: list[FactoredGradient], shape: Any, receive: Receive, carry: Any
     ) -> Any:
-        """See `LocalGradients`."""
+        """Override `LocalGradients`."""
         rows, width = shape
         owners = self.strategy.size
-        if len(terms) == 1:  # as `fetch` has requested them
+        if len(terms) == 1:  # one row per id of `fetch`, already summed
             sums, unique = terms[0].cotangent, terms[0].ids[:, 0]
         else:
             sums, unique = _deduplicate_rows(terms, rows * owners, width)
@@ -329,30 +330,30 @@ class AllToAllGradients(LocalGradients):
         route = router(self.strategy, rows * owners, unique.size, self.rows_per_round)
         return route.scatter_rows(unique, sums, receive_rows, carry)
 
-    def coalesced(self) -> LocalGradients:
-        """See `LocalGradients`."""
+    def received_placement(self) -> LocalGradients:
+        """Override `LocalGradients`."""
         return LocalGradients(self.strategy, self.cotangent, self.bags)
 
     def max_rows(self, terms: Sequence[FactoredGradient], rows: int) -> int:
-        """See `LocalGradients`."""
+        """Override `LocalGradients`."""
         return min(rows, sum(term.ids.size for term in terms) * self.strategy.size)
 
 
-def _local(terms: list[FactoredGradient]) -> list[FactoredGradient]:
+def _on_one_device(terms: list[FactoredGradient]) -> list[FactoredGradient]:
     return [dataclasses.replace(term, placement=ONE_DEVICE) for term in terms]
 
 
 def _first_row(strategy: Strategy, rows: int) -> Int[Array, ""]:
-    """Return the number of this device's first row."""
+    """Return the first row of this device's shard."""
     if strategy.sharding_type in SHARDED_BY_ROWS:
         return jax.lax.axis_index(strategy.batch) * rows
     return jnp.zeros((), jnp.int32)
 
 
-def _to_local(
+def _to_shard_ids(
     term: FactoredGradient, strategy: Strategy, rows: int
 ) -> FactoredGradient:
-    """Return a term whose rows are numbered as the shard's."""
+    """Return the term with ids of the shard; other ids become padding."""
     own = term.ids - _first_row(strategy, rows).astype(term.ids.dtype)
     kept = (own >= 0) & (own < rows) & _csr.filled(term.ids, term.pad_id)
     return dataclasses.replace(term, ids=jnp.where(kept, own, PAD_ID), pad_id=PAD_ID)
@@ -377,7 +378,7 @@ def _update_columns(
     width: int,
     axes: tuple[str, ...],
 ) -> tuple[Array, ...]:
-    """Move some columns of rows by a rule that averages over all of them."""
+    """Apply a rule to a device's columns, with mean squares over all columns."""
     indices, sums = term.apply(coalesce, num_embeddings=table.shape[0])
     squares = jax.lax.psum((sums * sums).sum(-1), axes) / width
     return xla.update_unique_rows(

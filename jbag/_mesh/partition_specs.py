@@ -1,4 +1,4 @@
-"""Meshes, and what a table's `PartitionSpec` says of it."""
+"""Sharding types, and the strategy that a `PartitionSpec` declares on a mesh."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ Axis = tuple[str, ...]
 
 
 class ShardingType(enum.StrEnum):
-    """How a table is cut over a mesh, by TorchRec's names.
+    """Name a sharding strategy, as TorchRec does.
+
+    Attributes:
+      DATA_PARALLEL: each device has the whole table.
+      COLUMN_WISE: each device has a part of the columns.
+      TABLE_WISE: each device has some of the tables.
+      ROW_WISE: each device has a part of the rows.
 
     Example:
       >>> jbag.sharding.ShardingType("row_wise").name
@@ -30,20 +36,21 @@ class ShardingType(enum.StrEnum):
     ROW_WISE = "row_wise"
 
 
-# Those that cut the rows of the array that holds the tables.
+# The types that shard the first axis of the stacked tables.
 SHARDED_BY_ROWS = (ShardingType.TABLE_WISE, ShardingType.ROW_WISE)
 
 
 @dataclasses.dataclass(frozen=True)
 class TableWise:
-    """A strategy: tables lie whole, each with one of the devices along an axis.
+    """Declare table-wise sharding: each table is on one device along a mesh axis.
 
-    It stands where a `PartitionSpec` would, in an `EmbeddingBagCollection`.
+    It replaces a `PartitionSpec` in the `specs` of an `EmbeddingBagCollection`.
 
     Attributes:
-      axis: of the mesh, or several of its axes.
-      lanes: to how many lanes tables are dealt, a multiple of the number of devices; an
-        array moves as it is between meshes whose sizes divide it.
+      axis: a mesh axis, or a tuple of axes.
+      lanes: the number of equal parts of the stacked array, a multiple of the number of
+        devices. Each table is in one lane. A checkpoint restores on any number of
+        devices that divides it.
 
     Example:
       >>> jbag.sharding.TableWise("x", lanes=8)
@@ -55,15 +62,15 @@ class TableWise:
 
     @property
     def spec(self) -> P:
-        """The `PartitionSpec` of the array that holds the tables."""
+        """The `PartitionSpec` of the stacked tables."""
         return P(self.axis, None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """What a spec says: how a table is cut, and over which axes of the mesh.
+    """A sharding type, and the mesh axes that shard the batch.
 
-    Batches are cut along the `batch` axes: those of the table, unless it is replicated.
+    A table that is not data parallel is sharded along the same axes.
     """
 
     mesh: Mesh | AbstractMesh
@@ -72,17 +79,17 @@ class Strategy:
 
     @property
     def size(self) -> int:
-        """P, the number of blocks that batches are cut into."""
+        """P, the number of blocks of a batch."""
         return math.prod(self.mesh.shape[axis] for axis in self.batch)
 
     @property
     def blocks(self) -> P:
-        """The spec of what has a block for each device on its first axis."""
+        """The spec of arrays with one block per device on the first axis."""
         return P(self.batch)
 
     @property
     def table(self) -> P:
-        """The spec of the table, or of a state of its shape."""
+        """The spec of the table and of optimizer states [V, D]."""
         specs = {
             ShardingType.DATA_PARALLEL: P(None, None),
             ShardingType.COLUMN_WISE: P(None, self.batch),
@@ -93,7 +100,7 @@ class Strategy:
 
     @property
     def per_row(self) -> P:
-        """The spec of a state of one number a row."""
+        """The spec of optimizer states [V]."""
         return P(*self.table[:1])
 
     @property
@@ -103,7 +110,7 @@ class Strategy:
 
 
 def current_mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh | None:
-    """Return the mesh, or else the one that `jax.set_mesh` set, or None."""
+    """Return the mesh, or the mesh of `jax.set_mesh`, or None."""
     if mesh is not None:
         if not isinstance(mesh, Mesh | AbstractMesh):
             raise TypeError(f"`mesh` must be a jax.sharding.Mesh; got {mesh!r}.")
@@ -115,13 +122,13 @@ def current_mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh | None
 def strategy(
     mesh: Mesh | AbstractMesh, spec: P | TableWise, batch_axis: str | Axis | None = None
 ) -> Strategy:
-    """Return what `spec` says on this mesh.
+    """Return the strategy that `spec` declares on this mesh.
 
-    `batch_axis` is where batches are cut if the spec names no axis.
+    `batch_axis` shards the batch if the spec names no axis; None uses all axes.
 
     Raises:
       TypeError: `spec` is neither a PartitionSpec nor a `TableWise`.
-      ValueError: it names other axes than the mesh has, or cuts rows and columns both.
+      ValueError: `spec` names an unknown axis, or shards both rows and columns.
     """
     if isinstance(spec, TableWise):
         return Strategy(
@@ -133,10 +140,10 @@ def strategy(
             f"got {spec!r}."
         )
     if len(spec) > 2:
-        raise ValueError(f"`spec` must be of a table's two axes; got {spec}.")
+        raise ValueError(f"`spec` must have at most two entries; got {spec}.")
     rows, columns = (*spec, None, None)[:2]
     if rows is not None and columns is not None:
-        raise ValueError(f"`spec` must cut rows or columns, not both; got {spec}.")
+        raise ValueError(f"`spec` must shard rows or columns, not both; got {spec}.")
     if rows is not None:
         return Strategy(
             mesh, ShardingType.ROW_WISE, _check_axis(mesh, "spec", spec, rows)
@@ -169,11 +176,10 @@ def per_device(
     *,
     check: bool,
 ) -> Callable[..., Any]:
-    """Return `body` as a function of whole arrays, run by every device on its blocks.
+    """Return `jax.shard_map` of `body` over the mesh of a strategy.
 
-    Where the mesh's axes are Explicit, the arguments are resharded to `in_specs`. With
-    `check`, JAX keeps track of what is equal on all devices, and sums gradients where
-    it is; without, `body` must not be differentiated.
+    On Explicit axes, the arguments are resharded to `in_specs`. With `check`, JAX
+    tracks which values are replicated, which differentiation requires.
     """
     mapped = jax.shard_map(
         body,
@@ -195,7 +201,7 @@ def per_device(
 
 
 def reshard(x: Array, strategy: Strategy, spec: P) -> Array:
-    """Return an array resharded over an Explicit mesh; unchanged on others."""
+    """Reshard an array on Explicit axes; return it unchanged on Auto axes."""
     if not strategy.is_explicit:
         return x
     spec = P(*spec[: jax.numpy.ndim(x)])

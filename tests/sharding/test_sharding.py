@@ -429,14 +429,14 @@ def blocks_with(row):
             {},
             None,
             ValueError,
-            "`spec` must cut rows or columns, not both",
+            "`spec` must shard rows or columns, not both",
         ),
         (
             {"other": P(None, None, "x")},
             {},
             None,
             ValueError,
-            "`spec` must be of a table's two axes",
+            "`spec` must have at most two entries",
         ),
         (
             {"embedding": P(None, "x")},
