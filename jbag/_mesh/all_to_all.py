@@ -121,7 +121,7 @@ class Router:
     def bucket(
         self, unique: Int[Array, " U"], number: Any, rounds: Any
     ) -> tuple[Int[Array, "P C"], Int[Array, "P C"], Int[Array, " P"]]:
-        """Return a round's ids in their shards, their positions in `unique`, and starts.
+        """Return a round's shard ids, their positions in `unique`, and the starts.
 
         Empty slots have id S and position U. Bucket p starts at starts[p] in `unique`.
         """

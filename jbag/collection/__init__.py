@@ -1,1 +1,1 @@
-"""Many tables, pooled in few launches."""
+"""Collections of tables: stacking, input checks, lookups over a mesh."""

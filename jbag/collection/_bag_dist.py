@@ -1,4 +1,4 @@
-"""Input dist and output dist of bags: to the tables that pool them, and back."""
+"""Input dist of bags to the devices that pool them; output dist of pooled rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Bags = Mapping[str, Bag]
 
 
 def own_block(bags: Bags) -> Bags:
-    """Return a device's bags from its block: a ragged one has an axis of one."""
+    """Return a device's bags from its block; ragged bags lose their axis of size 1."""
     return {
         name: bag if bag.offsets is None else Bag(*_first(tuple(bag)))
         for name, bag in bags.items()
@@ -33,13 +33,13 @@ def _first(arrays: Any) -> Any:
 
 
 class BagDist:
-    """How the features of a launch are pooled where the table is.
+    """Send the bags of a launch to the table, and the pooled rows to the batch.
 
     Attributes:
-      placement: of the gradient.
-      bags: the spec of the features' bags, as `input_dist` takes them.
-      columns: the axes over which the table's columns are cut, or None.
-      replicas: the axes over which the batch is cut, where a device has a part of it.
+      placement: the placement of the gradient.
+      bags: the spec of the bags that `input_dist` takes.
+      columns: the mesh axes that shard the columns of the table, or None.
+      replicas: the mesh axes that shard the batch of a data-parallel table, or None.
     """
 
     placement: LocalGradients
@@ -52,22 +52,22 @@ class BagDist:
         self.bags = strategy.blocks
 
     def input_dist(self, bags: Bags) -> tuple[Array, Any, Any]:
-        """Return ids, offsets and weights of the bags that this device pools."""
+        """Return the ids, offsets and weights of the bags that this device pools."""
         return self.launch.join(self.stack, [own_block(bags)])
 
     def first_row(self, rows: int) -> Array | int:
-        """Return the number of the first of this device's rows."""
+        """Return the first row of this device's shard."""
         del rows
         return 0
 
     def output_dist(self, total: Array, bags: Bags) -> Array:
-        """Return the rows of this device's own bags."""
+        """Return the pooled rows of this device's block of the batch."""
         del bags
         return total
 
 
 class _OneDeviceDist(BagDist):
-    """One device has all the tables and bags: nothing is sent."""
+    """Pool on one device; send nothing."""
 
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
         super().__init__(stack, launch, strategy)
@@ -77,7 +77,7 @@ class _OneDeviceDist(BagDist):
 
 
 class _DataParallelDist(BagDist):
-    """Each device has the tables, and pools its own bags."""
+    """Pool each block of the batch on its own device; send nothing."""
 
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
         super().__init__(stack, launch, strategy)
@@ -88,7 +88,7 @@ class _DataParallelDist(BagDist):
 
 
 class _ColumnWiseDist(BagDist):
-    """All bags go to every device, which pools some of the columns."""
+    """All-gather the bags; pool a part of the columns; all-to-all the result."""
 
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
         super().__init__(stack, launch, strategy)
@@ -118,7 +118,7 @@ class _ColumnWiseDist(BagDist):
 
 
 class _TableWiseDist(BagDist):
-    """Each feature's bags go to the device that has its table."""
+    """All-to-all the bags to the device of their table, and the pooled rows back."""
 
     def __init__(self, stack: Stack, launch: Launch, strategy: Strategy) -> None:
         super().__init__(stack, launch, strategy)
@@ -146,7 +146,7 @@ class _TableWiseDist(BagDist):
                     values.append(bag.weights.reshape(-1))
             like = bags[launch.features[0]]
             for _ in range(self.max_features - len(own)):
-                parts.append(_no_bags(like))
+                parts.append(_empty_bags(like))
                 if like.weights is not None:
                     values.append(jnp.zeros(0, like.weights.dtype))
             ids, offsets = concatenate_bags(parts)
@@ -196,7 +196,7 @@ class _TableWiseDist(BagDist):
 
 
 def bag_dist(stack: Stack, launch: Launch, strategy: Strategy) -> BagDist:
-    """Return the dist of a strategy."""
+    """Return the dist of a launch under a strategy."""
     dists = {
         ShardingType.DATA_PARALLEL: _DataParallelDist,
         ShardingType.COLUMN_WISE: _ColumnWiseDist,
@@ -206,8 +206,8 @@ def bag_dist(stack: Stack, launch: Launch, strategy: Strategy) -> BagDist:
     return dist(stack, launch, strategy)
 
 
-def _no_bags(like: Bag) -> tuple[Array, Array]:
-    """Return as many empty bags."""
+def _empty_bags(like: Bag) -> tuple[Array, Array]:
+    """Return as many empty bags as `like` has bags."""
     return jnp.zeros(0, jnp.int32), jnp.zeros(size(like) + 1, jnp.int32)
 
 

@@ -1,4 +1,4 @@
-"""What the Linen and the NNX collection share: the stacks, the checks, the outputs."""
+"""The collection, independent of Linen and NNX: checks, strategies, pooling."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ from jbag.ops.kernels import check_implementation
 class CollectionOptions:
     """The options of an `EmbeddingBagCollection` module.
 
-    Not a frozen dataclass, which Linen's modules can't inherit: they are frozen by
-    Linen.
+    The dataclass is not frozen, because Linen modules cannot inherit a frozen one.
     """
 
     tables: Mapping[str, Table]
@@ -62,11 +61,11 @@ class CollectionOptions:
 
 
 def check_parts(options: CollectionOptions) -> Parts:
-    """Return the parts of a collection; raise where its options can't be meant.
+    """Check the options of a collection; return its parts.
 
     Raises:
-      TypeError: something is of the wrong type.
-      ValueError: a feature's table isn't there, or a group's spec.
+      TypeError: an option has a wrong type.
+      ValueError: a feature names an unknown table, or a spec names an unknown group.
     """
     tables = _check_mapping("tables", options.tables, Table, "Table")
     features = _check_mapping("features", options.features, Feature, "Feature")
@@ -112,12 +111,13 @@ def strategies(
     mesh: Mesh | AbstractMesh | None,
     batch_axis: Any,
 ) -> dict[str, Strategy]:
-    """Return the strategy of each stack by name; none without a mesh.
+    """Return the strategy of each stack by name; an empty dict without a mesh.
 
-    A mesh that `jax.set_mesh` set counts if a stack has a spec.
+    The mesh of `jax.set_mesh` applies if a stack has a spec.
 
     Raises:
-      ValueError: batches would be cut in several ways, or an array can't be cut so.
+      ValueError: the specs name different axes, or a shape is not divisible by the
+        number of devices.
     """
     if mesh is None and all(stack.spec is None for stack in stacks):
         return {}
@@ -144,7 +144,7 @@ def strategies(
     }
     if len({one.batch for one in found.values()}) > 1:
         raise ValueError(
-            "`batch_axis` must be the axes that `specs` name; "
+            "`batch_axis` must equal the axes that `specs` name; "
             f"got {batch_axis!r} and {sorted(axes)}."
         )
     for stack in stacks:
@@ -156,16 +156,16 @@ def _check_division(stack: Stack, found: Strategy) -> None:
     rows, width = stack.shape
     if found.sharding_type == ShardingType.COLUMN_WISE and width % found.size:
         raise ValueError(
-            f"`embedding_dim` must be divisible by the {found.size} devices that share "
-            f"the columns of {stack.name!r}; got {width}."
+            f"`embedding_dim` must be divisible by the {found.size} devices that "
+            f"shard the columns of {stack.name!r}; got {width}."
         )
     if found.sharding_type in SHARDED_BY_ROWS and rows % found.size:
         raise ValueError(
             f"`grid` (or `lanes`) must be divisible by the {found.size} devices that "
-            f"share the rows of {stack.name!r}; got {stack.layout}."
+            f"shard the rows of {stack.name!r}; got {stack.layout}."
         )
     is_table_wise = found.sharding_type == ShardingType.TABLE_WISE
-    if is_table_wise and stack.layout.num_lanes % found.size:  # type: ignore[union-attr]  # whole tables have lanes
+    if is_table_wise and stack.layout.num_lanes % found.size:  # type: ignore[union-attr]  # table-wise stacks have lanes
         raise ValueError(
             f"`lanes` must be a multiple of the {found.size} devices; "
             f"got {stack.layout}."
@@ -175,7 +175,7 @@ def _check_division(stack: Stack, found: Strategy) -> None:
 def initializer(
     options: CollectionOptions, parts: Parts, stack: Stack
 ) -> Callable[[Array], Array]:
-    """Return the function of a key that makes a stack's first array, where it lies."""
+    """Return the function of a key that initializes a stack with its sharding."""
 
     def init(key: Array) -> Array:
         found = strategies(parts.stacks, options.mesh, options.batch_axis)
@@ -190,7 +190,7 @@ def initializer(
 def pool_collection(
     options: CollectionOptions, parts: Parts, arrays: Mapping[str, Array], batch: Any
 ) -> Any:
-    """Return what a collection pools: by feature, or all side by side."""
+    """Pool a batch; return a dict by feature, or one concatenated array."""
     found, bags = _check_call(options, parts, batch)
     pooled: dict[str, Array] = {}
     for stack, launches, own in _calls(options, parts, bags):
@@ -201,8 +201,8 @@ def pool_collection(
             and KEYED in bags
         ):
             raise ValueError(
-                "Tables that are dealt out whole take a dict of bags; got one keyed "
-                "batch, of which no device's part has a static size."
+                "Table-wise tables take a dict of bags; got one keyed Bags, which has "
+                "no static size per device."
             )
         pooled |= pool_stack(
             arrays[stack.name],
@@ -232,7 +232,7 @@ def _check_call(
 def _calls(
     options: CollectionOptions, parts: Parts, bags: Mapping[str, Bag]
 ) -> Iterator[tuple[Stack, tuple[Launch, ...], dict[str, Bag]]]:
-    """Yield each stack with what is pooled from it, and of which bags."""
+    """Yield each stack with its launches and their bags."""
     weighted = {
         name: bags[KEYED if KEYED in bags else name].weights is not None
         for name in parts.features
@@ -249,7 +249,7 @@ def _calls(
 
 
 def collection_traffic(options: CollectionOptions, batch: Any) -> dict[str, Traffic]:
-    """Return what the rows of each stack that are dealt out are sent for a batch."""
+    """Return the traffic of a batch for each row-wise stack, by its name."""
     parts = check_parts(options)
     found, bags = _check_call(options, parts, batch)
     bags = {name: bag._replace(weights=None) for name, bag in bags.items()}
@@ -268,8 +268,8 @@ def collection_traffic(options: CollectionOptions, batch: Any) -> dict[str, Traf
 
 
 def validate_batch(options: CollectionOptions, batch: Any) -> Any:
-    """Check a batch by value, copied from the device if need be; return it."""
-    # A list is no array of JAX's, and is checked by value as it is.
+    """Check a batch by value, on a host copy; return the batch."""
+    # Lists and NumPy arrays are checked by value without a copy.
     on_host = jax.tree.map(
         lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, batch
     )
@@ -278,7 +278,7 @@ def validate_batch(options: CollectionOptions, batch: Any) -> Any:
 
 
 def export_tables(parts: Parts, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Return each table's rows in the order of their ids."""
+    """Return each table by name, its rows in the order of the ids."""
     names = {stack.name for stack in parts.stacks}
     if not isinstance(arrays, Mapping) or not names <= set(arrays):
         raise ValueError(
@@ -293,7 +293,7 @@ def export_tables(parts: Parts, arrays: Mapping[str, Array]) -> dict[str, Array]
 
 
 def _take(array: Array, rows: np.ndarray) -> Array:
-    """Return rows of an array; over a mesh of Explicit axes, on every device."""
+    """Return rows of an array; on Explicit axes, replicated."""
     mesh = jax.typeof(array).sharding.mesh
     if AxisType.Explicit not in mesh.axis_types:
         return array[rows]
@@ -301,7 +301,7 @@ def _take(array: Array, rows: np.ndarray) -> Array:
 
 
 def import_tables(parts: Parts, tables: Mapping[str, Any]) -> dict[str, Array]:
-    """Return the arrays that hold tables given in the order of their ids."""
+    """Return the stacked arrays of tables with rows in the order of the ids."""
     if set(tables) != set(parts.tables):
         raise ValueError(f"`tables` must be {list(parts.tables)}; got {list(tables)}.")
     for name, table in parts.tables.items():
@@ -315,10 +315,10 @@ def import_tables(parts: Parts, tables: Mapping[str, Any]) -> dict[str, Array]:
 
 
 def collection_shardings(options: CollectionOptions, tree: Any) -> Any:
-    """Return how each array of a tree lies on the mesh: a `NamedSharding` each.
+    """Return a `NamedSharding` for each array of a tree.
 
-    Arrays under a stack's name, of as many rows, lie as its spec says; others are
-    replicated.
+    An array under a stack's name with as many rows has the stack's sharding; other
+    arrays are replicated.
     """
     stacks = check_parts(options).stacks
     found = strategies(stacks, options.mesh, options.batch_axis)

@@ -1,4 +1,4 @@
-"""The bags of a collection's features, checked."""
+"""Checks of the bags of a collection's features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jbag.ragged._bags import Bags
 
 
 class Parts(NamedTuple):
-    """A collection's options, checked: its stacks, and what is pooled from them."""
+    """The checked tables, features and stacks of a collection."""
 
     tables: dict[str, Table]
     features: dict[str, Feature]
@@ -24,24 +24,24 @@ class Parts(NamedTuple):
 
 
 def check_batch(batch: Any, parts: Parts, blocks: int | None) -> dict[str, Bag]:
-    """Return each feature's bags, those on the host checked by value.
+    """Check a batch, host arrays by value; return each feature's bags.
 
     Args:
-      batch: a dict by feature, or a keyed `Bags`.
-      parts: of the collection.
-      blocks: P, the number of blocks that every array must have; None without a mesh.
+      batch: a dict by feature, or one `Bags` with the features one after another.
+      parts: the parts of the collection.
+      blocks: P, the required number of blocks; None without a mesh.
 
     Raises:
-      IndexError, TypeError, ValueError: as `embedding_bag`; the features aren't those
-        of the collection, or differ in their number of bags.
+      IndexError: a host array holds an out-of-range id.
+      TypeError: an array has a wrong dtype.
+      ValueError: an array has a wrong shape, or the features are not those of the
+        collection or differ in their number of bags.
     """
     features = parts.features
     if isinstance(batch, Bags):
         return {KEYED: _check_keyed(batch, parts, blocks)}
     if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"`batch` must be a dict of the features' bags, or a Bags; got {batch!r}."
-        )
+        raise TypeError(f"`batch` must be a dict by feature, or a Bags; got {batch!r}.")
     if set(batch) != set(features):
         raise ValueError(
             f"`batch` must hold the features {list(features)}; got {list(batch)}."
@@ -96,13 +96,14 @@ def _rows(x: np.ndarray) -> np.ndarray:
 
 
 def _check_bag(given: Any, rows: int | None, blocks: int | None) -> Bag:
-    """Return bags that pass for a table of so many rows, or of any number of them."""
+    """Check bags for a table of `rows` rows; None accepts any 32-bit id."""
     most = np.iinfo(np.int32).max if rows is None else rows
     if blocks is None or not isinstance(given, Bags):
         ids, offsets, weights = check_bags(given, None, None, False, most)
         if blocks is not None and ids.shape[0] % blocks:
             raise ValueError(
-                f"`indices` must have rows for {blocks} devices; got shape {ids.shape}."
+                f"`indices` must have a multiple of {blocks} rows; "
+                f"got shape {ids.shape}."
             )
         return _as_bag(ids, offsets, weights)
     shapes = np.shape(given.indices), np.shape(given.offsets)
@@ -132,7 +133,7 @@ def _check_block(at: int, bags: Bags, rows: int) -> tuple[Any, Any, Any]:
 
 
 def _as_bag(ids: Any, offsets: Any, weights: Any) -> Bag:
-    """Return bags as arrays, with offsets of 32 bits: -1 where one has more."""
+    """Return bags as arrays, with int32 offsets; larger offsets become -1."""
     if offsets is not None:
         offsets = jnp.asarray(offsets)
         fits = (offsets >= 0) & (offsets <= jnp.iinfo(jnp.int32).max)

@@ -1,11 +1,11 @@
-"""Pooling the features of a stack of tables, on one device or over a mesh.
+"""Pooling of the features of stacked tables, on one device or over a mesh.
 
-Over a mesh, every device has a block of the batch, and three programs run on it, with
-marks between them for `value_and_grad`, which does not look into them:
+Over a mesh, a lookup is a sequence of `shard_map` programs. `value_and_grad` reads the
+marks between the programs; it does not trace into them.
 
-    row_wise                 deduplicate the ids; fetch their rows (marked); pool them
-    column_wise, table_wise, send the bags to the table; pool them (marked); send back
-    data_parallel            the pooled rows, and finish
+    row_wise                   deduplicate ids -> fetch rows (marked) -> pool
+    column_wise, table_wise,   input dist, pool (marked) -> output dist, normalize
+    data_parallel
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def pool_stack(
     sparse: bool,
     rows_per_round: int | None,
 ) -> Pooled:
-    """Return each feature's bags, pooled; over a mesh, every array in blocks."""
+    """Return each feature's pooled bags; over a mesh, sharded along the batch."""
     if strategy is None:
         return _pool_on_one_device(table, bags, stack, launches, sparse)
     if sparse:
@@ -67,14 +67,25 @@ def pool_stack(
 
 
 class Traffic(NamedTuple):
-    """How the rows of a batch are sent between P devices; see `Layout`.
+    """Count the rows that P devices exchange for a batch of a row-wise table.
 
     Attributes:
-      rounds: how many rounds the devices need, a power of two; 1 unless
-        `rows_per_round` is too small for a batch.
-      distinct: [P], how many distinct rows each device requests.
-      requested: [P, P], how many rows device p requests from owner q.
-      out_of_range: [P], how many slots of each device hold an id that is no row.
+      rounds: the number of rounds, a power of two; 1 unless `rows_per_round` is too
+        small for the batch.
+      distinct: [P], the number of distinct rows that each device requests.
+      requested: [P, P], the number of rows that device p requests from owner q.
+      out_of_range: [P], the number of out-of-range ids on each device.
+
+    Example:
+      >>> collection = jbag.EmbeddingBagCollection(
+      ...     tables={"words": jbag.Table(100, 4)},
+      ...     features={"text": jbag.Feature("words")},
+      ...     specs={"embedding": P("x", None)},
+      ...     mesh=jax.make_mesh((1,), ("x",)),
+      ... )
+      >>> traffic = collection.traffic({"text": np.array([[1, 2], [2, 3]])})
+      >>> traffic["embedding_4"].distinct
+      Array([3], dtype=int32)
     """
 
     rounds: Int[Array, ""]
@@ -99,7 +110,7 @@ def measure_traffic(
     strategy: Strategy,
     rows_per_round: int | None,
 ) -> Traffic:
-    """Return how rows are sent when `pool_stack` is called so."""
+    """Return the traffic of `pool_stack` with these arguments."""
     bags = _with_slots(bags, strategy)
     mapped = _Mapped(stack, launches, strategy, False)
     num_rows, rows_per_round = (
@@ -149,7 +160,7 @@ def _pool_on_one_device(
 
 
 class _Mapped(NamedTuple):
-    """What all programs of a stack over a mesh know."""
+    """The stack and the strategy of the programs that run over a mesh."""
 
     stack: Stack
     launches: tuple[Launch, ...]
@@ -158,14 +169,14 @@ class _Mapped(NamedTuple):
 
     @property
     def rows(self) -> P:
-        """The spec of what has bags, or slots, on the first of two axes."""
+        """The spec of matrices with bags or slots on the first axis."""
         return P(self.strategy.batch, None)
 
     def run(self, body: Any, in_specs: Any, out_specs: Any, check: bool = True) -> Any:
         return per_device(body, self.strategy, in_specs, out_specs, check=check)
 
     def rows_per_round(self, bags: Bags, given: int | None) -> int:
-        """Return C: what is given, or what a device's slots want."""
+        """Return C: the given value, or the default for a device's slots."""
         if given is not None:
             return given
         slots = sum(
@@ -177,7 +188,7 @@ class _Mapped(NamedTuple):
 
 
 def _with_slots(bags: Bags, strategy: Strategy) -> Bags:
-    """Return bags of which each device has a slot: XLA can't cut arrays of none."""
+    """Return bags with at least one slot per device: XLA cannot shard empty arrays."""
 
     def with_slot(bag: Bag) -> Bag:
         ids, offsets, weights = bag
@@ -186,10 +197,10 @@ def _with_slots(bags: Bags, strategy: Strategy) -> Bags:
         if offsets is None:
             shape = (strategy.size, ids.shape[0] // strategy.size + 1)
             offsets = jnp.zeros(shape, ids.dtype)
-        slot = (strategy.size, 1)  # of no bag
+        slot = (strategy.size, 1)  # outside every bag
         return Bag(
             jnp.zeros(slot, ids.dtype),
-            jnp.where(offsets == 0, 0, -1),  # a malformed one stays so
+            jnp.where(offsets == 0, 0, -1),  # a malformed offset stays malformed
             None if weights is None else jnp.zeros(slot, weights.dtype),
         )
 
@@ -207,18 +218,18 @@ def _pool_row_wise(
     )
     implementation = launches[0].pooling.implementation
 
-    def name(bags: Bags) -> tuple[Array, Any, Any]:
+    def deduplicate_ids(bags: Bags) -> tuple[Array, Any, Any]:
         bags = own_block(bags)
         joined = [launch.join(stack, [bags])[:2] for launch in launches]
         named = [only_in_bags(*one) for one in joined]
-        unique, places = deduplicate(
+        unique, inverse = deduplicate(
             jnp.concatenate([ids.reshape(-1) for ids in named]), num_rows
         )
         found: list[Any] = []
         counts: list[Array | None] = []
         first = 0
         for launch, ids, (_, offsets) in zip(launches, named, joined, strict=True):
-            own = places[first : first + ids.size]
+            own = inverse[first : first + ids.size]
             first += ids.size
             found.append((own.reshape(ids.shape), offsets))
             if launch.pooling.scale_grad_by_freq:
@@ -232,7 +243,9 @@ def _pool_row_wise(
                 counts.append(None)
         return unique, found, counts
 
-    unique, found, counts = mapped.run(name, (blocks,), blocks, check=False)(bags)
+    unique, found, counts = mapped.run(deduplicate_ids, (blocks,), blocks, check=False)(
+        bags
+    )
     rows = fetch(
         table,
         unique,

@@ -1,4 +1,4 @@
-"""Tables stacked in one array, and features that are pooled from it in one launch."""
+"""Table stacking: tables that share an array, features that share a kernel launch."""
 
 from __future__ import annotations
 
@@ -28,19 +28,24 @@ from jbag.ragged._csr import PAD_ID, Ids, Offsets, Slots
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One table of an `EmbeddingBagCollection`.
+    """Declare one table of an `EmbeddingBagCollection`.
 
     Attributes:
-      num_embeddings: V.
-      embedding_dim: D, its width.
-      group: tables of one group, width and dtype are stacked in one parameter, which an
-        optimizer sees as one, and which lies on a mesh as one.
-      padding_idx: the row that stands for nothing; it starts as zeros.
-      max_norm: rows are used scaled down to this norm.
-      norm_type: p of that norm.
+      num_embeddings: V, the number of rows.
+      embedding_dim: D, the width of a row.
+      group: the name of a group. Tables of the same group, width and dtype are stacked
+        in one parameter with one optimizer and one sharding.
+      padding_idx: the row that bags leave out; it is initialized to zeros.
+      max_norm: scale rows down to this norm before pooling; None does not.
+      norm_type: the order p of that norm.
       scale_grad_by_freq: divide each row's gradient by its count in a feature's batch.
-      param_dtype: of the table.
-      embedding_init: called with (key, (V, D), param_dtype); by default N(0, 1 / D).
+      param_dtype: the dtype of the table.
+      embedding_init: a function of (key, (V, D), param_dtype); the default is
+        N(0, 1 / D).
+
+    Raises:
+      TypeError: an attribute has a wrong type.
+      ValueError: an attribute is out of range.
 
     Example:
       >>> jbag.Table(num_embeddings=1000, embedding_dim=64).group
@@ -62,9 +67,9 @@ class Table:
         size = check_integer("num_embeddings", self.num_embeddings, low=1)
         check_integer("embedding_dim", self.embedding_dim, low=1)
         if not isinstance(self.group, str):
-            raise TypeError(f"`group` must be a name; got {self.group!r}.")
+            raise TypeError(f"`group` must be a string; got {self.group!r}.")
         if not self.group.isidentifier():
-            raise ValueError(f"`group` must be a name; got {self.group!r}.")
+            raise ValueError(f"`group` must be an identifier; got {self.group!r}.")
         if self.padding_idx is not None:
             check_padding_idx(self.padding_idx, size)
         if self.max_norm is not None and not isinstance(self.max_norm, int | float):
@@ -79,11 +84,15 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """One feature of an `EmbeddingBagCollection`: bags of ids of one table's rows.
+    """Declare one feature of an `EmbeddingBagCollection`: bags of ids of one table.
 
     Attributes:
-      table: its name.
-      mode: "mean", "sum", "sqrtn", "max" or "min".
+      table: the name of the table.
+      mode: the pooling mode: "mean", "sum", "sqrtn", "max" or "min".
+
+    Raises:
+      TypeError: `table` is not a string.
+      ValueError: `mode` is unknown.
 
     Example:
       >>> jbag.Feature("items", mode="sum")
@@ -95,12 +104,12 @@ class Feature:
 
     def __post_init__(self) -> None:
         if not isinstance(self.table, str):
-            raise TypeError(f"`table` must be a name; got {self.table!r}.")
+            raise TypeError(f"`table` must be a string; got {self.table!r}.")
         check_mode(self.mode)
 
 
 class Stack(NamedTuple):
-    """Tables of one group, width and dtype, in one array of which they have rows."""
+    """Tables of one group, width and dtype, stacked in one array [R, D]."""
 
     name: str
     names: tuple[str, ...]
@@ -110,26 +119,26 @@ class Stack(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The array's."""
+        """The shape of the array."""
         return self.layout.num_rows, self.tables[0].embedding_dim
 
     @property
     def dtype(self) -> Any:
-        """The array's."""
+        """The dtype of the array."""
         return self.tables[0].param_dtype
 
     @property
     def partition_spec(self) -> P | None:
-        """The array's, or None where none was given."""
+        """The `PartitionSpec` of the array, or None without a spec."""
         return self.spec.spec if isinstance(self.spec, TableWise) else self.spec
 
     def base(self, name: str) -> int:
-        """Return how many rows the tables before this one have."""
+        """Return the number of rows of the tables before this one."""
         at = self.names.index(name)
         return sum(table.num_embeddings for table in self.tables[:at])
 
     def place(self, name: str, ids: Ids) -> Ids:
-        """Return the array's row of each id, or `OUT_OF_RANGE_ID`, or `PAD_ID`."""
+        """Return the array row of each id, or `OUT_OF_RANGE_ID`, or `PAD_ID`."""
         at = self.names.index(name)
         table = self.tables[at]
         rows = place(self.layout, at, self.base(name), table.num_embeddings, ids)
@@ -139,7 +148,7 @@ class Stack(NamedTuple):
         return jnp.where(ids == padding, PAD_ID, rows)
 
     def table_rows(self, name: str) -> np.ndarray:
-        """Return the array's row of each of a table's rows, in order."""
+        """Return the array row of each table row, in the order of the ids."""
         at = self.names.index(name)
         ids = np.arange(self.tables[at].num_embeddings)
         if isinstance(self.layout, Lanes):
@@ -147,7 +156,7 @@ class Stack(NamedTuple):
         return self.layout.place(ids + self.base(name))
 
     def fill(self, rows: Mapping[str, Shaped[Any, "V ..."]]) -> Shaped[Array, "R ..."]:
-        """Return the array that holds the rows of each table; zeros elsewhere."""
+        """Return the array with the rows of each table; other rows are zeros."""
         given = [jnp.asarray(rows[name]) for name in self.names]
         if isinstance(self.layout, Layout):
             return self.layout.to_physical(jnp.concatenate(given))
@@ -159,7 +168,7 @@ class Stack(NamedTuple):
         return out
 
     def init(self, key: Array) -> Float[Array, "R D"]:
-        """Return the first array: each table by its own initializer and key."""
+        """Initialize the array, each table with its own initializer and key."""
         rows = {}
         for at, (name, table) in enumerate(zip(self.names, self.tables, strict=True)):
             shape = (table.num_embeddings, table.embedding_dim)
@@ -173,21 +182,21 @@ class Stack(NamedTuple):
 
 
 class Bag(NamedTuple):
-    """A feature's bags: ids [N] and offsets [B + 1], or ids [B, L]; and weights."""
+    """The bags of a feature: ids [N] and offsets [B + 1], or ids [B, L]; weights."""
 
     ids: Ids
     offsets: Offsets
     weights: Slots | None
 
 
-# The key of bags that are those of all features, one feature after another.
+# The key of one `Bags` that holds all features, one feature after another.
 KEYED = ""
 
 
 class Launch(NamedTuple):
-    """Features of one stack that are pooled by one call of a kernel.
+    """Features of one stack that one kernel call pools.
 
-    `keys` are the features of all stacks, in order, and `tables` those of `features`.
+    `tables` has the table of each of `features`; `keys` has the features of all stacks.
     """
 
     features: tuple[str, ...]
@@ -197,13 +206,13 @@ class Launch(NamedTuple):
     max_norm: float | None
 
     def own(self, bags: Mapping[str, Bag]) -> Mapping[str, Bag]:
-        """Return the bags that the launch needs."""
+        """Return the bags of the launch's features."""
         return bags if KEYED in bags else {name: bags[name] for name in self.features}
 
     def join(
         self, stack: Stack, blocks: Sequence[Mapping[str, Bag]]
     ) -> tuple[Ids, Offsets, Slots | None]:
-        """Return all bags end to end: of each block, those of each feature in order."""
+        """Concatenate the bags of each block, and in a block those of each feature."""
         parts, values = [], []
         value_dtype = accumulation_dtype(jnp.dtype(stack.dtype))
         for bags in blocks:
@@ -223,7 +232,7 @@ class Launch(NamedTuple):
         return ids, offsets, concatenate_slots(parts, values) if values else None
 
     def _place_keyed(self, stack: Stack, bag: Bag) -> Ids:
-        """Return the array's row of each slot; those of other launches are empty."""
+        """Return the array row of each slot; slots of other launches are padding."""
         assert bag.offsets is not None
         count = self.sizes({KEYED: bag})[self.features[0]]
         bounds, _ = _csr.bag_bounds(bag.offsets, bag.ids.size)
@@ -235,7 +244,7 @@ class Launch(NamedTuple):
         return rows
 
     def sizes(self, bags: Mapping[str, Bag]) -> dict[str, int]:
-        """Return B of each feature."""
+        """Return the number of bags of each feature."""
         if KEYED in bags:
             return dict.fromkeys(self.features, size(bags[KEYED]) // len(self.keys))
         return {name: size(bags[name]) for name in self.features}
@@ -243,11 +252,11 @@ class Launch(NamedTuple):
     def split(
         self, pooled: Float[Array, "bags D"], bags: Mapping[str, Bag]
     ) -> dict[str, Float[Array, "B D"]]:
-        """Return the rows of each feature."""
+        """Split pooled rows by feature."""
         sizes = self.sizes(bags)
         names = self.keys if KEYED in bags else self.features
         lengths = [sizes.get(name, sizes[self.features[0]]) for name in names]
-        # Transposed, it is one concatenation; slices would be a sum of as many arrays.
+        # The transpose of `split` is one concatenation; that of slices is a sum.
         parts = jax.lax.split(pooled, lengths)
         return {
             name: part
@@ -261,12 +270,12 @@ class Launch(NamedTuple):
 
 
 def size(bag: Bag) -> int:
-    """Return B."""
+    """Return the number of bags."""
     return num_bags(bag.ids, bag.offsets)
 
 
 def only_in_bags(ids: Ids, offsets: Offsets) -> Ids:
-    """Return ids of which those in no well-formed bag are `PAD_ID`."""
+    """Return the ids; those outside every well-formed bag become `PAD_ID`."""
     if offsets is None:
         return ids
     bounds, malformed = _csr.bag_bounds(offsets, ids.size)
@@ -279,10 +288,10 @@ def make_stacks(
     specs: Mapping[str, P | TableWise],
     grid: int,
 ) -> tuple[Stack, ...]:
-    """Return the stacks of the tables, in order of their first one.
+    """Return the stacks of the tables, in the order of their first tables.
 
     Raises:
-      ValueError: `specs` names a group that no table is of.
+      ValueError: `specs` names an unknown group, or a stack has 2^31 rows or more.
     """
     groups: dict[tuple[str, int, Any], list[str]] = {}
     for name, table in tables.items():
@@ -307,8 +316,8 @@ def make_stacks(
         title = f"{group}_{width}{suffix}"
         if layout.num_rows >= 1 << 31:
             raise ValueError(
-                f"`tables` of {title!r} must have less than 2147483648 rows together; "
-                f"got {layout.num_rows}. More go in several groups."
+                f"`tables` of {title!r} must have fewer than 2147483648 rows together; "
+                f"got {layout.num_rows}. Divide them into several groups."
             )
         stacks.append(Stack(title, tuple(names), own, layout, spec))
     return tuple(stacks)
@@ -320,13 +329,13 @@ def make_launches(
     weighted: Mapping[str, bool],
     implementation: str | None,
 ) -> tuple[Launch, ...]:
-    """Return the fewest launches that pool all features of a stack."""
+    """Return the smallest set of launches that pools all features of a stack."""
     grouped: dict[Any, list[str]] = {}
     for name, feature in features.items():
         if feature.table not in stack.names:
             continue
         table = stack.tables[stack.names.index(feature.table)]
-        # A row's count is that of one feature's batch.
+        # `scale_grad_by_freq` counts rows per feature, so it needs its own launch.
         alone = name if table.scale_grad_by_freq else None
         pooling = PoolingOptions(
             feature.mode, table.norm_type, table.scale_grad_by_freq, implementation

@@ -166,8 +166,8 @@ def test_a_batch_over_a_mesh_is_validated_block_by_block(make_any, keyed):
     [
         (lambda: jbag.Table(0, 1), ValueError, "`num_embeddings` must be at least 1"),
         (lambda: jbag.Table(1, 1.5), TypeError, "`embedding_dim` must be an integer"),
-        (lambda: jbag.Table(1, 1, group="a b"), ValueError, "`group` must be a name"),
-        (lambda: jbag.Table(1, 1, group=1), TypeError, "`group` must be a name"),
+        (lambda: jbag.Table(1, 1, group="a b"), ValueError, "`group` must be an ident"),
+        (lambda: jbag.Table(1, 1, group=1), TypeError, "`group` must be a string"),
         (lambda: jbag.Table(2, 1, padding_idx=2), ValueError, "`padding_idx` must be"),
         (
             lambda: jbag.Table(2, 2, param_dtype=int),
@@ -186,7 +186,7 @@ def test_a_batch_over_a_mesh_is_validated_block_by_block(make_any, keyed):
             TypeError,
             "`scale_grad_by_freq` must be True or False; got 1",
         ),
-        (lambda: jbag.Feature(3), TypeError, "`table` must be a name; got 3"),
+        (lambda: jbag.Feature(3), TypeError, "`table` must be a string; got 3"),
         (lambda: jbag.Feature("a", "avg"), ValueError, "`mode` must be one of .*'avg'"),
     ],
 )
