@@ -1,9 +1,8 @@
-"""From examples to batches of one static shape, so that a step is compiled once.
+"""Batches of one static shape, so that a training step compiles once.
 
-A data set is one `Bags`, with its examples end to end on the host, or a dict of
-features, each a `Bags` or ids [n, L]; and a tree of arrays that have the examples on
-their first axis. `batches` shuffles it, cuts it and
-packs it:
+A data set has n examples: one `Bags` on the host, or a dict of features, each a `Bags`
+or ids [n, L]; and a tree of arrays [n, ...]. `batches` shuffles the examples and packs
+them into batches:
 
     >>> texts = jbag.Bags.from_lists([[1, 2], [3], [4, 5, 6]])
     >>> labels = np.array([0, 1, 1])
@@ -16,8 +15,8 @@ packs it:
     1 2 64 [ True  True]
     1 2 64 [ True False]
 
-For Grain, with its own shuffling, transformations, workers and checkpoints, `Source`
-gives the examples and `Collate` packs them::
+For Grain, which has its own shuffling, transformations, workers and checkpoints,
+`Source` reads the examples and `Collate` packs them::
 
     pipeline = (
         grain.MapDataset.source(jbag.data.Source(texts, labels))
@@ -27,8 +26,8 @@ gives the examples and `Collate` packs them::
         .to_iter_dataset()
     )
 
-Nothing is dropped unless asked for: the last batch is filled up with empty bags, and
-`Batch.mask` says with how many.
+By default no example is dropped: empty bags pad the last batch, and `Batch.mask` marks
+them.
 """
 
 from __future__ import annotations
@@ -69,50 +68,49 @@ def batches(
     device: Any = None,
     num_embeddings: Any = None,
 ) -> Batches:
-    """Cut a data set into batches of B bags in N slots each.
+    """Shuffle a data set and pack it into batches of B bags in N slots.
 
-    Everything follows from the arguments: it is the same on every run, and processes
-    agree without a word between them. (NumPy does the shuffling; another version of it
-    may shuffle in another way.)
+    The batches are a function of the arguments alone: they are the same on every run,
+    and processes need no communication. NumPy shuffles; another version of NumPy may
+    shuffle differently.
 
     Args:
-      bags: the data set: n examples as one `Bags`, or as an array of ids [n, L], n
-        bags of L; or several that belong together, as a dict of features (dicts and
-        tuples, nested). Data on a device is copied to the host, once.
-      arrays: a tree of arrays [n, ...], such as labels, or None.
-      batch_size: B, the examples of a batch, on this process.
-      seed: shuffles, each epoch in another way; None keeps the order of the data set.
-      epoch: which epoch to yield.
-      start: how many items of the epoch to skip, as after a restart.
-      capacity: N. None takes one for all epochs: the mean size of a batch and six
-        standard deviations, rounded up by `jbag.bucket`; or more in an epoch that has
-        a larger batch, which few have, if any. A number is that capacity. A function of
-        the number of ids, such as `jbag.bucket`, is called for each item: fewer empty
-        slots, a few more shapes. Or a tree of these, as `bags` is.
-      drop_remainder: leave out the last batch, and the last stack, unless it is full.
-      steps: None yields batches; K yields stacks of K of them, to `jax.lax.scan` over,
-        the last one filled up with batches of empty bags; "epoch" yields one stack.
-      shard: which process this is, of how many: (jax.process_index(),
-        jax.process_count()). A step takes `count * batch_size` examples, of which each
-        process has its own part. All take as many steps, in the same shapes.
-      prefetch: how many items a thread prepares ahead; 0 starts no thread.
-      device: where to put items: a device or `Sharding`, or a tree of them, as
-        `jax.device_put` takes. None leaves them on the host. Sharded on its first axis,
-        a stack of K gives K devices a batch each; those of several processes are put
-        together by `jax.make_array_from_process_local_data`.
-      num_embeddings: V, the rows of the table: ids of each batch are checked when it is
-        made. Or a tree of these, as `bags` is, such as a dict by feature. None checks
-        nothing.
+      bags: the n examples of the data set: a `Bags`, or ids [n, L], or a tree (of dicts
+        and tuples) of them, such as a dict by feature. Device arrays are copied to the
+        host once.
+      arrays: a tree of arrays [n, ...], such as labels; or None.
+      batch_size: B, the examples per batch of this process.
+      seed: the seed of the shuffle, different in each epoch; None does not shuffle.
+      epoch: the epoch to yield.
+      start: the number of items to skip at the start of the epoch, for a restart.
+      capacity: N. None chooses one capacity for all epochs: the mean number of ids per
+        batch and six standard deviations, rounded up by `jbag.bucket`; a rare epoch
+        with a larger batch has a larger one. A number is the capacity. A function of
+        the number of ids, such as `jbag.bucket`, applies per item: fewer empty slots,
+        more shapes. Or a tree of these with the structure of `bags`.
+      drop_remainder: drop the last batch, and the last stack, if it is not full.
+      steps: None yields batches. K yields stacks of K batches for `jax.lax.scan`, the
+        last one padded with empty batches. "epoch" yields one stack.
+      shard: (index, count) of this process, such as (jax.process_index(),
+        jax.process_count()). A step takes count * B examples, B per process. All
+        processes have the same number of steps and the same shapes.
+      prefetch: the number of items that a thread prepares ahead; 0 starts no thread.
+      device: a device or `Sharding`, or a tree of them, for `jax.device_put`; None
+        leaves items on the host. A stack of K batches sharded on its first axis has one
+        batch per device; `jax.make_array_from_process_local_data` joins the items of
+        several processes.
+      num_embeddings: V, to check the ids of each batch; or a tree of numbers with the
+        structure of `bags`. None checks nothing.
 
     Returns:
-      `Batches`, which yield a `Batch` for each item whenever they are iterated.
+      A `Batches`, an iterable of `Batch`.
 
     Raises:
-      IndexError: an id is outside [0, num_embeddings); raised by the iterator of the
-        batches, with the feature, the example and the position.
-      TypeError: an argument is of another type.
+      IndexError: an id is outside [0, num_embeddings). The iterator raises it, with the
+        feature, the example and the position.
+      TypeError: an argument has a wrong type.
       ValueError: a number is out of range, `bags` and `arrays` differ in length, a
-        batch doesn't fit in `capacity`, or `drop_remainder` leaves nothing.
+        batch exceeds `capacity`, or `drop_remainder` drops everything.
 
     Example:
       >>> bags = jbag.Bags.from_lists([[1, 2], [3], [4, 5, 6], [7], [8]])
@@ -150,7 +148,7 @@ def batches(
 
 
 class _Options(NamedTuple):
-    """What `batches` was given, checked."""
+    """The checked arguments of `batches`."""
 
     batch_size: int
     seed: int | None
@@ -164,14 +162,14 @@ class _Options(NamedTuple):
 
 
 class Batches:
-    """What `batches` gives: an iterable of `Batch`, the same ones each time.
+    """Iterate over the batches of an epoch; `jbag.data.batches` constructs it.
 
-    `len()` is the number of items that it yields.
+    Each iteration yields the same items. `len()` is their number.
 
     Example:
       >>> bags = jbag.Bags.from_lists([[1, 2], [3], [4, 5, 6], [7], [8]])
       >>> stream = jbag.data.batches(bags, batch_size=2, seed=0)
-      >>> step = 7  # where a checkpoint was written
+      >>> step = 7  # of a checkpoint
       >>> epoch, start = divmod(step, len(stream))
       >>> epoch, start, len(stream.at(epoch, start))
       (2, 1, 2)
@@ -192,7 +190,7 @@ class Batches:
         )
         self._start = check_integer("start", start, low=0, high=len(all_positions) + 1)
         self._positions = all_positions[:, :, index]
-        # Of all processes, as their shapes must be the same.
+        # Sizes of all processes, because their shapes must be equal.
         self._used = [
             _batches.sizes(bags, all_positions).max((1, 2), initial=0)
             for bags in examples.bags
@@ -200,10 +198,15 @@ class Batches:
         self._capacities = list(map(self._capacity, range(len(examples.bags))))
 
     def at(self, epoch: int, start: int = 0) -> Batches:
-        """Return the batches of another epoch, from its item `start` on.
+        """Return the batches of another epoch, from its item `start`.
+
+        Args:
+          epoch: the epoch to yield.
+          start: the number of items to skip.
 
         Raises:
-          TypeError, ValueError: as `batches`.
+          TypeError: an argument is not an integer.
+          ValueError: an argument is out of range.
 
         Example:
           >>> bags = jbag.Bags.from_lists([[1], [2], [3], [4]])
@@ -217,7 +220,7 @@ class Batches:
         return len(self._positions) - self._start
 
     def __iter__(self) -> Iterator[Batch]:
-        # JAX's configuration belongs to a thread; the one that iterates decides.
+        # JAX's configuration is per thread: use that of the iterating thread.
         x64 = jax.dtypes.canonicalize_dtype(np.int64) == np.int64
         make = functools.partial(self._make, x64=x64)
         items = range(self._start, len(self._positions))
@@ -263,10 +266,10 @@ class Batches:
 
 
 class _Prefetched:
-    """Yield `make(item)` of each, made by a thread, `ahead` of them before their time.
+    """Yield `make(item)` of each item; a thread computes up to `ahead` items early.
 
-    The thread ends with the iterator. It is a class, as a generator that is left behind
-    in a cycle or at the end of the program is closed on any thread, and too late.
+    The thread ends with the iterator. This is a class because Python may close an
+    unfinished generator late and on any thread.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""`Batch`, and the batches that positions choose from a data set on the host.
+"""`Batch`, and the selection of examples of a host data set by position.
 
-A position of -1 chooses an empty bag.
+Position -1 selects an empty bag.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jbag.ragged._bags import Bags
 
 Capacity = int | Callable[[int], int]
 
-# Shorter bags than this, on average, are faster copied id by id than bag by bag.
+# With a shorter mean bag than this, one `take` is faster than a copy per bag.
 SHORT = 128
 
 
@@ -32,15 +32,17 @@ SHORT = 128
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """B examples of static shape, a pytree. In a stack, all have a leading axis K.
+    """Hold B examples in static shapes, as a pytree.
+
+    In a stack of K batches, every array has a leading axis K.
 
     Attributes:
-      bags: `Bags` of B bags, or a tree of them, as the data set is. Ids [n, L] become
-        bags of L.
-      arrays: the tree of arrays, each [B, ...], or None; zeros where filled up.
-      mask: [B], False where an empty bag fills the batch up.
-      positions: [B], where in the data set each example is, -1 where filled up; or
-        None, where `Collate` doesn't know it.
+      bags: a `Bags` of B bags, or a tree of them with the structure of the data set.
+        Ids [n, L] become bags of L.
+      arrays: the tree of arrays [B, ...], or None; padding is zero.
+      mask: [B], False for padding.
+      positions: [B], the position of each example in the data set, -1 for padding; None
+        if the examples of `Collate` have no positions.
 
     Example:
       >>> bags = jbag.Bags.from_lists([[1, 2], [3], [4, 5, 6]])
@@ -65,7 +67,7 @@ jax.export.register_pytree_node_serialization(
 
 
 class Examples(NamedTuple):
-    """A data set: the leaves of a tree of `Bags` on the host, and of arrays."""
+    """A data set: the leaves of the trees of `Bags` and of arrays, on the host."""
 
     bags: list[Bags]
     names: list[str]
@@ -76,15 +78,15 @@ class Examples(NamedTuple):
 
 
 def check_examples(bags: Any, arrays: Any) -> Examples:
-    """Return the data set on the host; raise unless everything is of one length."""
-    # A list would be taken for the ids of a bag by `Collate`.
+    """Check that all leaves have one length; return the data set on the host."""
+    # A list is an error here: `Collate` takes lists as the ids of one bag.
     paths, tree = jax.tree_util.tree_flatten_with_path(
         bags, is_leaf=lambda x: x is None or isinstance(x, Bags | list)
     )
     names = ["bags" + jax.tree_util.keystr(path) for path, _ in paths]
     leaves = [_check_bags(name, x) for name, (_, x) in zip(names, paths, strict=True)]
     if not leaves:
-        raise TypeError(f"`bags` must be Bags, or hold some; got {bags!r}.")
+        raise TypeError(f"`bags` must be Bags, or a tree of them; got {bags!r}.")
     size = leaves[0].num_bags
     for name, leaf in zip(names, leaves, strict=True):
         if leaf.num_bags != size:
@@ -118,19 +120,19 @@ def check_sizes(num_embeddings: Any, names: list[str], tree: Any) -> list[int | 
 
 
 def _for_each(option: str, given: Any, names: list[str], tree: Any) -> list[Any]:
-    """Return what an option gives each leaf of the tree of bags."""
+    """Return the value of an option for each leaf of the tree of bags."""
     leaves, own = jax.tree.flatten(given, is_leaf=lambda x: x is None)
     if jax.tree_util.treedef_is_leaf(own):
         return leaves * len(names)
     if own != tree:
         raise ValueError(
-            f"`{option}` must be one for all, or a tree as `bags`, {tree}; got {own}."
+            f"`{option}` must be one value, or a tree like `bags`, {tree}; got {own}."
         )
     return leaves
 
 
 def fit(name: str, capacity: Capacity, used: int) -> int:
-    """Return the capacity for that many ids of `name`; raise unless they fit."""
+    """Return the capacity for `used` ids; raise ValueError if they exceed it."""
     name = _option_of("capacity", name)
     if callable(capacity):
         return check_integer(f"{name}({used})", capacity(used), low=used)
@@ -148,7 +150,7 @@ def sizes(bags: Bags, positions: Int[np.ndarray, "... B"]) -> Int[np.ndarray, ".
 
 
 def select(bags: Bags, positions: Int[np.ndarray, "K B"], capacity: int) -> Bags:
-    """Return K batches of that capacity, stacked; each of them must fit."""
+    """Return a stack of K batches with this capacity, which must suffice."""
     num_batches, batch_size = positions.shape
     starts, lengths = _spans(bags, positions)
     offsets = np.zeros((num_batches, batch_size + 1), bags.offsets.dtype)
@@ -169,7 +171,7 @@ def select(bags: Bags, positions: Int[np.ndarray, "K B"], capacity: int) -> Bags
 def check_rows(
     name: str, bags: Bags, num_embeddings: int, positions: Int[np.ndarray, "K B"]
 ) -> None:
-    """Raise IndexError at the first id of K batches outside [0, num_embeddings)."""
+    """Raise IndexError for the first id of K batches outside [0, num_embeddings)."""
     bad = (bags.indices < 0) | (bags.indices >= num_embeddings)
     bad &= np.arange(bags.capacity) < bags.offsets[:, -1:]
     if bad.any():
@@ -184,7 +186,7 @@ def check_rows(
 
 
 def take(array: np.ndarray, positions: Int[np.ndarray, "K B"]) -> np.ndarray:
-    """Return the rows of an array, [K, B, ...]; zeros for -1."""
+    """Return the rows of an array, [K, B, ...]; zeros at position -1."""
     rows = array.take(positions, axis=0, mode="wrap")  # faster than array[positions]
     empty = positions < 0
     if empty.any():
@@ -197,7 +199,7 @@ def _option_of(option: str, name: str) -> str:
 
 
 def _spans(bags: Bags, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each bag starts, and its length; -1 is an empty bag at the end."""
+    """Return the start and the length of each bag; the length at -1 is zero."""
     offsets = np.asarray(bags.offsets)
     starts = offsets[positions]
     return starts, np.where(positions < 0, 0, offsets[positions + 1] - starts)
@@ -206,15 +208,15 @@ def _spans(bags: Bags, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _gather(
     source: np.ndarray, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray
 ) -> None:
-    """Copy `source[start:start + length]` for each of them to `out`, end to end."""
+    """Concatenate `source[start:start + length]` of each bag into `out`."""
     ends = starts + lengths
-    if np.array_equal(starts[1:], ends[:-1]):  # in order, as without shuffling
+    if np.array_equal(starts[1:], ends[:-1]):  # contiguous, as without shuffling
         out[:] = source[starts[0] : ends[-1]]
     elif out.size < SHORT * starts.size:
         shifts = starts - (np.cumsum(lengths, dtype=starts.dtype) - lengths)
         slots = np.repeat(shifts, lengths)
         slots += np.arange(out.size, dtype=slots.dtype)
-        np.take(source, slots, out=out, mode="clip")  # "raise" would copy once more
+        np.take(source, slots, out=out, mode="clip")  # "raise" makes a copy
     else:
         pairs = zip(starts.tolist(), ends.tolist(), strict=True)
         np.concatenate([source[start:end] for start, end in pairs], out=out)

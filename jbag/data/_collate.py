@@ -1,4 +1,4 @@
-"""One example at a time: `Source` gives them and `Collate` packs them, as in Grain."""
+"""`Source` and `Collate`: the interface to Grain, one example at a time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from jbag.ragged._bucket import bucket
 
 
 class Example(NamedTuple):
-    """One example of a data set; its fields after `ids` may be left out.
+    """Hold one example of a data set.
 
     Attributes:
       ids: a list or 1-D array of ids, or a tree (of dicts and tuples) of them.
-      arrays: a tree of arrays and numbers, such as a label, or None.
-      weights: as `ids`, or None.
-      position: where it is in the data set, or None.
+      arrays: a tree of arrays and numbers, such as a label; or None.
+      weights: one weight per id, in the structure of `ids`; or None.
+      position: the position in the data set, or None.
 
     Example:
       >>> jbag.data.Example([3, 1, 2], arrays=0)
@@ -42,17 +42,18 @@ jax.export.register_namedtuple_serialization(
 
 
 class Source:
-    """The examples of a data set by position, without copies of their ids.
+    """Index the examples of a data set, without copies of their ids.
 
-    It is what `grain.MapDataset.source` and `grain.DataLoader` take: something with a
-    length and items, that can be pickled.
+    It is a random-access data source of Grain, for `grain.MapDataset.source` and
+    `grain.DataLoader`: it has a length and items, and pickles.
 
     Args:
-      bags: n examples, as `batches` takes them.
+      bags: n examples, as for `jbag.data.batches`.
       arrays: a tree of arrays [n, ...], or None.
 
     Raises:
-      TypeError, ValueError: as `batches`.
+      TypeError: an argument has a wrong type.
+      ValueError: `bags` and `arrays` differ in length.
 
     Example:
       >>> bags = jbag.Bags.from_lists([[1, 2], [3]])
@@ -69,7 +70,7 @@ class Source:
 
     def __getitem__(self, position: int) -> Example:
         examples = self._examples
-        # A range knows of negative positions, and where it ends.
+        # A range handles negative positions and raises IndexError at its end.
         position = range(examples.size)[check_integer("position", position)]
         spans = [
             slice(*bags.offsets[position : position + 2]) for bags in examples.bags
@@ -95,20 +96,21 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Collate:
-    """Pack examples into a `Batch` of static shape, as the `batch_fn` of Grain's batch.
+    """Pack examples into a `Batch` of static shape, as the `batch_fn` of Grain.
 
     An example is an `Example`, a tuple of its first fields, such as (ids, label), or
-    ids alone. Fewer of them than B are filled up, as in a last batch.
+    its ids. Empty bags pad fewer than B examples.
 
     Attributes:
       batch_size: B.
-      capacity: N. None is `jbag.bucket`: few shapes. A number is one shape, which every
-        batch must fit in; a function of the number of ids decides itself. Or a tree of
-        these, as the ids are.
+      capacity: N: a number, or a function of the number of ids, or a tree of these with
+        the structure of the ids. None uses `jbag.bucket`.
 
     Raises:
-      IndexError, TypeError, ValueError: as `Bags.from_lists`; when called, examples
-        differ in their trees or shapes, or are too many or too long.
+      IndexError: an id does not fit in int32.
+      TypeError: an option, an example or an id has a wrong type.
+      ValueError: an option is out of range, examples differ in their trees or shapes,
+        or there are too many examples or ids.
 
     Example:
       >>> collate = jbag.data.Collate(batch_size=3, capacity=8)
@@ -126,7 +128,7 @@ class Collate:
             check_capacities(leaf, ["bags"], None)
 
     def __call__(self, examples: Sequence[Any]) -> Batch:
-        """Return the batch of 1 to B examples."""
+        """Return the batch of a list of 1 to B examples."""
         count, size = len(examples), self.batch_size
         if not 0 < count <= size:
             raise ValueError(
@@ -141,7 +143,7 @@ class Collate:
             )
             if own != tree:
                 raise ValueError(
-                    f"`weights` must be a tree as `ids`, {tree}; got {own}."
+                    f"`weights` must be a tree like `ids`, {tree}; got {own}."
                 )
         capacities = check_capacities(self.capacity, names, tree)
         bags = [
@@ -182,7 +184,7 @@ def _is_list(x: Any) -> bool:
 def _columns(
     name: str, trees: list[Any], is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[str], Any, list[list[Any]]]:
-    """Return the name of each leaf, the tree, and each leaf of all examples."""
+    """Return the leaf names, the tree, and per leaf the values of all examples."""
     tree: Any
     paths, tree = jax.tree_util.tree_flatten_with_path(trees[0], is_leaf)
     rows = []
@@ -211,7 +213,7 @@ def _pack(
 
 
 def _stack(name: str, rows: list[Any], size: int) -> np.ndarray:
-    """Return [B, ...], zeros at the end."""
+    """Stack rows to [B, ...]; padding is zero."""
     try:
         array = np.stack(rows)
     except ValueError as error:

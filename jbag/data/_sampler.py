@@ -1,4 +1,4 @@
-"""The sampler: which examples each batch of an epoch holds, and its capacity."""
+"""The sampler: the examples of each batch of an epoch, and the capacity."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def batch_positions(
     num_shards: int,
     drop_remainder: bool,
 ) -> Int[np.ndarray, "items K shards B"]:
-    """Lay out the positions of an epoch; -1 fills up.
+    """Return the positions of an epoch; -1 is padding.
 
     Raises:
-      ValueError: there are examples, but too few for one full item.
+      ValueError: `drop_remainder` drops all examples.
     """
     num_batches = _divide(order.size, batch_size * num_shards, drop_remainder)
     stacked = num_batches if steps == "epoch" else int(steps or 1)
@@ -29,10 +29,10 @@ def batch_positions(
     if num_items == 0 and order.size:
         full = max(1, stacked) * num_shards * batch_size
         raise ValueError(
-            f"`drop_remainder` must leave something: there are {order.size} examples, "
-            f"and the first item is full with {full}."
+            f"`drop_remainder` must leave an item: there are {order.size} examples, "
+            f"and an item takes {full}."
         )
-    # -1 must stay -1 in either dtype.
+    # Signed, for -1.
     dtype = np.int32 if order.size <= np.iinfo(np.int32).max else np.int64
     positions = np.full((num_items, stacked, num_shards, batch_size), -1, dtype)
     used = min(order.size, positions.size)
@@ -50,13 +50,13 @@ def permutation(size: int, seed: int | None, epoch: int) -> Int[np.ndarray, " n"
 def epoch_capacity(
     lengths: Int[np.ndarray, " n"], batch_size: int, largest: int, shuffled: bool
 ) -> int:
-    """Return one capacity for batches of every epoch, and no less than `largest`."""
+    """Return one capacity for the batches of all epochs, at least `largest`."""
     if lengths.size and lengths.min() == lengths.max():
         return batch_size * int(lengths[0])
     if shuffled and batch_size < lengths.size:
         mean, longest = lengths.mean(), int(lengths.max())
-        # The sum of B lengths drawn without replacement; the second line is for data
-        # with a few lengths far above the others, that some batch has in every epoch.
+        # The standard deviation of the sum of B lengths drawn without replacement. The
+        # maximum covers data with a few very long bags.
         spread = lengths.std() * math.sqrt(batch_size * (1 - batch_size / lengths.size))
         likely = batch_size * mean + 6 * spread
         likely = max(likely, longest + (batch_size - 1) * mean + 3 * spread)

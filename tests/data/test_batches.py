@@ -196,7 +196,7 @@ def test_features_that_belong_together_stay_together():
         assert batch.bags["a"].capacity == 60
     with pytest.raises(ValueError, match=r"`capacity\['b'\]\[0\]` must be at least"):
         batches(tree, batch_size=4, capacity={"a": None, "b": (1,)})
-    with pytest.raises(ValueError, match="`capacity` must be one for all, or a tree"):
+    with pytest.raises(ValueError, match="`capacity` must be one value, or a tree"):
         batches(tree, batch_size=4, capacity={"a": 1})
 
 
@@ -372,7 +372,7 @@ def test_an_epoch_is_packed_without_a_loop_over_ids():
     [
         ({"bags": LISTS}, TypeError, "`bags` must be Bags, .* got list. .*from_lists"),
         ({"bags": None}, TypeError, "`bags` must be Bags, .* got NoneType"),
-        ({"bags": {}}, TypeError, r"`bags` must be Bags, or hold some; got {}"),
+        ({"bags": {}}, TypeError, r"`bags` must be Bags, or a tree of them; got {}"),
         (
             {"bags": {"a": [BAGS]}},
             TypeError,
@@ -436,18 +436,18 @@ def test_an_epoch_is_packed_without_a_loop_over_ids():
         (
             {"bags": {"a": BAGS}, "num_embeddings": {"b": 2}},
             ValueError,
-            "`num_embeddings` must be one for all, or a tree as `bags`",
+            "`num_embeddings` must be one value, or a tree like `bags`",
         ),
         ({"drop_remainder": 1}, TypeError, "`drop_remainder` must be True or False"),
         (
             {"drop_remainder": True, "batch_size": 24},
             ValueError,
-            "`drop_remainder` must leave something: there are 23 .* full with 24",
+            "`drop_remainder` must leave an item: there are 23 .* takes 24",
         ),
         (
             {"drop_remainder": True, "steps": 3, "shard": (0, 2)},
             ValueError,
-            "there are 23 examples, .* full with 24",
+            "there are 23 examples, .* takes 24",
         ),
         ({"steps": 0}, ValueError, "`steps` must be at least 1; got 0"),
         ({"steps": "all"}, ValueError, "`steps` must be .* got 'all'"),

@@ -96,7 +96,7 @@ def test_collating_takes_ids_alone_and_tuples():
         (
             [Example({"a": [1]}, weights=[1.0])],
             ValueError,
-            "`weights` must be a tree as `ids`",
+            "`weights` must be a tree like `ids`",
         ),
     ],
 )
@@ -110,5 +110,5 @@ def test_bad_collations_are_named():
         Collate(0)
     with pytest.raises(TypeError, match=r"`capacity` must be an integer; got 1\.5"):
         Collate(3, 1.5)
-    with pytest.raises(ValueError, match="`capacity` must be one for all, or a tree"):
+    with pytest.raises(ValueError, match="`capacity` must be one value, or a tree"):
         Collate(3, {"a": 8})([[1]])
