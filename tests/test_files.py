@@ -464,7 +464,7 @@ def test_arrays_of_an_encoder_make_the_same_one():
         assert same.words == encoder.words
         texts = ["a b c ü", "#x x"]
         assert same.encode(texts).to_lists() == encoder.encode(texts).to_lists()
-    with pytest.raises(ValueError, match="an encoder has"):
+    with pytest.raises(ValueError, match="an encoder must have"):
         jbag.text.Encoder.from_arrays({"words": np.zeros(0, np.uint8)})
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jbag._files import refusing
 from jbag._validation import check_integer
-from jbag.text._tokenizers import reader
+from jbag.text._tokenizers import tokenizer
 
 _BLOCK = 1 << 24  # bytes
 _BOM = b"\xef\xbb\xbf"
@@ -132,7 +132,7 @@ def _read(lines: list[bytes], rows: np.ndarray, at: int) -> list[bytes]:
     """Write the numbers of lines into rows; return the words."""
     if len({line.count(b" ") for line in lines}) == 1:
         parts = [line.partition(b" ") for line in lines]
-        numbers = reader(None).numbers(
+        numbers = tokenizer(None).numbers(
             b" ".join([part[2] for part in parts]), rows.size
         )
         if numbers is not None:
@@ -142,7 +142,7 @@ def _read(lines: list[bytes], rows: np.ndarray, at: int) -> list[bytes]:
     words = []
     for row, line in enumerate(lines):
         word, *fields = line.rsplit(None, rows.shape[1])
-        numbers = reader(None).numbers(b" ".join(fields), rows.shape[1])
+        numbers = tokenizer(None).numbers(b" ".join(fields), rows.shape[1])
         if numbers is None:
             raise ValueError(
                 f"it must hold a word and {rows.shape[1]} numbers in each line; got "

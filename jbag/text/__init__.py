@@ -1,4 +1,4 @@
-"""From texts to bags of rows: words, hashed n-grams of words and of characters.
+"""Encode texts as bags of table rows: words, hashed n-grams of words and characters.
 
     encoder, bags = jbag.text.Encoder.fit_encode(texts, ngrams=2, buckets=1 << 21)
     table = jnp.zeros((encoder.num_rows, features))
@@ -6,21 +6,20 @@
     ...
     bags = encoder.encode(other_texts)
 
-Hashes and rows are fastText's (Joulin et al., "Bag of Tricks for Efficient Text
+Hashes and rows are those of fastText (Joulin et al., "Bag of Tricks for Efficient Text
 Classification", 2016; Bojanowski et al., "Enriching Word Vectors with Subword
-Information", 2017): the words come first, the most frequent one in row 0, and behind
-them `buckets` rows that the n-grams share.
+Information", 2017). The rows of the words come first, by descending frequency. The
+`buckets` rows after them are shared by the n-grams.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -28,34 +27,41 @@ from jbag._files import atomic_write, refusing
 from jbag._validation import check_flag, check_integer, check_strings
 from jbag.interop._numpy_files import Archive
 from jbag.ragged._bags import Bags
+from jbag.text._encoder_arrays import from_arrays, to_arrays
+from jbag.text._encoder_options import ARRAYS, OPTIONS, check_arrays, check_options
 from jbag.text._tokenizer_options import Plan, Split, SplitName, to_utf8
-from jbag.text._tokenizers import reader
+from jbag.text._tokenizers import tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Encoder:
-    r"""What turns texts into bags of rows, host arrays.
+    r"""Encode texts as `Bags` of table rows, in host arrays.
 
     Attributes:
-      words: word i has row i.
-      counts: [W] integers, how often each word occurs in the texts it was fitted to; or
-        None.
-      ngrams: the longest n-grams of words; 1 for words alone.
-      buckets: the rows for n-grams, of words and of characters alike.
-      subwords: the shortest and the longest n-grams of characters, "<" and ">" standing
-        around a word; (0, 0) for none. A word that isn't in `words` has these alone.
-      split: where tokens end. "words" takes runs of letters, digits and marks for
-        words, and each other character that isn't a space for a token of its own, as it
-        does the characters of scripts that are written without spaces. "spaces" splits
-        as `str.split`, "fasttext" at the ASCII spaces and NUL.
-      lowercase: whether texts are put into lower case first.
-      skip: tokens that begin with it are left out; "" for none. fastText's labels begin
-        with "__label__".
-      end: a token that follows each text, and ends it where it stands within; "" for
-        none. fastText's is "</s>".
-      weights: [num_rows] float32, the weight of a slot by its row; or None.
-      bucket_rows: [buckets] int32, the row of each bucket behind the words, negative
-        where it has none; None for all in order. Pruned models of fastText have them.
+      words: the vocabulary; word i has row i.
+      counts: [W] integers, the number of occurrences of each word in the fitted texts;
+        or None.
+      ngrams: the maximum length of word n-grams; 1 for words only.
+      buckets: the number of rows for n-grams of words and characters.
+      subwords: the minimum and maximum length of character n-grams of "<word>"; (0, 0)
+        for none. A word outside the vocabulary has only these.
+      split: the tokenization. "words" takes runs of letters, digits and marks as words;
+        every other character except spaces is a token, and so is each character of a
+        script without spaces. "spaces" is `str.split`. "fasttext" splits at ASCII
+        spaces and NUL.
+      lowercase: whether to convert texts to lower case.
+      skip: a prefix of tokens to drop; "" for none. fastText's labels have the prefix
+        "__label__".
+      end: a token to append to each text; a text ends at its first occurrence. "" for
+        none. fastText uses "</s>".
+      weights: [num_rows] float32, the weight of each slot by its row; or None.
+      bucket_rows: [buckets] int32, the row of each bucket, counted after the words;
+        negative for a bucket without a row. None is the identity. Pruned fastText
+        models have it.
+
+    Raises:
+      TypeError: an attribute has a wrong type.
+      ValueError: an attribute is out of range or has a wrong shape.
 
     Example:
       >>> texts = ["The cat sat.", "The dog ran!"]
@@ -83,26 +89,28 @@ class Encoder:
     def __post_init__(self) -> None:
         words = check_strings("words", self.words)
         object.__setattr__(self, "words", tuple(words))
-        _check_options(self)
-        for name, size, kinds in (
-            ("counts", len(words), "iu"),
-            ("bucket_rows", self.buckets, "iu"),
-            ("weights", self.num_rows, "f"),
-        ):
-            array = getattr(self, name)
-            if array is not None and np.shape(array) != (size,):
-                raise ValueError(
-                    f"`{name}` must have the shape ({size},); got {np.shape(array)}."
-                )
-            if array is not None and np.asarray(array).dtype.kind not in kinds:
-                raise TypeError(
-                    f"`{name}` must be numbers of its kind; got "
-                    f"{np.asarray(array).dtype}."
-                )
+        check_options(self)
+        check_arrays(self)
 
     @classmethod
     def fit(cls, texts: Iterable[str], **options: Any) -> Encoder:
-        """Make a vocabulary of texts. The options are those of `fit_encode`."""
+        """Build an encoder from texts.
+
+        Args:
+          texts: B strings.
+          **options: the options of `fit_encode`.
+
+        Returns:
+          The `Encoder`.
+
+        Raises:
+          TypeError: an argument has a wrong type, or an option is unknown.
+          ValueError: an argument is out of range.
+
+        Example:
+          >>> jbag.text.Encoder.fit(["a rose is a rose"], min_count=2).words
+          ('a', 'rose')
+        """
         return cls.fit_encode(texts, **options)[0]
 
     @classmethod
@@ -116,24 +124,31 @@ class Encoder:
         implementation: str | None = None,
         **options: Any,
     ) -> tuple[Encoder, Bags]:
-        """Make a vocabulary of texts and encode them, reading them once.
+        r"""Build an encoder from texts and encode them, in one pass.
 
-        Words come by how often they occur, those that do so equally often as they come
-        first.
+        Words are sorted by descending frequency; ties keep the order of the texts. With
+        `tfidf`, a slot of row r has the weight
+
+        .. math:: \log \frac{1 + B}{1 + \mathrm{df}_r} + 1
+
+        where df is the number of texts with the row. Mode "sum" then computes term
+        frequency times inverse document frequency.
 
         Args:
           texts: B strings.
-          min_count: how often a word must occur.
-          max_words: how many words there may be; None for any number. The most frequent
-            ones stay.
-          tfidf: whether a slot weighs log((1 + B) / (1 + texts that have its row)) + 1,
-            which in sum mode makes term frequency times inverse document frequency.
-          implementation: "cpp", "python" or None, the better one that is here.
+          min_count: the minimum number of occurrences of a word.
+          max_words: the maximum number of words; None for no limit.
+          tfidf: whether to compute weights.
+          implementation: "cpp" or "python"; None uses "cpp" if it is available.
           **options: the attributes `ngrams`, `buckets`, `subwords`, `split`,
             `lowercase`, `skip` and `end`.
 
+        Returns:
+          (encoder, bags): the `Encoder` and B bags.
+
         Raises:
-          TypeError, ValueError: an argument isn't what it must be.
+          TypeError: an argument has a wrong type, or an option is unknown.
+          ValueError: an argument is out of range.
 
         Example:
           >>> texts = ["to be or not to be", "to see or not to see"]
@@ -143,16 +158,18 @@ class Encoder:
           >>> bags.to_lists()
           [[0, 0], [0, 0]]
         """
-        unknown = sorted(set(options) - _OPTIONS)
+        unknown = sorted(set(options) - OPTIONS)
         if unknown:
-            names = ", ".join(sorted(_OPTIONS))
-            raise TypeError(f"`{unknown[0]}` is no option; there are {names}.")
+            names = ", ".join(sorted(OPTIONS))
+            raise TypeError(
+                f"`{unknown[0]}` is not an option; the options are {names}."
+            )
         empty = cls(words=(), **options)
         min_count = check_integer("min_count", min_count, low=1)
         if max_words is not None:
             max_words = check_integer("max_words", max_words, low=0)
         check_flag("tfidf", tfidf)
-        corpus = reader(implementation).Corpus(
+        corpus = tokenizer(implementation).Corpus(
             check_strings("texts", texts), empty._split
         )
         counts = corpus.counts
@@ -173,32 +190,37 @@ class Encoder:
     def encode(
         self, texts: Iterable[str], *, implementation: str | None = None
     ) -> Bags:
-        """Return the bags of texts: the rows of the words of each, then of its n-grams.
+        """Encode texts as bags: the rows of the words, then the rows of the n-grams.
 
-        A word that isn't in `words` has no row, but n-grams.
+        A word outside the vocabulary has no row; its n-grams have rows.
 
         Args:
           texts: B strings.
-          implementation: "cpp", "python" or None, the better one that is here.
+          implementation: "cpp" or "python"; None uses "cpp" if it is available.
 
         Returns:
-          B bags of as many slots as there are, host arrays.
+          B bags in host arrays, without empty slots.
 
         Raises:
-          TypeError: `texts` isn't an iterable of strings.
+          TypeError: `texts` is not an iterable of strings.
           ValueError: there are 2**31 slots or more.
+
+        Example:
+          >>> encoder = jbag.text.Encoder(words=["to", "be"])
+          >>> encoder.encode(["To be!", "not"]).to_lists()
+          [[0, 1], []]
         """
         texts = check_strings("texts", texts)
         vocabulary = self._vocabularies.get(implementation)
         if vocabulary is None:
             words = [to_utf8(word, self.split) for word in self.words]
-            vocabulary = reader(implementation).Vocabulary(words)
+            vocabulary = tokenizer(implementation).Vocabulary(words)
             self._vocabularies[implementation] = vocabulary
         return self._bags(*vocabulary.encode(texts, self._split, self._plan))
 
     @property
     def num_rows(self) -> int:
-        """The rows of the table that this encoder is for: V."""
+        """V, the number of rows of the table."""
         if self.bucket_rows is None:
             return len(self.words) + self.buckets
         return len(self.words) + int(np.max(self.bucket_rows, initial=-1)) + 1
@@ -206,19 +228,25 @@ class Encoder:
     def subsample(
         self, bags: Bags, threshold: float, seed: int | Sequence[int]
     ) -> Bags:
-        """Leave out slots of frequent words at random, as word2vec does.
+        r"""Drop slots of frequent words at random, as word2vec does.
 
-        Of a word that is the share f of all, min(1, sqrt(t / f) + t / f) of the slots
-        stay, t being the threshold. (Mikolov et al., "Distributed Representations of
-        Words and Phrases and their Compositionality", 2013; the formula is fastText's.)
+        A slot of a word with relative frequency f stays with the probability
+
+        .. math:: \min(1, \sqrt{t / f} + t / f)
+
+        (Mikolov et al., "Distributed Representations of Words and Phrases and their
+        Compositionality", 2013; the formula is fastText's).
 
         Args:
-          bags: what `encode` returned.
+          bags: B bags of `encode`.
           threshold: t, such as 1e-4.
-          seed: what `numpy.random.default_rng` takes; another one for each epoch.
+          seed: a seed of `numpy.random.default_rng`; pass a different one per epoch.
+
+        Returns:
+          B bags with fewer slots.
 
         Raises:
-          ValueError: the encoder has no counts, or the threshold isn't above 0.
+          ValueError: the encoder has no counts, or the threshold is not above 0.
 
         Example:
           >>> encoder, bags = jbag.text.Encoder.fit_encode(["so so so so so good"] * 9)
@@ -226,7 +254,7 @@ class Encoder:
           True
         """
         if self.counts is None:
-            raise ValueError("`counts` are None: there is nothing to subsample by.")
+            raise ValueError("`counts` must be given to subsample; got None.")
         if not threshold > 0:
             raise ValueError(f"`threshold` must be above 0; got {threshold!r}.")
         share = np.asarray(self.counts) / max(1, np.sum(self.counts))
@@ -234,18 +262,19 @@ class Encoder:
         ratio = threshold / np.maximum(share, np.finfo(float).tiny)
         kept[: len(share)] = np.sqrt(ratio) + ratio
         indices = np.asarray(bags.indices)
-        stays = np.random.default_rng(seed).random(indices.size) < kept[indices]
-        before = np.concatenate([[0], np.cumsum(stays)])
+        is_kept = np.random.default_rng(seed).random(indices.size) < kept[indices]
+        before = np.concatenate([[0], np.cumsum(is_kept)])
         return Bags(
-            indices[stays],
+            indices[is_kept],
             before[np.asarray(bags.offsets)].astype(bags.offsets.dtype),
-            None if bags.weights is None else np.asarray(bags.weights)[stays],
+            None if bags.weights is None else np.asarray(bags.weights)[is_kept],
         )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Return what the encoder consists of, as arrays by name.
+        """Return the encoder as arrays by name, to save it with its tables.
 
-        So it can be saved in one file with the tables that belong to it.
+        Returns:
+          A dict of "words" and "options" in uint8, and of the arrays that are not None.
 
         Example:
           >>> encoder = jbag.text.Encoder.fit(["a rose is a rose"])
@@ -254,48 +283,31 @@ class Encoder:
           >>> jbag.text.Encoder.from_arrays(encoder.to_arrays()).words
           ('a', 'rose', 'is')
         """
-        options = {name: getattr(self, name) for name in sorted(_OPTIONS)}
-        letters = "".join(word + "\n" for word in self.words)
-        arrays = {
-            "options": _to_bytes(json.dumps(options)),
-            "words": _to_bytes(letters),
-        }
-        for name in _ARRAYS:
-            if getattr(self, name) is not None:
-                arrays[name] = np.asarray(getattr(self, name))
-        return arrays
+        return to_arrays(self)
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Encoder:
-        """Return the encoder of which `to_arrays` returned these arrays.
+        """Return the encoder of the arrays of `to_arrays`.
 
         Raises:
-          TypeError, ValueError: they aren't an encoder's.
+          TypeError: an array has a wrong dtype.
+          ValueError: an array is missing, unknown or malformed.
+
+        Example:
+          >>> arrays = jbag.text.Encoder(words=["to", "be"]).to_arrays()
+          >>> jbag.text.Encoder.from_arrays(arrays).words
+          ('to', 'be')
         """
-        required, known = {"options", "words"}, {"options", "words", *_ARRAYS}
-        if not required <= set(arrays) <= known:
-            raise ValueError(
-                f"an encoder has {sorted(required)}, and may have {sorted(_ARRAYS)}; "
-                f"got {sorted(arrays)[:10]}"
-            )
-        options = json.loads(_from_bytes(arrays["options"]))
-        if not isinstance(options, dict) or set(options) != _OPTIONS:
-            raise ValueError(f"an encoder has the options {sorted(_OPTIONS)}")
-        if isinstance(options["subwords"], list):  # JSON has no tuples
-            options["subwords"] = tuple(options["subwords"])
-        *words, rest = _from_bytes(arrays["words"]).split("\n")
-        if rest:
-            raise ValueError("the last word must end with a line feed")
-        own: dict[str, Any] = {name: arrays[name] for name in _ARRAYS if name in arrays}
-        return cls(words=words, **options, **own)
+        return cls(**from_arrays(arrays))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the encoder to a file in NumPy's `.npz` format, without pickles.
+        """Write the encoder to a `.npz` file of NumPy, atomically and without pickles.
 
-        The file is written whole or not at all, as `jbag.atomic_write` does.
+        Args:
+          path: the path of the file.
 
         Raises:
-          OSError: the file can't be written.
+          OSError: the file cannot be written.
 
         Example:
           >>> encoder = jbag.text.Encoder.fit(["a rose is a rose"])
@@ -309,19 +321,27 @@ class Encoder:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Encoder:
-        """Read what `save` wrote.
+        """Read an encoder from a file of `save`.
+
+        Args:
+          path: the path of the file.
 
         Raises:
-          OSError: the file can't be read.
-          ValueError: it isn't an encoder's.
+          OSError: the file cannot be read.
+          ValueError: the file holds no encoder.
+
+        Example:
+          >>> jbag.text.Encoder(words=["to", "be"]).save(directory / "words.npz")
+          >>> jbag.text.Encoder.load(directory / "words.npz").words
+          ('to', 'be')
         """
         with refusing(path, "holds no encoder"), Path(path).open("rb") as file:
             archive = Archive(file)
-            known = {"options", "words", *_ARRAYS}.intersection(archive.names())
+            known = {"options", "words", *ARRAYS}.intersection(archive.names())
             return cls.from_arrays({name: archive.array(name) for name in known})
 
     def __getstate__(self) -> dict[str, Any]:
-        # Not the vocabularies: copies, and other processes, make their own.
+        # Vocabularies hold C++ pointers; copies build their own.
         names = [field.name for field in dataclasses.fields(self)]
         return {name: getattr(self, name) for name in names}
 
@@ -348,7 +368,7 @@ class Encoder:
         if indices.size > np.iinfo(np.int32).max:
             raise ValueError(
                 f"`texts` must have fewer than 2**31 slots in all; got {indices.size}. "
-                "Encode fewer at a time."
+                "Encode fewer texts per call."
             )
         offsets = np.zeros(len(lengths) + 1, np.int32)
         np.cumsum(lengths, out=offsets[1:])
@@ -356,58 +376,9 @@ class Encoder:
         return Bags(indices, offsets, weights)
 
 
-_OPTIONS = {"ngrams", "buckets", "subwords", "split", "lowercase", "skip", "end"}
-_ARRAYS = ("counts", "weights", "bucket_rows")
-
-
-def _to_bytes(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(errors="surrogatepass"), np.uint8)
-
-
-def _from_bytes(array: np.ndarray) -> str:
-    if array.dtype.kind == "U":  # as NumPy saves a string
-        return str(array)
-    if array.dtype != np.uint8:
-        raise TypeError(f"texts must be bytes; got {array.dtype}")
-    return array.tobytes().decode(errors="surrogatepass")
-
-
-def _check_options(encoder: Encoder) -> None:
-    check_integer("ngrams", encoder.ngrams, low=1)
-    check_integer("buckets", encoder.buckets, low=0, high=1 << 31)
-    check_flag("lowercase", encoder.lowercase)
-    if encoder.split not in get_args(SplitName):
-        names = ", ".join(map(repr, get_args(SplitName)))
-        raise ValueError(f"`split` must be one of {names}; got {encoder.split!r}.")
-    for name in ("skip", "end"):
-        if not isinstance(getattr(encoder, name), str):
-            raise TypeError(
-                f"`{name}` must be a string; got {getattr(encoder, name)!r}."
-            )
-    pair = encoder.subwords
-    if not isinstance(pair, tuple) or len(pair) != 2:
-        raise TypeError(f"`subwords` must be a pair of integers; got {pair!r}.")
-    shortest = check_integer("subwords[0]", pair[0], low=0)
-    longest = check_integer("subwords[1]", pair[1], low=0)
-    if shortest > longest or (longest and not shortest):
-        raise ValueError(
-            "`subwords` must be the shortest and the longest n-grams of characters, or "
-            f"(0, 0); got {pair!r}."
-        )
-    if (encoder.ngrams > 1 or longest) and not encoder.buckets:
-        raise ValueError("`buckets` must be at least 1 where there are n-grams; got 0.")
-    if encoder.num_rows > np.iinfo(np.int32).max:
-        raise ValueError(
-            "`words` and `buckets` must make fewer than 2**31 rows; got "
-            f"{encoder.num_rows}."
-        )
-    if any("\n" in word for word in encoder.words):
-        raise ValueError("`words` must not hold line feeds.")
-
-
 def _inverse_document_frequency(bags: Bags, num_rows: int) -> np.ndarray:
-    """Return log((1 + B) / (1 + bags that hold the row)) + 1 for each row."""
+    """Return log((1 + B) / (1 + df)) + 1 for each row in df bags."""
     bag_ids = np.repeat(np.arange(bags.num_bags), bags.lengths)
     pairs = np.unique(bag_ids * num_rows + np.asarray(bags.indices))
-    holders = np.bincount(pairs % num_rows, minlength=num_rows)
-    return (np.log((1 + bags.num_bags) / (1 + holders)) + 1).astype(np.float32)
+    df = np.bincount(pairs % num_rows, minlength=num_rows)
+    return (np.log((1 + bags.num_bags) / (1 + df)) + 1).astype(np.float32)

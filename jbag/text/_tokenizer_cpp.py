@@ -1,4 +1,4 @@
-"""The reader of texts in C++. Its source is `csrc/text/text.h`; it uses every core."""
+"""The multithreaded tokenizer in C++; its source is `csrc/text/text.h`."""
 
 from __future__ import annotations
 
@@ -52,22 +52,22 @@ class _Plan(ctypes.Structure):
 
 
 class Vocabulary:
-    """Words, each of which has the row of its place."""
+    """A vocabulary; word i has row i."""
 
     def __init__(self, words: Sequence[bytes]) -> None:
         packed = _Packed(words)
         handle = _LIBRARY.jbag_text_vocabulary(packed.texts)
-        self.handle = _own(self, handle, _LIBRARY.jbag_text_free_vocabulary)
+        self.handle = _free_with(self, handle, _LIBRARY.jbag_text_free_vocabulary)
 
     def encode(
         self, texts: Sequence[str], split: Split, plan: Plan
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows of texts [N] int32, and how many each text has [B] int64."""
+        """Return the rows of texts [N] int32 and their lengths [B] int64."""
         return Corpus(texts, split, known=self).encode(None, plan)
 
 
 class Corpus:
-    """Texts read, and the words in them, in the order in which they came."""
+    """Tokenized texts, and their words in the order of first occurrence."""
 
     def __init__(
         self, texts: Sequence[str], split: Split, known: Vocabulary | None = None
@@ -76,7 +76,7 @@ class Corpus:
         self._known = known
         self._packed = packed = _Packed(prepare(texts, split))
         self._classes = character_classes(split.name, ascii_only=packed.ascii_only)
-        how = _Split(
+        options = _Split(
             self._classes.ctypes.data,
             self._classes.size,
             split.skip,
@@ -85,64 +85,69 @@ class Corpus:
             len(split.end),
         )
         vocabulary = known.handle if known else None
-        handle = _LIBRARY.jbag_text_read(vocabulary, packed.texts, how, _num_threads())
-        self._handle = _own(self, handle, _LIBRARY.jbag_text_free_corpus)
+        handle = _LIBRARY.jbag_text_read(
+            vocabulary, packed.texts, options, _num_threads()
+        )
+        self._handle = _free_with(self, handle, _LIBRARY.jbag_text_free_corpus)
 
     @property
     def counts(self) -> np.ndarray:
-        """How often each word occurs, [W] int64."""
+        """The number of occurrences of each word, [W] int64."""
         counts = np.empty(_LIBRARY.jbag_text_num_words(self._handle), np.int64)
         _LIBRARY.jbag_text_counts(self._handle, counts.ctypes.data)
         return counts
 
     def words(self, chosen: np.ndarray) -> list[str]:
-        """Return the words of these numbers."""
+        """Return the words at these positions."""
         chosen = np.ascontiguousarray(chosen, np.int64)
         arguments = (self._handle, chosen.ctypes.data, chosen.size)
-        letters = np.empty(_LIBRARY.jbag_text_words(*arguments, None), np.uint8)
-        _LIBRARY.jbag_text_words(*arguments, letters.ctypes.data)
-        return from_utf8(letters.tobytes(), self._split.name).split("\n")[:-1]
+        characters = np.empty(_LIBRARY.jbag_text_words(*arguments, None), np.uint8)
+        _LIBRARY.jbag_text_words(*arguments, characters.ctypes.data)
+        return from_utf8(characters.tobytes(), self._split.name).split("\n")[:-1]
 
     def encode(
         self, rows: np.ndarray | None, plan: Plan
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return what `Vocabulary.encode` does; `rows` [W] are negative for no row."""
+        """Encode as `Vocabulary.encode`; a word with a negative row has none."""
         rows = None if rows is None else np.ascontiguousarray(rows, np.int32)
         bucket_rows = plan.bucket_rows
         if bucket_rows is not None:
             bucket_rows = np.ascontiguousarray(bucket_rows, np.int32)
         numbers = (plan.ngrams, plan.buckets, plan.first_bucket, *plan.subwords)
-        how = (self._handle, _address(rows), _Plan(*numbers, _address(bucket_rows)))
+        c_plan = _Plan(*numbers, _address(bucket_rows))
+        arguments = (self._handle, _address(rows), c_plan)
         offsets = np.zeros(self._packed.texts.num + 1, np.int64)
-        _check(_LIBRARY.jbag_text_measure(*how, _address(offsets[1:])))
+        _check(_LIBRARY.jbag_text_measure(*arguments, _address(offsets[1:])))
         lengths = offsets[1:].copy()
         np.cumsum(lengths, out=offsets[1:])
         indices = np.empty(offsets[-1], np.int32)
-        _check(_LIBRARY.jbag_text_write(*how, _address(offsets), _address(indices)))
+        _check(
+            _LIBRARY.jbag_text_write(*arguments, _address(offsets), _address(indices))
+        )
         return indices, lengths
 
 
 def numbers(text: bytes, num: int) -> np.ndarray | None:
-    """Return so many numbers of a text as float32, or None if there are others."""
+    """Parse exactly `num` numbers as float32; return None if the text has others."""
     found = np.empty(num, np.float32)
     count = _LIBRARY.jbag_text_numbers(text, len(text), found.ctypes.data, num)
-    # What is rare, such as "nan", is left to NumPy.
+    # NumPy parses rare forms, such as "nan".
     return found if count == num else python.numbers(text, num)
 
 
 class _Packed:
-    """Texts end to end; what `texts` points to lives as long as this."""
+    """Concatenated texts; owns the memory that `texts` points to."""
 
     def __init__(self, texts: Iterable[bytes]) -> None:
         data, ends = bytearray(), [0]
-        for text in texts:  # One at a time: the memory is that of one copy.
+        for text in texts:  # One at a time, to hold one copy in memory.
             data += text
             ends.append(len(data))
         self.ascii_only = data.isascii()
-        self._letters = (ctypes.c_char * len(data)).from_buffer(data)
+        self._characters = (ctypes.c_char * len(data)).from_buffer(data)
         self._starts = np.array(ends, np.int64)
         self.texts = _Texts(
-            ctypes.addressof(self._letters), _address(self._starts), len(ends) - 1
+            ctypes.addressof(self._characters), _address(self._starts), len(ends) - 1
         )
 
 
@@ -150,17 +155,17 @@ def _address(array: np.ndarray | None) -> int | None:
     return None if array is None else array.ctypes.data
 
 
-def _own(owner: object, handle: int | None, free: Callable[[int], None]) -> int:
-    """Free what the library made when its owner goes."""
+def _free_with(owner: object, handle: int | None, free: Callable[[int], None]) -> int:
+    """Free the handle when its owner is collected."""
     if handle is None:
-        raise MemoryError("There is no memory for the texts.")
+        raise MemoryError("Out of memory for the texts.")
     weakref.finalize(owner, free, handle)
     return handle
 
 
 def _check(failure: int) -> None:
     if failure:
-        raise MemoryError("There is no memory for the rows of the texts.")
+        raise MemoryError("Out of memory for the rows of the texts.")
 
 
 def _num_threads() -> int:
@@ -170,16 +175,16 @@ def _num_threads() -> int:
 
 
 def _load() -> tuple[Any, str | None]:
-    """Return the library, or why there is none."""
+    """Return (library, None), or (None, the reason why it is missing)."""
     package = importlib.resources.files("jbag") / "text"
     library = package / "libjbag_text.so"
     if not library.is_file():
-        return None, "it is built by `pip install`, where there is a C++ compiler"
+        return None, "`pip install` builds it with a C++ compiler"
     with importlib.resources.as_file(library) as path:
         try:
             functions = ctypes.CDLL(str(path))
         except OSError as error:
-            return None, f"its library can't be loaded: {error}"
+            return None, f"its library cannot be loaded: {error}"
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     texts = ctypes.POINTER(_Texts)
     plan = ctypes.POINTER(_Plan)

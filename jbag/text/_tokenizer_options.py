@@ -1,4 +1,4 @@
-"""Options of a tokenizer: where tokens end, and which rows they have."""
+"""Options of a tokenizer: how texts split into tokens, and the rows of tokens."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ import numpy as np
 
 SplitName = Literal["words", "spaces", "fasttext"]
 
-PART, SPACE, ALONE = range(3)  # what a character is
+PART, SPACE, ALONE = range(3)  # classes of characters
 FASTTEXT_SPACES = b" \n\r\t\v\f\0"
-# Scripts written without spaces (Thai, Lao, Burmese, Khmer, kana, Han) are taken
-# character by character: n-grams make their words.
+# Scripts without spaces (Thai, Lao, Burmese, Khmer, kana, Han) split into characters;
+# their words are n-grams.
 SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-_LETTERS_END = 0x40000  # no letter, mark or space lies above
+_LETTERS_END = 0x40000  # no letter, mark or space is above
 
 
 class Split(NamedTuple):
-    """How a text becomes tokens."""
+    """Split a text into tokens."""
 
     name: SplitName
     lowercase: bool
-    skip: bytes  # tokens that begin with it are left out, unless it is empty
-    end: bytes  # follows each text, and ends it where it stands within; or empty
+    skip: bytes  # the prefix of dropped tokens; empty for none
+    end: bytes  # the token after each text; empty for none
 
 
 class Plan(NamedTuple):
-    """Which rows the tokens of a text have."""
+    """Assign rows to the tokens of a text."""
 
-    ngrams: int  # the longest word n-grams
+    ngrams: int  # the maximum length of word n-grams
     buckets: int
     first_bucket: int  # the row of bucket 0
-    subwords: tuple[int, int]  # shortest and longest, in characters; (0, 0) for none
-    bucket_rows: np.ndarray | None  # [buckets] int32, negative where there is none
+    subwords: tuple[int, int]  # minimum and maximum length; (0, 0) for none
+    bucket_rows: np.ndarray | None  # [buckets] int32, negative for no row
 
 
 @functools.cache
 def marks() -> str:
-    """Return vowel signs and accents, which are no letters to Python."""
+    """Return the vowel signs and accents, for which `str.isalnum` is False."""
     return "".join(c for c in map(chr, range(1 << 16)) if category(c)[0] == "M")
 
 
@@ -68,13 +68,13 @@ def character_classes(name: SplitName, *, ascii_only: bool) -> np.ndarray:
 
 
 def prepare(texts: Iterable[str], split: Split) -> Iterator[bytes]:
-    """Yield texts in the letters that tokens are of, as UTF-8."""
+    """Yield texts, in lower case if the split says so, as UTF-8."""
     for text in texts:
         yield to_utf8(text.lower() if split.lowercase else text, split.name)
 
 
 def to_utf8(text: str, name: SplitName) -> bytes:
-    """Encode a text; lone surrogates are what they stand for: bytes, in fastText's."""
+    """Encode a text; lone surrogates become bytes as in fastText, or pass."""
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -82,12 +82,12 @@ def to_utf8(text: str, name: SplitName) -> bytes:
     try:
         errors = "surrogateescape" if name == "fasttext" else "surrogatepass"
         return text.encode(errors=errors)
-    except UnicodeEncodeError:  # No byte of a file stands behind it.
+    except UnicodeEncodeError:  # not an escaped byte
         return text.encode(errors="surrogatepass")
 
 
 def from_utf8(words: bytes, name: SplitName) -> str:
-    """Decode what `to_utf8` made."""
+    """Decode the output of `to_utf8`."""
     try:
         return words.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The reader of texts in Python and NumPy: the meaning of record, for any machine."""
+"""The reference tokenizer, in Python and NumPy."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _END_OF_TEXT = b"</s>"  # has no subwords in fastText
 
 
 class Vocabulary:
-    """Words, each of which has the row of its place."""
+    """A vocabulary; word i has row i."""
 
     def __init__(self, words: Sequence[bytes]) -> None:
-        # Of equal words the first counts.
+        # Of equal words, the first has the row.
         self._rows = {word: row for row, word in reversed(list(enumerate(words)))}
 
     def encode(
         self, texts: Sequence[str], split: Split, plan: Plan
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows of texts [N] int32, and how many each text has [B] int64."""
+        """Return the rows of texts [N] int32 and their lengths [B] int64."""
         return _rows(list(_tokens(texts, split)), self._rows, plan)
 
 
 class Corpus:
-    """Texts read, and the words in them, in the order in which they came."""
+    """Tokenized texts, and their words in the order of first occurrence."""
 
     def __init__(self, texts: Sequence[str], split: Split) -> None:
         self._split = split
@@ -49,20 +49,20 @@ class Corpus:
         self.counts = np.fromiter(counts.values(), np.int64, len(counts))
 
     def words(self, chosen: np.ndarray) -> list[str]:
-        """Return the words of these numbers."""
+        """Return the words at these positions."""
         return [from_utf8(self._words[i], self._split.name) for i in chosen]
 
     def encode(self, rows: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-        """Return what `Vocabulary.encode` does; `rows` [W] are negative for no row."""
+        """Encode as `Vocabulary.encode`; a word with a negative row has none."""
         known = zip(self._words, rows.tolist(), strict=True)
         return _rows(self._texts, {w: row for w, row in known if row >= 0}, plan)
 
 
 def numbers(text: bytes, num: int) -> np.ndarray | None:
-    """Return so many numbers of a text as float32, or None if there are others."""
+    """Parse exactly `num` numbers as float32; return None if the text has others."""
     try:
         found = np.fromstring(text, np.float32, sep=" ")
-    except (ValueError, DeprecationWarning):  # The latter where warnings are errors.
+    except (ValueError, DeprecationWarning):  # the latter if warnings are errors
         return None
     return found if found.size == num else None
 
@@ -108,7 +108,7 @@ def _rows(
 
 
 def _buckets(hashes: np.ndarray, plan: Plan) -> list[int]:
-    """Return the rows of hashes, but for those that have none."""
+    """Return the rows of hashes; buckets without a row are dropped."""
     if not hashes.size:
         return []
     buckets = (hashes.astype(np.uint64) % np.uint64(plan.buckets)).astype(np.int64)
@@ -119,7 +119,7 @@ def _buckets(hashes: np.ndarray, plan: Plan) -> list[int]:
 
 
 def _ngrams(hashes: list[int], longest: int) -> np.ndarray:
-    """Return fastText's rolling hash of n-grams, by their first word, then by n."""
+    """Return fastText's rolling hashes of n-grams, sorted by first word, then by n."""
     words = np.array(hashes, np.uint32).view(np.int32).astype(np.int64).view(np.uint64)
     grams = np.zeros((len(words), max(0, longest - 1)), np.uint64)
     is_ngram = np.zeros(grams.shape, bool)
@@ -136,7 +136,7 @@ def _subwords(word: bytes, shortest: int, longest: int) -> tuple[int, ...]:
     """Return the hashes of the character n-grams of "<word>"."""
     if word == _END_OF_TEXT:
         return ()
-    # A character is a byte that doesn't continue one, and what continues it.
+    # A character: a first byte and its continuation bytes.
     letters = re.findall(rb"(?s:.)[\x80-\xbf]*", b"<" + word + b">")
     hashes = []
     for start in range(len(letters)):
@@ -148,7 +148,7 @@ def _subwords(word: bytes, shortest: int, longest: int) -> tuple[int, ...]:
 
 @functools.lru_cache(1 << 16)
 def _hash(word: bytes) -> int:
-    """Return fastText's hash: FNV-1a, but for bytes being signed."""
+    """Return fastText's hash: FNV-1a with sign-extended bytes."""
     value = 2166136261
     for byte in word:
         value = (value ^ (byte | 0xFFFFFF00 if byte & 0x80 else byte)) * 16777619

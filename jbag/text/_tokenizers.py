@@ -1,4 +1,4 @@
-"""The readers of texts, the best first."""
+"""The tokenizers, in order of preference."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from types import ModuleType
 from jbag.text import _tokenizer_cpp as cpp
 from jbag.text import _tokenizer_python as python
 
-READERS: dict[str, ModuleType] = {"cpp": cpp, "python": python}
+TOKENIZERS: dict[str, ModuleType] = {"cpp": cpp, "python": python}
 
 
-def reader(implementation: str | None) -> ModuleType:
-    """Return the best reader that is here, or the one of that name.
+def tokenizer(implementation: str | None) -> ModuleType:
+    """Return the tokenizer of that name; None returns the first available one.
 
     Raises:
-      ValueError: there is no such reader, or it isn't here.
+      ValueError: the name is unknown, or the tokenizer is not available.
     """
     if implementation is None:
-        return next(module for module in READERS.values() if not module.MISSING)
-    if implementation not in READERS:
-        names = ", ".join(map(repr, READERS))
+        return next(module for module in TOKENIZERS.values() if not module.MISSING)
+    if implementation not in TOKENIZERS:
+        names = ", ".join(map(repr, TOKENIZERS))
         raise ValueError(
             f"`implementation` must be None or one of {names}; got {implementation!r}."
         )
-    if READERS[implementation].MISSING:
+    if TOKENIZERS[implementation].MISSING:
         raise ValueError(
-            f"`implementation` can't be {implementation!r}: "
-            f"{READERS[implementation].MISSING}."
+            f"`implementation` cannot be {implementation!r}: "
+            f"{TOKENIZERS[implementation].MISSING}."
         )
-    return READERS[implementation]
+    return TOKENIZERS[implementation]

@@ -10,7 +10,7 @@ import pytest
 from fasttext_files import EXAMPLE, LABELS, OUTPUT, TABLE, WORDS, Quantised, model
 
 import jbag
-from jbag.text._tokenizers import READERS
+from jbag.text._tokenizers import TOKENIZERS
 
 
 def load(tmp_path, name="model.bin", label_prefix="__label__", **changes):
@@ -316,10 +316,10 @@ def test_vectors_longer_than_a_block_are_read(tmp_path, monkeypatch):
         np.testing.assert_array_equal(found, table)
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_numbers_of_any_notation_are_read(name):
-    if READERS[name].MISSING:
-        pytest.skip(READERS[name].MISSING)
+    if TOKENIZERS[name].MISSING:
+        pytest.skip(TOKENIZERS[name].MISSING)
     rng = np.random.default_rng(0)
     drawn = rng.normal(size=3000) * 10.0 ** rng.integers(-40, 38, 3000)
     formats = ["%.5g", "%.9g", "%r", "%.4f", "%.17g", "%.25e", "%+.3E", "%d"]
@@ -327,12 +327,12 @@ def test_numbers_of_any_notation_are_read(name):
     written += ["0", "-0.0", ".5", "5.", "1e-999", "1e30", "nan", "-inf", "007"]
     for chosen in (written, [x for x in written if x not in ("nan", "-inf")]):
         for space in (" ", "  ", "\t", "\n"):
-            found = READERS[name].numbers(space.join(chosen).encode(), len(chosen))
+            found = TOKENIZERS[name].numbers(space.join(chosen).encode(), len(chosen))
             expected = np.array(list(map(float, chosen)), np.float64)
             np.testing.assert_array_equal(found, expected.astype(np.float32))
     for wrong in ("1", "1 2 3", "1 x", "1 2x", "1 -", "1 .", "1 2e", "1 2e+", "1 2 ."):
-        assert READERS[name].numbers(wrong.encode(), 2) is None
-    assert READERS[name].numbers(b" 1 2 ", 2).tolist() == [1, 2]
+        assert TOKENIZERS[name].numbers(wrong.encode(), 2) is None
+    assert TOKENIZERS[name].numbers(b" 1 2 ", 2).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(

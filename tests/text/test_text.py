@@ -15,7 +15,7 @@ import text_oracle
 
 import jbag
 from jbag.text import Encoder
-from jbag.text._tokenizers import READERS
+from jbag.text._tokenizers import TOKENIZERS
 
 PIECES = [
     "a", "b", "cat", "Cat", "CAFÉ", "é", "ñandú", "日本語", "ไทย", "e\u0301", "#$", "ß",
@@ -24,14 +24,14 @@ PIECES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=list(READERS))
+@pytest.fixture(params=list(TOKENIZERS))
 def implementation(request):
     skip_if_missing(request.param)
     return request.param
 
 
 def skip_if_missing(name):
-    missing = READERS[name].MISSING
+    missing = TOKENIZERS[name].MISSING
     if missing:  # In CI it must be here, as the kernel that is compiled beside it.
         required = os.environ.get("JBAG_REQUIRE_CPU_KERNEL") == "1"
         (pytest.fail if required else pytest.skip)(f"{name}: {missing}")
@@ -122,7 +122,7 @@ def test_many_texts_are_numbered_in_order_whatever_the_threads(monkeypatch):
     options = {"ngrams": 3, "buckets": 1000, "split": "spaces"}
     expected = Encoder.fit_encode(texts, implementation="python", **options)
     for threads in (1, 2, 5):
-        monkeypatch.setattr(READERS["cpp"], "_num_threads", lambda n=threads: n)
+        monkeypatch.setattr(TOKENIZERS["cpp"], "_num_threads", lambda n=threads: n)
         encoder, bags = Encoder.fit_encode(texts, implementation="cpp", **options)
         assert encoder.words == expected[0].words
         assert np.array_equal(bags.indices, expected[1].indices)
@@ -259,7 +259,7 @@ def test_files_without_an_encoder_are_refused(tmp_path):
         ({"texts": 3}, TypeError, "`texts` must be a list of strings; got 3"),
         ({"texts": ["a", None]}, TypeError, "`texts` must hold strings; got None at 1"),
         ({"ngrams": 0, "buckets": 1}, ValueError, "`ngrams` must be at least 1; got 0"),
-        ({"ngrams": 2}, ValueError, "`buckets` must be at least 1 where there are"),
+        ({"ngrams": 2}, ValueError, "`buckets` must be at least 1 with n-grams"),
         ({"subwords": (1, 2)}, ValueError, "`buckets` must be at least 1"),
         ({"subwords": (3, 2), "buckets": 1}, ValueError, r"`subwords` .*got \(3, 2\)"),
         ({"subwords": (0, 2), "buckets": 1}, ValueError, r"`subwords` .*got \(0, 2\)"),
@@ -276,7 +276,7 @@ def test_files_without_an_encoder_are_refused(tmp_path):
         ({"tfidf": "yes"}, TypeError, "`tfidf` must be True or False"),
         ({"implementation": "rs"}, ValueError, "`implementation` must be None or one"),
         ({"implementation": 3}, ValueError, "`implementation` must be None or one"),
-        ({"words": ["a"]}, TypeError, "`words` is no option; there are buckets, end"),
+        ({"words": ["a"]}, TypeError, "`words` is not an option; the options are b"),
     ],
     ids=str,
 )  # fmt: skip
@@ -305,7 +305,7 @@ def test_bad_encoders_are_named(options, error, message):
 
 def test_subsampling_needs_counts_and_a_threshold():
     encoder = Encoder(words=["a"])
-    with pytest.raises(ValueError, match="`counts` are None"):
+    with pytest.raises(ValueError, match="`counts` must be given"):
         encoder.subsample(encoder.encode(["a"]), 0.1, seed=0)
     encoder, bags = Encoder.fit_encode(["a"])
     for threshold in (0, -1.0, float("nan")):
@@ -313,9 +313,9 @@ def test_subsampling_needs_counts_and_a_threshold():
             encoder.subsample(bags, threshold, seed=0)
 
 
-def test_reader_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(READERS["cpp"], "MISSING", "it is elsewhere")
-    with pytest.raises(ValueError, match="can't be 'cpp': it is elsewhere"):
+def test_a_missing_tokenizer_is_an_error_with_the_reason(monkeypatch):
+    monkeypatch.setattr(TOKENIZERS["cpp"], "MISSING", "it is elsewhere")
+    with pytest.raises(ValueError, match="cannot be 'cpp': it is elsewhere"):
         Encoder.fit(["a"], implementation="cpp")
     assert Encoder.fit(["a"]).words == ("a",)
 
