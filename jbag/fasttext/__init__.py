@@ -1,11 +1,11 @@
-"""fastText's own files: models that predict what they do there, and word vectors.
+"""Models and word vectors in fastText's file formats.
 
     model = jbag.fasttext.load("model.bin")
     labels, probabilities = model.predict(["a text", "another one"], k=2)
     words, table = jbag.fasttext.load_vectors("vectors.vec")
 
-What a model is made of is jbag's: `model.encoder` makes bags of texts, `model.table` is
-pooled over them in mode "mean", and `model.output` is the dense layer behind it.
+`model.encoder` encodes texts as bags, `jbag.embedding_bag` pools `model.table` in mode
+"mean", and `model.output` is the dense layer on the pooled rows.
 """
 
 from __future__ import annotations
@@ -33,25 +33,27 @@ from jbag.text import Encoder
 
 _T = TypeVar("_T")
 _TOKEN = re.compile("[^ \n\r\t\v\f\0]+")
-_TEXTS = 4096  # at once: enough to share the costs of a call
-_NUMBERS = 1 << 24  # of labels' probabilities at once
+_TEXTS = 4096  # per batch, to amortize the overhead of a call
+_NUMBERS = 1 << 24  # probabilities per batch, to bound the memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class FastText:
-    """A model of fastText's, as `load` reads it.
+    """Hold a fastText model; `jbag.fasttext.load` reads it.
+
+    Here L is the number of labels.
 
     Attributes:
       kind: "supervised", "cbow" or "skipgram".
       loss: "softmax", "ova" (one against all), "ns" (negative sampling) or "hs"
         (hierarchical softmax).
-      encoder: from texts to bags of rows of the table.
-      labels: L labels, prefix and all, the most frequent one first.
-      label_counts: [L], how often each occurred in training.
-      label_prefix: what a token that isn't in the model begins with if it is a label,
-        to be left out.
-      table: [V, D] float32. Quantised models are expanded.
-      output: [L, D] float32, of unsupervised models [words, D].
+      encoder: the `jbag.text.Encoder` of texts as bags of table rows.
+      labels: the L labels with their prefix, by descending frequency.
+      label_counts: [L], the number of occurrences of each label in training.
+      label_prefix: the prefix of labels; tokens outside the vocabulary with this prefix
+        are dropped.
+      table: [V, D] float32; quantised models are dequantised.
+      output: [L, D] float32; [words, D] for unsupervised models.
 
     Example:
       >>> model = jbag.fasttext.load(directory / "model.bin")
@@ -71,12 +73,21 @@ class FastText:
     output: Float[Array, "L D"]
 
     def encode(self, texts: Iterable[str]) -> Bags:
-        """Return the bags of texts, labels in them left out: host arrays.
+        """Encode texts as bags without labels, as `encoder.encode`.
 
-        This is `encoder.encode`, but for models whose labels have another prefix.
+        Args:
+          texts: B strings.
+
+        Returns:
+          B bags in host arrays.
 
         Raises:
-          TypeError: `texts` isn't an iterable of strings.
+          TypeError: `texts` is not an iterable of strings.
+
+        Example:
+          >>> model = jbag.fasttext.load(directory / "model.bin")
+          >>> model.encode(["so fine", "__label__bad poor"]).to_lists()
+          [[2, 1, 0], [3, 0]]
         """
         if self.encoder.skip:
             return self.encoder.encode(texts)
@@ -87,27 +98,28 @@ class FastText:
     def predict(
         self, texts: Iterable[str], k: int = 1, threshold: float = 0.0
     ) -> tuple[list[list[str]], list[np.ndarray]]:
-        """Return the most probable labels of texts, the best ones first.
+        """Return the k most probable labels of each text, sorted by probability.
 
-        They are those that fastText's `predict` gives for a list, in its order. So are
-        the probabilities, to some 1e-6: fastText adds 1e-5 to each, and reads the
-        sigmoid of "ova" and "ns" from a table in steps of 1 / 32, where a rounding may
-        reach the next step. Of labels of "hs" that are equal to 1e-5, fastText's search
-        may pass the better one by; it comes first here. A text without rows has no
-        labels. A line feed, which fastText refuses, is a space.
+        Labels and order equal those of fastText's `predict`; probabilities agree to
+        1e-6. fastText adds 1e-5 to each probability. For "ova" and "ns" it rounds the
+        sigmoid to a table in steps of 1 / 32, where a rounding error may reach the next
+        entry. For "hs", fastText's search may miss the better of two labels within
+        1e-5; this method does not. A text without rows has no labels. A line feed,
+        which fastText rejects, counts as a space.
 
         Args:
           texts: B strings.
-          k: how many labels, at most; -1 for all.
-          threshold: the least probability.
+          k: the maximum number of labels per text; -1 for all.
+          threshold: the minimum probability.
 
         Returns:
-          (labels, probabilities): for each text a list of labels and a [k] float32.
+          (labels, probabilities): per text, a list of at most k labels and a float32
+          array of their probabilities.
 
         Raises:
-          TypeError: `texts` isn't an iterable of strings.
-          ValueError: the model isn't supervised, or `k` isn't a number of labels, or
-            there is NaN in the table or the output.
+          TypeError: `texts` is not an iterable of strings.
+          ValueError: the model is not supervised, `k` is below 1 and not -1, or the
+            table or the output holds NaN.
 
         Example:
           >>> model = jbag.fasttext.load(directory / "model.bin")
@@ -119,8 +131,8 @@ class FastText:
         """
         if self.kind != "supervised":
             raise ValueError(
-                f"A supervised model predicts labels; this one is of kind {self.kind!r}"
-                ", and has word vectors alone."
+                "`predict` takes a supervised model; this one is of kind "
+                f"{self.kind!r}."
             )
         num = len(self.labels)
         k = num if k == -1 else min(check_integer("k", k, low=1), num)
@@ -131,9 +143,9 @@ class FastText:
         names = np.array(self.labels, object)
         labels: list[list[str]] = []
         probabilities: list[np.ndarray] = []
-        # While the device is at a batch, the host makes the bags of the next one.
-        for wait in _one_ahead(self._dispatch(batch, k, least) for batch in batches):
-            places, scores = wait()
+        # The host encodes a batch while the device runs the previous one.
+        for finish in _one_ahead(self._dispatch(batch, k, least) for batch in batches):
+            places, scores = finish()
             found = places >= 0
             if found.all():
                 labels += names[places].tolist()
@@ -145,15 +157,18 @@ class FastText:
         return labels, probabilities
 
     def probabilities(self, bags: Bags) -> Float[Array, "B L"]:
-        """Return the probability of every label, for use under `jax.jit`.
+        """Return the probability of every label; this method works under `jax.jit`.
 
-        Nothing is added to them, as `predict` does. That of an empty bag means nothing.
+        It does not add 1e-5 as `predict` does. The row of an empty bag is meaningless.
 
         Args:
-          bags: B bags, as `encode` returns.
+          bags: B bags of `encode`.
+
+        Returns:
+          [B, L].
 
         Raises:
-          ValueError: the model isn't supervised.
+          ValueError: the model is not supervised.
 
         Example:
           >>> model = jbag.fasttext.load(directory / "model.bin")
@@ -163,21 +178,25 @@ class FastText:
         """
         if self.kind != "supervised":
             raise ValueError(
-                f"A supervised model has labels; this one is of kind {self.kind!r}."
+                f"`probabilities` takes a supervised model; this one is of kind "
+                f"{self.kind!r}."
             )
         p = values(self.table, self.output, bags, self._tree, loss=self.loss)
         return jnp.exp(p) if self.loss == "hs" else p
 
     def word_vectors(self, words: Iterable[str]) -> Float[np.ndarray, "B D"]:
-        """Return fastText's word vectors: the means of a word's row and its subwords'.
+        """Return fastText's word vectors: the mean over a word's row and its subwords.
 
         Args:
-          words: B words. One that the model doesn't know has its subwords' rows alone,
-            and the vector zero without any.
+          words: B words. A word outside the vocabulary has only subwords; without
+            subwords its vector is zero.
+
+        Returns:
+          [B, D].
 
         Raises:
-          TypeError: `words` isn't an iterable of strings.
-          ValueError: a word is empty or holds spaces.
+          TypeError: `words` is not an iterable of strings.
+          ValueError: a word is empty or has spaces.
 
         Example:
           >>> model = jbag.fasttext.load(directory / "model.bin")
@@ -196,15 +215,18 @@ class FastText:
     def sentence_vectors(self, texts: Iterable[str]) -> Float[np.ndarray, "B D"]:
         """Return fastText's sentence vectors.
 
-        Those of a supervised model are what its labels are predicted from, the mean of
-        a text's rows. Those of an unsupervised one are the means of the word vectors
-        that aren't zero, each at length 1.
+        For a supervised model, the vector of a text is the mean of its rows. For an
+        unsupervised model, it is the mean of its word vectors v / ||v||, without zero
+        vectors.
 
         Args:
           texts: B strings.
 
+        Returns:
+          [B, D].
+
         Raises:
-          TypeError: `texts` isn't an iterable of strings.
+          TypeError: `texts` is not an iterable of strings.
 
         Example:
           >>> model = jbag.fasttext.load(directory / "model.bin")
@@ -223,7 +245,7 @@ class FastText:
             (norms > 0).astype(np.float32),
         )
         norms[norms == 0] = 1
-        more = bucket(len(norms)) - len(norms)  # as in `_padded`
+        more = bucket(len(norms)) - len(norms)  # one of few shapes, as in `_padded`
         units = np.pad(vectors / norms[:, None], ((0, more), (0, 0)))
         return self._pool(jnp.asarray(units), bags)
 
@@ -267,18 +289,22 @@ class FastText:
 
 
 def load(path: str | os.PathLike[str], *, label_prefix: str = "__label__") -> FastText:
-    """Read a model that fastText saved: `.bin`, or quantised `.ftz`.
+    """Read a fastText model: `.bin`, or quantised `.ftz`.
 
     Args:
-      path: of the file.
-      label_prefix: what marks a label, of which a model's file says nothing: fastText
-        takes "__label__" for whatever it loads. Tokens that begin with it are left out
-        of texts, and so are the model's own labels.
+      path: the path of the file.
+      label_prefix: the prefix of labels, which the file does not store; fastText uses
+        "__label__" for every model that it loads. Tokens with this prefix, and the
+        labels of the model, are dropped from texts.
+
+    Returns:
+      A `FastText`.
 
     Raises:
-      OSError: the file can't be read.
-      TypeError: `label_prefix` isn't a string.
-      ValueError: the file isn't a model's, or broken, or `label_prefix` is empty.
+      OSError: the file cannot be read.
+      TypeError: `label_prefix` is not a string.
+      ValueError: the file is not a fastText model, the file is broken, or
+        `label_prefix` is empty.
 
     Example:
       >>> model = jbag.fasttext.load(directory / "model.bin")
@@ -290,9 +316,9 @@ def load(path: str | os.PathLike[str], *, label_prefix: str = "__label__") -> Fa
     if not label_prefix:
         raise ValueError("`label_prefix` must not be empty; got ''.")
     file = _model_file.read(path)
-    usual = all(label.startswith(label_prefix) for label in file.labels) and not any(
-        word.startswith(label_prefix) for word in file.words
-    )
+    has_prefix = all(
+        label.startswith(label_prefix) for label in file.labels
+    ) and not any(word.startswith(label_prefix) for word in file.words)
     encoder = Encoder(
         words=file.words,
         counts=file.counts,
@@ -301,7 +327,7 @@ def load(path: str | os.PathLike[str], *, label_prefix: str = "__label__") -> Fa
         subwords=file.subwords,
         split="fasttext",
         lowercase=False,
-        skip=label_prefix if usual else "",
+        skip=label_prefix if has_prefix else "",
         end="</s>",
         bucket_rows=file.bucket_rows,
     )
@@ -323,12 +349,12 @@ def _pool(table: Float[Array, "V D"], bags: Bags) -> Float[Array, "B D"]:
 
 
 def _padded(bags: Bags) -> Bags:
-    """Pad to one of few shapes, each of which is compiled once."""
+    """Pad to one of few shapes, to limit the number of compilations."""
     return bags.pad_to(bucket(bags.capacity), num_bags=bucket(len(bags)))
 
 
 def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
-    """Yield items, each once the next one is made."""
+    """Yield each item after computing the next one."""
     before: list[_T] = []
     for item in items:
         yield from before

@@ -1,8 +1,8 @@
-"""fastText's model files (`.bin`, `.ftz`), as arrays.
+"""The reader of fastText's model files (`.bin`, `.ftz`).
 
-Such a file is a signature, the arguments of its training, the dictionary and the two
-matrices, dense or by product quantisation (Jégou et al., "Product Quantization for
-Nearest Neighbor Search", 2011), all of it little-endian and without padding.
+A file has a signature, the training arguments, the dictionary and two matrices, dense
+or product-quantised (Jégou et al., "Product Quantization for Nearest Neighbor Search",
+2011), in little-endian order without padding.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _SIZES = np.dtype(
         *(("tokens", "<i8"), ("pruned", "<i8")),
     ]
 )
-_ENTRY_END = 1 + 8 + 1  # what follows a word: a zero, its count and its type
+_ENTRY_END = 1 + 8 + 1  # bytes after a word: a zero, its count and its type
 _CENTROIDS = 256
-_NO_COUNT = 10**15  # past which fastText doesn't count in its tree of labels
-_ALIGNMENT = 64  # XLA takes arrays that begin so as they are, without a copy
+_NO_COUNT = 10**15  # fastText's infinite count in its tree of labels
+_ALIGNMENT = 64  # XLA does not copy arrays with this alignment
 
 
 class ModelFile(NamedTuple):
-    """What a model file holds."""
+    """The contents of a model file."""
 
     kind: str
     loss: str
@@ -54,14 +54,14 @@ class ModelFile(NamedTuple):
     counts: np.ndarray  # [words] int64
     labels: list[str]
     label_counts: np.ndarray  # [labels] int64
-    bucket_rows: np.ndarray | None  # [buckets] int32, where the model was pruned
+    bucket_rows: np.ndarray | None  # [buckets] int32, for a pruned model
     table: np.ndarray  # [V, D] float32
-    output: np.ndarray  # [labels, D] float32, of unsupervised models [words, D]
+    output: np.ndarray  # [labels, D] float32; [words, D] for unsupervised models
 
 
 def read(path: str | os.PathLike[str]) -> ModelFile:
-    """Read a model file; raise ValueError where it isn't one."""
-    with refusing(path, "is no model of fastText's, or broken"):
+    """Read a model file; raise ValueError if it is not one."""
+    with refusing(path, "is not a fastText model, or is broken"):
         return _read(_File(path))
 
 
@@ -69,8 +69,8 @@ def _read(file: _File) -> ModelFile:
     magic, version = file.take("<i4", 2, "signature").tolist()
     if magic != _MAGIC or version not in _VERSIONS:
         file.fail(
-            f"a model of fastText's begins with {_MAGIC} and the version 11 or 12; got "
-            f"{magic} and {version}"
+            f"it must begin with {_MAGIC} and the version 11 or 12; got {magic} and "
+            f"{version}"
         )
     given = dict(
         zip(
@@ -83,22 +83,22 @@ def _read(file: _File) -> ModelFile:
         if given[name] not in known:
             file.fail(f"its {name} must be one of {known}; got {given[name]}")
     if given["buckets"] < 0:
-        file.fail(f"there can't be fewer buckets than 0; got {given['buckets']}")
+        file.fail(f"its buckets must be at least 0; got {given['buckets']}")
     kind = _MODELS[given["model"]]
     shortest, longest = max(1, given["shortest"]), given["longest"]
     if (version == 11 and kind == "supervised") or shortest > longest:
-        shortest, longest = 0, 0  # Supervised models of that version have none.
+        shortest, longest = 0, 0  # Supervised models of version 11 have none.
     words, counts, num_words, pairs = _dictionary(file)
     table, quantised = _table(file)
     if pairs is not None and not quantised:
-        file.fail("it is pruned, but not quantised: fastText takes no such file")
+        file.fail("it is pruned, but not quantised")
     output_quantised = file.take("u1", 1, "flag of the output matrix")[0]
     quantised_output = bool(quantised and output_quantised)
     output = _quantised(file, "output") if quantised_output else _dense(file, "output")
     buckets = given["buckets"]
     ngrams = max(1, given["ngrams"])
     if (ngrams > 1 or longest) and not buckets:
-        file.fail("there must be buckets where there are n-grams; got 0")
+        file.fail("its buckets must be at least 1 with n-grams; got 0")
     bucket_rows = None
     if pairs is not None:
         bucket_rows = _bucket_rows(file, pairs, buckets, len(table) - num_words)
@@ -111,7 +111,7 @@ def _read(file: _File) -> ModelFile:
     if kind == "supervised" and not num_labels:
         file.fail("a supervised model must have labels")
     if np.any((counts < 0) | (counts >= _NO_COUNT // max(1, len(counts)))):
-        file.fail("words and labels must occur as often as texts can hold")
+        file.fail(f"its counts must be in [0, {_NO_COUNT // max(1, len(counts))})")
     rows = num_labels if kind == "supervised" else num_words
     if output.shape != (rows, table.shape[1]):
         file.fail(
@@ -135,7 +135,7 @@ def _read(file: _File) -> ModelFile:
 
 
 class _File:
-    """A file in memory, read from its beginning on, and never past its end."""
+    """A memory-mapped file, read sequentially with bounds checks."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         with Path(path).open("rb") as file:
@@ -146,12 +146,12 @@ class _File:
         self.at = 0
 
     def take(self, dtype: np.typing.DTypeLike, count: int, what: str) -> np.ndarray:
-        """Return the next numbers, a view of the file."""
+        """Return the next `count` numbers, as a view of the file."""
         dtype = np.dtype(dtype)
         if count < 0 or count * dtype.itemsize > self.size - self.at:
             self.fail(
-                f"its {what} must take {count} times {dtype.itemsize} bytes; "
-                f"{self.size - self.at} are left, at {self.at}"
+                f"its {what} must have {count} times {dtype.itemsize} bytes; "
+                f"got {self.size - self.at} bytes at {self.at}"
             )
         numbers = np.frombuffer(self.bytes, dtype, count, self.at)
         self.at += numbers.nbytes
@@ -161,12 +161,12 @@ class _File:
         raise ValueError(why)
 
     def check_declared(self, num_bytes: int, what: str) -> None:
-        """Fail if arrays of so many bytes are too many for so small a file."""
+        """Raise if the declared size is implausible for the size of the file."""
         check_declared(num_bytes, self.size, what)
 
 
 def _dictionary(file: _File) -> tuple[list[str], np.ndarray, int, np.ndarray | None]:
-    """Return words and labels, their counts, how many are words, and pruned pairs."""
+    """Return words and labels, their counts, the number of words, and pruned pairs."""
     sizes = file.take(_SIZES, 1, "sizes of the dictionary")[0]
     entries, num_words, num_labels = (
         int(sizes[name]) for name in ("entries", "words", "labels")
@@ -178,7 +178,7 @@ def _dictionary(file: _File) -> tuple[list[str], np.ndarray, int, np.ndarray | N
         )
     start = file.at
     if entries * _ENTRY_END > file.size - start:
-        file.fail(f"its dictionary must have {entries} entries; they can't fit")
+        file.fail(f"its dictionary must have {entries} entries; the file is too small")
     ends = np.empty(entries, np.int64)
     at, find = start, file.bytes.find
     for entry in range(entries):
@@ -186,22 +186,22 @@ def _dictionary(file: _File) -> tuple[list[str], np.ndarray, int, np.ndarray | N
         at = end + _ENTRY_END
         if end < 0 or at > file.size:
             file.fail(f"its dictionary must have {entries} entries; it has {entry}")
-    letters = file.take("u1", at - start, "dictionary")
+    characters = file.take("u1", at - start, "dictionary")
     after = (ends - start)[:, None] + np.arange(1, _ENTRY_END)
-    tails = letters[after]
+    tails = characters[after]
     counts = tails[:, :8].copy().view("<i8")[:, 0].astype(np.int64)
     is_label = tails[:, 8] != 0
     if is_label[:num_words].any() or not is_label[num_words:].all():
         file.fail("its words must come before its labels")
-    # Of what follows a word, one byte stays: the line feed that ends it.
-    stays = np.ones(len(letters), bool)
-    stays[after] = False
-    letters = letters.copy()
-    letters[ends - start] = ord("\n")
-    text = letters[stays].tobytes().decode(errors="surrogateescape")
+    # Replace the bytes after each word by one line feed.
+    is_kept = np.ones(len(characters), bool)
+    is_kept[after] = False
+    characters = characters.copy()
+    characters[ends - start] = ord("\n")
+    text = characters[is_kept].tobytes().decode(errors="surrogateescape")
     words = text.split("\n")[:-1]
     if len(words) != entries:
-        file.fail("there must be no line feed in a word")
+        file.fail("its words must have no line feeds")
     pruned = int(sizes["pruned"])
     pairs = None if pruned < 0 else file.take("<i4", 2 * pruned, "pruned buckets")
     return words, counts, num_words, None if pairs is None else pairs.reshape(-1, 2)
@@ -211,10 +211,10 @@ def _bucket_rows(
     file: _File, pairs: np.ndarray, buckets: int, num_rows: int
 ) -> np.ndarray:
     for name, column, high in (("bucket", 0, buckets), ("row", 1, num_rows)):
-        strange = (pairs[:, column] < 0) | (pairs[:, column] >= high)
-        if strange.any():
-            found = pairs[np.argmax(strange), column]
-            file.fail(f"a {name} that was kept must lie in [0, {high}); got {found}")
+        invalid = (pairs[:, column] < 0) | (pairs[:, column] >= high)
+        if invalid.any():
+            found = pairs[np.argmax(invalid), column]
+            file.fail(f"each kept {name} must be in [0, {high}); got {found}")
     file.check_declared(4 * buckets, f"{buckets} buckets")
     rows = np.full(buckets, -1, np.int32)
     rows[pairs[:, 0]] = pairs[:, 1]
@@ -229,7 +229,7 @@ def _table(file: _File) -> tuple[np.ndarray, bool]:
 def _shape(file: _File, name: str) -> tuple[int, int]:
     rows, columns = file.take("<i8", 2, f"{name} matrix's shape").tolist()
     if rows < 0 or columns < 1:
-        file.fail(f"its {name} matrix must have a shape; got ({rows}, {columns})")
+        file.fail(f"its {name} matrix must have a valid shape; got ({rows}, {columns})")
     return rows, columns
 
 
@@ -267,7 +267,7 @@ def _quantised(file: _File, name: str) -> np.ndarray:
 
 
 def _centroids(file: _File, name: str, columns: int) -> list[np.ndarray]:
-    """Return the centroids [256, width] of each run of columns."""
+    """Return the centroids [256, width] of each group of columns."""
     given = file.take("<i4", 4, f"{name} matrix's quantiser").tolist()
     width = max(1, given[2])
     parts = -(-columns // width)

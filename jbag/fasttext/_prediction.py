@@ -1,7 +1,7 @@
-"""fastText's predictions: probabilities of a text's labels, and the best labels.
+"""fastText's predictions: the probabilities of labels, and the best labels.
 
-Its own roundings are kept, down to the sigmoid, which it reads from a table, and to the
-order of equal labels, which its heap decides: its predictions are met exactly.
+The functions reproduce fastText's rounding, with its tabulated sigmoid, and the order
+of equal labels in its heap, so that predictions are identical.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from jaxtyping import Array, Float
 from jbag.ops._embedding_bag import embedding_bag
 from jbag.ragged._bags import Bags
 
-_GUARD = 1e-5  # fastText's logarithm is log(x + 1e-5)
+_GUARD = 1e-5  # fastText takes log(x + 1e-5)
 _SIGMOID_STEPS, _SIGMOID_END = 512, 8
-_NO_COUNT = 10**15  # of a node that isn't made yet
+_NO_COUNT = 10**15  # of a node without children
 _SIGMOID = 1 / (
     1 + np.exp(_SIGMOID_END * (1 - np.arange(_SIGMOID_STEPS + 1) * 2 / _SIGMOID_STEPS))
 )
 
 
 class Tree(NamedTuple):
-    """Huffman's tree over L labels, of 2 L - 1 nodes: the labels, then what joins two.
+    """A Huffman tree over L labels with 2 L - 1 nodes: the leaves, then inner nodes.
 
     Attributes:
-      edges: [2 L - 1], the column of the edge to each node's parent among the L - 1
-        left edges and the L - 1 right ones; behind them, for the root, nothing.
-      jumps: for each power of two, the node so many steps up, or the root: [2 L - 1].
-      order: [L], the labels as they are met from the left.
+      edges: [2 L - 1], the index of the edge to each node's parent, among the L - 1
+        left edges, then the L - 1 right edges; 2 L - 2 for the root.
+      jumps: for each power of two, the ancestor that many steps up, or the root,
+        [2 L - 1].
+      order: [L], the labels from left to right.
     """
 
     edges: np.ndarray
@@ -42,7 +43,7 @@ class Tree(NamedTuple):
 
 
 def huffman(counts: Sequence[int]) -> Tree:
-    """Return fastText's tree of labels that occur so often, most often first."""
+    """Return fastText's Huffman tree of labels with these descending counts."""
     num = len(counts)
     nodes = [*counts, *[_NO_COUNT] * (num - 1)]
     parents = np.full(2 * num - 1, 2 * num - 2, np.int32)
@@ -81,7 +82,7 @@ def values(
     *,
     loss: str,
 ) -> Float[Array, "B L"]:
-    """Return the probability of each label; with a tree, fastText's logarithm of it."""
+    """Return the probability of each label; with a tree, fastText's log probability."""
     pooled = embedding_bag(table, bags, mode="mean")
     logits = jnp.matmul(pooled, output.T, precision="highest")
     if loss == "softmax":
@@ -93,19 +94,19 @@ def values(
         far = jnp.where(jnp.isnan(logits), logits, (logits > 0).astype(logits.dtype))
         return jnp.where(jnp.abs(logits) <= _SIGMOID_END, near, far)
     right = 1 / (1 + jnp.exp(-logits[:, :-1].T))
-    # XLA would make 1.00001 - right of it, which float32 rounds to another number.
+    # Without the barrier, XLA folds this to 1.00001 - right, which rounds differently.
     left = jax.lax.optimization_barrier(1 - right)
     root = jnp.zeros((1, right.shape[1]), right.dtype)
     edges = jnp.concatenate([jnp.log(left + _GUARD), jnp.log(right + _GUARD)])
     paths = jnp.concatenate([edges, root])[tree.edges]
-    for jump in tree.jumps:  # Of the nodes above, twice as many each time.
+    for jump in tree.jumps:  # Double the summed path length each time.
         paths += paths[jump]
     return paths[: output.shape[0]].T
 
 
 @functools.partial(jax.jit, static_argnames="k")
 def largest(x: Float[Array, "B L"], k: int) -> tuple[Array, Array]:
-    """Return the k largest values of each row, and where they are."""
+    """Return the k largest values of each row, and their columns."""
     top, places = jax.lax.top_k(x, k)
     return top, places
 
@@ -119,25 +120,25 @@ def best_labels(
     least: np.float32,
     tree: Tree | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k best labels of each text, and fastText's logarithms of them.
+    """Return the k best labels of each text, and fastText's log probabilities.
 
     Args:
-      p: what `values` returned.
-      best: the k + 1 largest of each row, where there are so many, by `largest`.
-      has_rows: [B], whether a text has rows. There may be fewer of them than of `p`.
-      k: how many labels.
-      least: the least probability.
-      tree: of hierarchical softmax, or None.
+      p: the result of `values`, which may have more rows than `has_rows`.
+      best: the result of `largest` for min(k + 1, L).
+      has_rows: [B], whether a text has rows.
+      k: the number of labels.
+      least: the minimum probability.
+      tree: the tree of hierarchical softmax, or None.
 
     Returns:
-      (labels, scores): [B, k]; a label is -1 where there is none.
+      (labels, scores): [B, k]; missing labels are -1.
     """
     logarithm = _guarded_log if tree is None else np.asarray
     order = np.arange(p.shape[1]) if tree is None else np.asarray(tree.order)
     least = least if tree is None else np.float32(_guarded_log(least))
     top, labels = (np.array(x)[: len(has_rows)] for x in best)
     if np.isnan(top).any():
-        raise ValueError("`table` and `output` must hold numbers; got NaN from them.")
+        raise ValueError("`table` and `output` must hold numbers; got NaN.")
     scores = logarithm(top)
     labels[top < least] = -1
     equal = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
@@ -159,10 +160,10 @@ def _guarded_log(x: np.ndarray | np.float32) -> np.ndarray:
 
 
 def _first_of_equals(scores: np.ndarray, k: int) -> list[int]:
-    """Return where the k largest are, the largest first, as fastText's heap has them.
+    """Return the positions of the k largest scores in the order of fastText's heap.
 
-    It is that of libstdc++'s `std::push_heap`, `std::pop_heap` and `std::sort_heap`,
-    the smallest on top; where scores are equal, these decide.
+    The heap functions of libstdc++ decide the order of equal scores: `std::push_heap`,
+    `std::pop_heap` and `std::sort_heap`, with the smallest score on top.
     """
     heap: list[tuple[float, int]] = []
     for at, score in enumerate(scores.tolist()):
@@ -179,7 +180,7 @@ def _first_of_equals(scores: np.ndarray, k: int) -> list[int]:
 
 
 def _sift_up(heap: list[tuple[float, int]], hole: int, top: int) -> None:
-    """Move what is at `hole` up past all that is larger."""
+    """Move the entry at `hole` up past larger entries."""
     moved = heap[hole]
     while hole > top and heap[(hole - 1) // 2][0] > moved[0]:
         heap[hole] = heap[(hole - 1) // 2]
@@ -188,14 +189,14 @@ def _sift_up(heap: list[tuple[float, int]], hole: int, top: int) -> None:
 
 
 def _pop_heap(heap: list[tuple[float, int]], end: int) -> None:
-    """Move the top of the heap of `end` to its end, and mend the rest."""
+    """Move the top of `heap[:end]` to its end; restore the heap of the rest."""
     last = end - 1
     if not last:
         return
     moved = heap[last]
     heap[last] = heap[0]
     hole = 0
-    # To the bottom by the smaller child, the right one where they are equal ...
+    # Move the hole down by the smaller child, the right one if equal, then up.
     while 2 * hole + 2 < last:
         child = 2 * hole + 2
         if heap[child][0] > heap[child - 1][0]:
@@ -205,6 +206,5 @@ def _pop_heap(heap: list[tuple[float, int]], end: int) -> None:
     if 2 * hole + 2 == last:
         heap[hole] = heap[last - 1]
         hole = last - 1
-    # ... and up again.
     heap[hole] = moved
     _sift_up(heap, hole, 0)

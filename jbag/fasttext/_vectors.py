@@ -1,4 +1,4 @@
-"""Word vectors as text (`.vec`): fastText's, word2vec's and GloVe's."""
+"""The reader of word vectors as text (`.vec`): fastText, word2vec and GloVe."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from jbag.text._tokenizers import tokenizer
 
 _BLOCK = 1 << 24  # bytes
 _BOM = b"\xef\xbb\xbf"
-_DIGITS = 18  # of a number that counts something in a file
+_DIGITS = 18  # at most, of a size in a file
 
 
 def load_vectors(
     path: str | os.PathLike[str], max_words: int | None = None
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """Read word vectors in fastText's text format, with its first line or without.
+    """Read word vectors in the text format of fastText, word2vec and GloVe.
 
-    A line is a word and D numbers. The first line may hold the number of words and D,
-    as fastText and word2vec write it; GloVe does not. Of lines of one word the first
-    counts. A byte order mark in front is left out. Words are UTF-8; bytes that aren't
-    become lone surrogates, as by Python's "surrogateescape".
+    Each line has a word and D numbers. The first line may hold the number of words and
+    D, as in fastText and word2vec. Of duplicate words, the first one is kept. A byte
+    order mark is skipped. Words are UTF-8; invalid bytes become lone surrogates, as
+    with Python's "surrogateescape".
 
     Args:
-      path: of the file.
-      max_words: how many lines to read, the most frequent words being the first; None
-        for all.
+      path: the path of the file.
+      max_words: the number of lines to read, the most frequent words first; None reads
+        all lines.
 
     Returns:
-      (words, table): word i has row i of the table, [V, D] float32.
+      (words, table): V words and their vectors [V, D] float32.
 
     Raises:
-      OSError: the file can't be read.
-      ValueError: it holds something else.
+      OSError: the file cannot be read.
+      TypeError: `max_words` is not an integer.
+      ValueError: the file holds no word vectors, or `max_words` is negative.
 
     Example:
       >>> words, table = jbag.fasttext.load_vectors(directory / "vectors.vec")
@@ -60,7 +61,7 @@ def load_vectors(
 
 
 def _load(file: BinaryIO, max_words: int | None) -> tuple[list[bytes], np.ndarray]:
-    """Return the words and numbers of all lines, or of the first ones."""
+    """Return the words and numbers of all lines, or of the first `max_words`."""
     num, features, first = _measure(file, os.fstat(file.fileno()).st_size)
     file.seek(first)
     wanted = num if max_words is None else min(num, max_words)
@@ -71,7 +72,7 @@ def _load(file: BinaryIO, max_words: int | None) -> tuple[list[bytes], np.ndarra
         lines = lines[: wanted - at] if max_words is not None else lines
         if at + len(lines) > wanted:
             raise ValueError(
-                f"it must hold {num} words, as its first line says; it holds more"
+                f"it must hold {num} words, as its first line says; got more"
             )
         if lines:
             words += _read(lines, table[at : at + len(lines)], at)
@@ -79,13 +80,13 @@ def _load(file: BinaryIO, max_words: int | None) -> tuple[list[bytes], np.ndarra
             break
     if len(words) < wanted:
         raise ValueError(
-            f"it must hold {num} words, as its first line says; it holds {len(words)}"
+            f"it must hold {num} words, as its first line says; got {len(words)}"
         )
     return words, table
 
 
 def _measure(file: BinaryIO, size: int) -> tuple[int, int, int]:
-    """Return how many words there may be, of how many numbers, and where they begin."""
+    """Return the number of words, the numbers per word, and the start of the words."""
     start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
     file.seek(start)
     line = file.readline(_BLOCK)
@@ -94,7 +95,7 @@ def _measure(file: BinaryIO, size: int) -> tuple[int, int, int]:
         num, features = map(int, fields)
         source, first = "as its first line says", file.tell()
         if features < 1:
-            raise ValueError(f"its words can't have {features} numbers")
+            raise ValueError(f"its words must have at least 1 number; got {features}")
     elif len(fields) < 2:
         raise ValueError(
             "it must begin with the numbers of words and of features, or with a word "
@@ -106,7 +107,7 @@ def _measure(file: BinaryIO, size: int) -> tuple[int, int, int]:
         num, features = sum(map(len, _blocks(file))), len(fields) - 1
     if 2 * num * features > size:
         raise ValueError(
-            f"it must hold {num} words of {features} numbers, {source}; it is of "
+            f"it must hold {num} words of {features} numbers, {source}; got "
             f"{size} bytes"
         )
     return num, features, first
@@ -117,19 +118,19 @@ def _is_size(field: bytes) -> bool:
 
 
 def _blocks(file: BinaryIO) -> Iterator[list[bytes]]:
-    """Yield the lines of a file that aren't blank, many at a time."""
+    """Yield the non-blank lines of a file, in lists."""
     rest = b""
     while block := file.read(_BLOCK):
         *lines, rest = (rest + block).split(b"\n")
         if len(rest) > _BLOCK:
-            raise ValueError(f"it has a line of over {_BLOCK} bytes")
+            raise ValueError(f"its lines must have at most {_BLOCK} bytes")
         yield [line for line in lines if line.strip()]
     if rest.strip():
         yield [rest]
 
 
 def _read(lines: list[bytes], rows: np.ndarray, at: int) -> list[bytes]:
-    """Write the numbers of lines into rows; return the words."""
+    """Parse lines: write the numbers to `rows`, return the words."""
     if len({line.count(b" ") for line in lines}) == 1:
         parts = [line.partition(b" ") for line in lines]
         numbers = tokenizer(None).numbers(
@@ -138,7 +139,7 @@ def _read(lines: list[bytes], rows: np.ndarray, at: int) -> list[bytes]:
         if numbers is not None:
             rows[:] = numbers.reshape(rows.shape)
             return [part[0] for part in parts]
-    # One by one: there are words with spaces in them (GloVe's), or there is an error.
+    # Line by line: a word has spaces, as in GloVe, or a line is malformed.
     words = []
     for row, line in enumerate(lines):
         word, *fields = line.rsplit(None, rows.shape[1])

@@ -229,7 +229,7 @@ def test_every_truncated_file_is_an_error(tmp_path):
         whole = model(**{**EXAMPLE, "table": table}, pruned=pruned, buckets=4)[:-1]
         for size in (*range(400), *range(400, len(whole), 97)):
             path.write_bytes(whole[: min(size, len(whole))])
-            with pytest.raises(ValueError, match=r"model\.bin is no model of fastText"):
+            with pytest.raises(ValueError, match=r"model\.bin is not a fastText model"):
                 jbag.fasttext.load(path)
 
 
@@ -238,18 +238,18 @@ def test_broken_files_are_errors_that_say_what_was_found(tmp_path):
         with pytest.raises(ValueError, match=match):
             load(tmp_path, **changes)
 
-    check(r"begins with 793712314 and the version 11 or 12; got 5 and 12", magic=5)
+    check(r"must begin with 793712314 and the version 11 or 12; got 5 and 12", magic=5)
     check(r"got 793712314 and 13", version=13)
     check(r"must have rows for 5 words and 1 buckets; got 5", buckets=1)
-    check(r"there must be buckets where there are n-grams; got 0", ngrams=2)
+    check(r"buckets must be at least 1 with n-grams; got 0", ngrams=2)
     check(r"it is pruned, but not quantised", pruned=[])
     check(r"a supervised model must have labels", labels=[], output=OUTPUT[:0])
     check(r"output matrix must have the shape \(2, 2\); got \(3, 2\)", output=TABLE[:3])
-    check(r"no line feed in a word", words=[*WORDS[:4], ("so\nso", 1)])
+    check(r"words must have no line feeds", words=[*WORDS[:4], ("so\nso", 1)])
     quantised = Quantised(np.zeros((6, 1), int), [np.ones((256, 2))])
     pruned = {"table": quantised, "buckets": 4}
-    check(r"a bucket that was kept .* \[0, 4\); got 4", pruned=[(4, 0)], **pruned)
-    check(r"a row that was kept must lie in \[0, 1\); got 1", pruned=[(0, 1)], **pruned)
+    check(r"each kept bucket must be in \[0, 4\); got 4", pruned=[(4, 0)], **pruned)
+    check(r"each kept row must be in \[0, 1\); got 1", pruned=[(0, 1)], **pruned)
 
 
 def test_sizes_that_cannot_be_are_no_reason_to_allocate(tmp_path):
@@ -263,7 +263,7 @@ def test_sizes_that_cannot_be_are_no_reason_to_allocate(tmp_path):
         broken = whole.copy()
         broken[at : at + 4] = struct.pack("<i", value)
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match="is no model of fastText's, or broken"):
+        with pytest.raises(ValueError, match="is not a fastText model, or is broken"):
             jbag.fasttext.load(path)
     rng = np.random.default_rng(0)
     for _ in range(500):  # Whatever a byte becomes, it is a model or an error.
@@ -339,8 +339,8 @@ def test_numbers_of_any_notation_are_read(name):
     ("text", "match"),
     [
         ("", "must begin with the numbers of words"),
-        ("3 1\nword 1\n", "must hold 3 words, as its first line says; it holds 1"),
-        ("1 2\na 1 2\nb 1 2\n", "must hold 1 words, as its first line says; it holds"),
+        ("3 1\nword 1\n", "must hold 3 words, as its first line says; got 1"),
+        ("1 2\na 1 2\nb 1 2\n", "must hold 1 words, as its first line says; got"),
         ("999999999 300\na 1 2\n", "must hold 999999999 words of 300 numbers"),
         ("1 2\na 1 x\n", "a word and 2 numbers in each line; got b'a 1 x' for word 0"),
         ("a 1 2\nb 1\n", "got b'b 1' for word 1"),
