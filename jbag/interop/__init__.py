@@ -1,1 +1,1 @@
-"""Tables and states of other libraries: PyTorch, NumPy, safetensors, Flax."""
+"""Readers and writers of PyTorch, NumPy, safetensors and Flax formats."""

@@ -1,4 +1,4 @@
-"""Flax's serialization of `Bags` and `RowSparse`, as dicts of their arrays."""
+"""Flax serialization of `Bags` and `RowSparse` as dicts of arrays."""
 
 from __future__ import annotations
 

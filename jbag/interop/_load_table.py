@@ -1,6 +1,6 @@
-"""`load_table`: tables from the files of PyTorch, safetensors and NumPy.
+"""`load_table`: the reader of tables from PyTorch, safetensors and NumPy files.
 
-Those libraries are imported where a file of theirs is to be read, not before.
+PyTorch and safetensors are imported only to read their files.
 """
 
 from __future__ import annotations
@@ -39,36 +39,36 @@ class _Tensor(NamedTuple):
 
 
 class _NotFloatingError(TypeError, ValueError):
-    """A table of another dtype: by what was asked for, or what the file holds."""
+    """A tensor is not floating: a wrong name (TypeError) or file (ValueError)."""
 
 
-# By name; None where two tensors have the same.
+# Tensors by name; None for a duplicate name.
 _Tensors = Mapping[str, _Tensor | None]
 
 
 def load_table(path: str | os.PathLike[str], name: str | None = None) -> np.ndarray:
-    """Read one table of embeddings from a file, and nothing else of it.
+    """Read one embedding table from a file.
 
-    The file's ending says what it is: `.safetensors`, which takes the package
-    safetensors; `.pt`, `.pth` or `.bin`, written by `torch.save`, which takes PyTorch,
-    and of which nothing is run; `.npz` and `.npy`.
+    The suffix selects the format: `.safetensors` (requires safetensors), `.pt`, `.pth`
+    or `.bin` of `torch.save` (requires PyTorch; no pickled code runs), `.npz` or
+    `.npy`. Other tensors of the file are not read.
 
     Args:
-      path: of the file.
-      name: of the table in the file. Where dictionaries lie in dictionaries, their keys
-        are joined by dots: "state_dict.bag.weight". None for the only matrix there is.
+      path: the path of the file.
+      name: the name of the table in the file. The keys of nested dictionaries are
+        joined by dots: "state_dict.bag.weight". None selects the only matrix.
 
     Returns:
-      [V, D], on the host, of the dtype in the file: float32, float64, float16 or
-      bfloat16, in the machine's byte order. It doesn't depend on the file any more.
+      [V, D] on the host, in the file's dtype (float32, float64, float16 or bfloat16)
+      and in native byte order. The array does not reference the file.
 
     Raises:
-      ImportError: the package that reads such a file isn't installed.
-      OSError: the file can't be read.
-      TypeError, which is a ValueError, too: what has that name isn't floating.
-      ValueError: the file's ending isn't known, or belies what it holds, or the file is
-        broken, or there is no such name, or it is no matrix, or two tensors have it, or
-        there is no name and there are several.
+      ImportError: the package for the format is not installed.
+      OSError: the file cannot be read.
+      TypeError: the named tensor is not floating. The error is also a ValueError.
+      ValueError: the suffix is unknown, the file is broken or of another format, the
+        name is unknown, duplicate or not that of a matrix, or no name is given and the
+        file does not hold exactly one matrix.
 
     Example:
       >>> path = directory / "model.npz"
@@ -77,14 +77,14 @@ def load_table(path: str | os.PathLike[str], name: str | None = None) -> np.ndar
       (10, 2)
       >>> jbag.load_table(path, "bias")
       Traceback (most recent call last):
-      ValueError: `name` must be that of a matrix [V, D]; got 'bias' of shape ...
+      ValueError: `name` must be the name of a matrix [V, D]; got 'bias' of shape ...
     """
     suffix = Path(path).suffix.lower()
     if suffix not in _READERS:
         raise ValueError(
             f"`path` must end with one of {', '.join(_READERS)}; got "
-            f"{os.fspath(path)!r}. For fastText's models and word vectors there are "
-            "jbag.fasttext.load and jbag.fasttext.load_vectors."
+            f"{os.fspath(path)!r}. Use jbag.fasttext.load for fastText models and "
+            "jbag.fasttext.load_vectors for word vectors."
         )
     reader, finding = _READERS[suffix]
     with contextlib.ExitStack() as stack:
@@ -101,27 +101,27 @@ def _choose(tensors: _Tensors, name: str | None, path: str) -> _Tensor:
         if len(tables) == 1 and None not in tensors.values():
             return tables[0]
         raise ValueError(
-            f"`name` must say which table is meant where a file doesn't hold just one; "
-            f"{path} holds {_describe(tensors)}."
+            f"`name` must be given unless the file holds exactly one table; {path} "
+            f"holds {_describe(tensors)}."
         )
     if name not in tensors:
         raise ValueError(
-            f"`name` must be one that {path} holds; got {name!r}, of "
+            f"`name` must be the name of a tensor in {path}; got {name!r}. It holds "
             f"{_describe(tensors)}."
         )
     tensor = tensors[name]
     if tensor is None:
         raise ValueError(
-            f"`name` must be that of one tensor; {path} holds two of the name {name!r}."
+            f"`name` must be unique; {path} holds two of the name {name!r}."
         )
     if len(tensor.shape) != 2:
         raise ValueError(
-            f"`name` must be that of a matrix [V, D]; got {name!r} of shape "
+            f"`name` must be the name of a matrix [V, D]; got {name!r} of shape "
             f"{tensor.shape} in {path}."
         )
     if not tensor.is_table:
         raise _NotFloatingError(
-            f"`name` must be that of a matrix of {', '.join(TABLE_DTYPES)}; got "
+            f"`name` must be the name of a matrix of {', '.join(TABLE_DTYPES)}; got "
             f"{name!r} of {tensor.dtype} in {path}."
         )
     return tensor
@@ -144,7 +144,7 @@ def _import(package: str, path: str | os.PathLike[str]) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise ImportError(
-            f"{os.fspath(path)} is read by {package}: pip install {package}"
+            f"Reading {os.fspath(path)} requires {package}: pip install {package}"
         ) from error
 
 
@@ -171,11 +171,11 @@ def _open_npz(path: str | os.PathLike[str]) -> Iterator[_Tensors]:
 @contextlib.contextmanager
 def _open_safetensors(path: str | os.PathLike[str]) -> Iterator[_Tensors]:
     safetensors = _import("safetensors", path)
-    Path(path).open("rb").close()  # or what is wrong with the path is told vaguely
+    Path(path).open("rb").close()  # raises an OSError with the path
     dtypes = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
         tensors = {}
-        for name in file.keys():  # noqa: SIM118  (it is no dictionary)
+        for name in file.keys():  # noqa: SIM118  (not a dictionary)
             part = file.get_slice(name)
             tensors[name] = _Tensor(
                 dtypes.get(part.get_dtype(), part.get_dtype()),
@@ -188,21 +188,21 @@ def _open_safetensors(path: str | os.PathLike[str]) -> Iterator[_Tensors]:
 @contextlib.contextmanager
 def _open_torch(path: str | os.PathLike[str]) -> Iterator[_Tensors]:
     torch = _import("torch", path)
-    # Files of PyTorch before 1.6 aren't zipped, and can't be mapped.
+    # Files of PyTorch before 1.6 are not zip files; mmap needs zip files.
     mapped = zipfile.is_zipfile(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:  # of which the message is a page
+    except pickle.UnpicklingError as error:  # its message is long
         raise ValueError(
-            "it must hold tensors, in dictionaries or alone; it holds something else, "
-            "of which nothing is run"
+            "it must hold tensors, in dictionaries or alone; got other objects, which "
+            "are not loaded"
         ) from error
     tensors: dict[str, _Tensor | None] = {}
     for name, tensor in _leaves(state):
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             continue
         if len(tensors) == _MOST_TENSORS:
-            raise ValueError(f"there are more than {_MOST_TENSORS} tensors in it")
+            raise ValueError(f"it must hold at most {_MOST_TENSORS} tensors")
         dtype = str(tensor.dtype).removeprefix("torch.")
         own = _Tensor(dtype, tuple(tensor.shape), functools.partial(_copy, tensor))
         tensors[name] = None if name in tensors else own
@@ -210,32 +210,32 @@ def _open_torch(path: str | os.PathLike[str]) -> Iterator[_Tensors]:
 
 
 def _copy(tensor: Any) -> np.ndarray:
-    """Return a tensor's numbers, in memory of their own: the tensor's is the file."""
+    """Copy a memory-mapped tensor to an array."""
     held = tensor.untyped_storage().nbytes()
     if tensor.numel() * tensor.element_size() > held:
         raise ValueError(
-            f"a tensor of shape {tuple(tensor.shape)} has {held} bytes: its rows are "
-            "the same ones"
+            f"a tensor of shape {tuple(tensor.shape)} has only {held} bytes: its rows "
+            "share memory"
         )
     return np.array(_torch.to_numpy(tensor), order="C")
 
 
 def _leaves(state: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what lies in dictionaries, with the keys on the way to it."""
-    waiting: list[tuple[tuple[str, ...], Any]] = [((), state)]
+    """Yield the leaves of nested dictionaries, with their joined keys."""
+    pending: list[tuple[tuple[str, ...], Any]] = [((), state)]
     count = 0
-    while waiting:
-        keys, tree = waiting.pop()
+    while pending:
+        keys, tree = pending.pop()
         if not isinstance(tree, Mapping):
             yield ".".join(keys), tree
             continue
         count += len(tree)
         if len(keys) == _MOST_KEYS or count > _MOST_TENSORS:
-            raise ValueError("there are too many dictionaries in it")
-        waiting += [((*keys, str(key)), x) for key, x in tree.items()][::-1]
+            raise ValueError("it holds too many dictionaries")
+        pending += [((*keys, str(key)), x) for key, x in tree.items()][::-1]
 
 
-_TORCH = (_open_torch, "holds no tensors as torch.save writes them")
+_TORCH = (_open_torch, "holds no tensors of torch.save")
 _READERS = {
     ".safetensors": (_open_safetensors, "holds no tensors"),
     **dict.fromkeys((".pt", ".pth", ".bin"), _TORCH),

@@ -1,7 +1,7 @@
-"""Arrays from NumPy's `.npy` and `.npz` files, of which nothing else is read.
+"""The reader of arrays from NumPy's `.npy` and `.npz` files.
 
-A header is checked against the bytes that follow it before anything is allocated, which
-NumPy's own reader doesn't do.
+It checks a header against the size of the data before it allocates, unlike NumPy's
+reader.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from numpy.lib import format as npy
 from jbag._files import check_declared
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-_CHUNK = 1 << 18  # bytes: they stay in the cache while they are expanded and copied
+_CHUNK = 1 << 18  # bytes: decompressed and copied within the cache
 
 
 class Header(NamedTuple):
-    """What an array is of."""
+    """The dtype, shape and order of an array."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -66,7 +66,9 @@ class Archive:
     def _open(self, name: str) -> IO[bytes]:
         info = self._members[name]
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{name!r} is compressed in a way that NumPy never does")
+            raise ValueError(
+                f"{name!r} must be stored or deflated; got type {info.compress_type}"
+            )
         return self._zip.open(info)
 
 
@@ -78,17 +80,17 @@ def read_npy(file: IO[bytes]) -> np.ndarray:
 def _read_header(stream: IO[bytes]) -> Header:
     version = npy.read_magic(stream)
     if version not in _HEADERS:
-        raise ValueError(f"the version of its format is {version}")
+        raise ValueError(f"its format version must be 1.0 or 2.0; got {version}")
     shape, fortran_order, dtype = _HEADERS[version](stream)
     if dtype.hasobject:
-        raise ValueError("it holds Python's objects, which are not read")
+        raise ValueError("it must hold no Python objects")
     if any(size < 0 for size in shape):
-        raise ValueError(f"its shape is {shape}")
+        raise ValueError(f"its shape must not be negative; got {shape}")
     return Header(dtype, shape, fortran_order)
 
 
 def _read(stream: IO[bytes], size: int) -> np.ndarray:
-    """Read an array, of the machine's byte order, from a stream of so many bytes."""
+    """Read an array, in native byte order, from a stream of `size` bytes."""
     header = _read_header(stream)
     left = size - stream.tell()
     if header.num_bytes != left:
@@ -103,7 +105,7 @@ def _read(stream: IO[bytes], size: int) -> np.ndarray:
         if not count:
             raise ValueError(f"an array ends after {at} of {len(view)} bytes")
         at += count
-    stream.read(1)  # At its end, a member of an archive is checked against its sum.
+    stream.read(1)  # reading to the end checks the CRC
     array = numbers.view(header.dtype)
     shape = header.shape[::-1] if header.fortran_order else header.shape
     array = array.reshape(shape)
@@ -112,11 +114,11 @@ def _read(stream: IO[bytes], size: int) -> np.ndarray:
 
 
 def _native(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.dtype("V2"):  # as which NumPy writes bfloat16
+    if array.dtype == np.dtype("V2"):  # NumPy's form of bfloat16
         return array.view(jnp.bfloat16)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def native_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype as which an array of the file's dtype is read."""
+    """Return the dtype of the array that is read for a dtype in a file."""
     return _native(np.empty(0, dtype)).dtype

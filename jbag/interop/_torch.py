@@ -1,6 +1,6 @@
-"""The state of a `torch.nn.EmbeddingBag`, read and written.
+"""Conversion from and to `torch.nn.EmbeddingBag`.
 
-PyTorch is imported where a module of it is at hand or asked for, not before.
+PyTorch is imported only by the functions that need it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHARED_OPTIONS = (
 
 
 def read(module: torch.nn.EmbeddingBag) -> tuple[Float[Array, "V D"], dict[str, Any]]:
-    """Return a copy of the module's table, and the options of ours that match it."""
+    """Return a copy of the module's table, and the options of `jbag.EmbeddingBag`."""
     import torch
 
     if not isinstance(module, torch.nn.EmbeddingBag):
@@ -45,17 +45,17 @@ def read(module: torch.nn.EmbeddingBag) -> tuple[Float[Array, "V D"], dict[str, 
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """Return a tensor as an array, on the memory of the tensor if that is on a CPU."""
+    """Return a tensor as an array that shares the memory of a CPU tensor."""
     import torch
 
     tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:  # which NumPy lacks
+    if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
     return tensor.numpy()
 
 
 def write(table: Float[Array, "V D"], module: Any) -> torch.nn.EmbeddingBag:
-    """Return a PyTorch module with a copy of the table and our module's options."""
+    """Return a PyTorch module with a copy of the table and the module's options."""
     import torch
 
     if module.mode not in ("sum", "mean", "max"):

@@ -83,7 +83,7 @@ def test_several_tables_without_a_name_are_an_error_with_their_names(tmp_path):
     )
     with pytest.raises(ValueError, match=names):
         jbag.load_table(tmp_path / "tables.npz")
-    with pytest.raises(ValueError, match="got 'user', of 'users'"):
+    with pytest.raises(ValueError, match=r"got 'user'\. It holds 'users'"):
         jbag.load_table(tmp_path / "tables.npz", "user")
     many = {f"t{i}": TABLE for i in range(30)}
     np.savez(tmp_path / "many.npz", **many)
