@@ -1,32 +1,33 @@
-"""Train a recommender: a click model over embedding tables, the largest of 640 MB.
+"""Train a click model (DLRM) over embedding tables; the largest has 640 MB.
 
-The model of Naumov et al., "Deep Learning Recommendation Model for Personalization and
-Recommendation Systems" (2019). Each categorical feature is a bag of ids, pooled to a
-vector; a small network turns the dense features into one more; the dot products of all
-pairs of vectors, through a second network, give the log-odds of a click.
+The model is that of Naumov et al., "Deep Learning Recommendation Model for
+Personalization and Recommendation Systems" (2019). Each categorical feature is a bag of
+ids, pooled to a vector. A bottom MLP maps the dense features to a vector. A top MLP
+maps the dot products of all pairs of vectors to the log-odds of a click.
 
     python examples/train_recommender.py
     python examples/train_recommender.py --optimizer ftrl --rows 1000000
     python examples/train_recommender.py --steps 20000 --batch-size 8192
 
-On several devices, each has some rows of the large table (see --strategy), the small
-tables whole, and trains on a part of each batch. Of CPU devices there can be any number
-in a process, and several processes share the work, started by one command each:
+With several devices, the large table is sharded (see --strategy), the small tables are
+data parallel, and each device trains on a part of each batch. --devices sets the number
+of CPU devices per process. Start several processes with one command each:
 
     python examples/train_recommender.py --devices 8
     python examples/train_recommender.py --processes 2 --process 0
     python examples/train_recommender.py --processes 2 --process 1
 
-(on several machines with --coordinator HOST:PORT, where process 0 is). Examples, losses
-and checkpoints are the same on any number of devices and processes. If a process dies,
-the others stop at once, and if one hangs, after --heartbeat seconds. Started again, all
-go on from the last checkpoint, and so does another number of them, on other devices,
-with another strategy, if they reach the same files:
+On several machines, pass --coordinator HOST:PORT, the address of process 0. Examples,
+losses and checkpoints do not depend on the number of devices and processes. If a
+process dies, the others stop at once; if a process hangs, they stop after --heartbeat
+seconds. After a restart, training resumes from the last checkpoint, also with another
+number of processes or devices or another strategy:
 
     python examples/train_recommender.py --checkpoint /tmp/clicks --save-every 500
 
-The clicks are made up, by a teacher whose probabilities are known. The best that any
-model could do is known, too, and printed beside what this one does on new examples.
+The clicks are synthetic: a teacher model with known probabilities generates them. The
+program prints the metrics of the model and of the teacher, an upper bound, on new
+examples.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ import jbag
 
 CATEGORIES, COUNTRIES, TAGS, DENSE = 997, 200, 5000, 13
 HISTORY_LENGTH, TAGS_LENGTH = 9, 3  # on average
-PART = 1024  # The examples that are drawn together, whichever process draws them.
-# How the tables can be trained, and the learning rate that each way starts from.
+PART = 1024  # examples per random seed, independent of the number of processes
+# The optimizers of the tables, and their initial learning rates.
 LEARNING_RATES = {
     "sgd": 200.0,
     "adagrad": 0.2,
@@ -70,7 +71,7 @@ LEARNING_RATES = {
     "rowwise_adam": 0.01,
     "ftrl": 0.2,
 }
-# How the large table can lie over the devices.
+# The sharding strategies of the large table.
 STRATEGIES = {
     "row_wise": P("x", None),
     "column_wise": P(None, "x"),
@@ -79,23 +80,23 @@ STRATEGIES = {
 
 
 class Batch(NamedTuple):
-    """Examples: an item was shown to a user, who clicked on it or didn't."""
+    """B examples: an item shown to a user, and whether the user clicked on it."""
 
-    item: Any  # [B, 1]: the item shown
-    category: Any  # [B, 1]: of the item
-    history: Any  # `Bags`: the items that the user had looked at before
+    item: Any  # [B, 1]: the shown item
+    category: Any  # [B, 1]: the category of the item
+    history: Any  # `Bags`: the items that the user viewed before
     tags: Any  # `Bags`: the user's interests
-    country: Any  # [B, 1]: of the user
-    dense: Any  # [B, DENSE]: of the user
+    country: Any  # [B, 1]: the country of the user
+    dense: Any  # [B, DENSE]: the dense features of the user
     clicks: Any  # [B]: 0 or 1
-    log_odds: Any  # [B]: what the teacher knows, and the model isn't told
+    log_odds: Any  # [B]: the teacher's log-odds, for evaluation only
 
 
 class Teacher(NamedTuple):
-    """The hidden factors of items and users, whose dot products are the log-odds."""
+    """Latent factors of items and users; their dot products are the log-odds."""
 
-    rows: int  # how many items there are
-    items: np.ndarray  # [4096, K]; an item's are those of its id modulo 4096
+    rows: int  # the number of items
+    items: np.ndarray  # [4096, K]; item i has row i modulo 4096
     categories: np.ndarray  # [CATEGORIES, K]
     tags: np.ndarray  # [TAGS, K]
     countries: np.ndarray  # [COUNTRIES, K]
@@ -105,17 +106,17 @@ class Teacher(NamedTuple):
 
 
 def small(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Start embeddings small: what training hasn't met says little."""
+    """Initialize embeddings uniformly in [-0.1, 0.1)."""
     return jax.random.uniform(key, shape, dtype, -0.1, 0.1)
 
 
 def mlp(x: Any, hidden: int, features: int) -> jax.Array:
-    """Return a network of two layers, applied to x."""
+    """Apply an MLP with one hidden layer."""
     return nn.Dense(features)(nn.relu(nn.Dense(hidden)(x)))
 
 
 def make_tables(args: argparse.Namespace, mesh: Mesh) -> jbag.EmbeddingBagCollection:
-    """Return the tables, of which the large one is cut, and what is pooled of them."""
+    """Return the collection of tables and features; the large table is sharded."""
 
     def table(rows: int, group: str) -> jbag.Table:
         return jbag.Table(rows, args.features, group=group, embedding_init=small)
@@ -127,7 +128,7 @@ def make_tables(args: argparse.Namespace, mesh: Mesh) -> jbag.EmbeddingBagCollec
             "tags": table(TAGS, "small"),
             "countries": table(COUNTRIES, "small"),
         },
-        # One table for the items shown and those looked at.
+        # Shown and viewed items share a table.
         features={
             "item": jbag.Feature("items"),
             "history": jbag.Feature("items"),
@@ -137,14 +138,13 @@ def make_tables(args: argparse.Namespace, mesh: Mesh) -> jbag.EmbeddingBagCollec
         },
         specs={"large": STRATEGIES[args.strategy], "small": P()},
         mesh=mesh,
-        # A batch holds few of the rows: only they have a gradient, and only they are
-        # read and written.
+        # Row-sparse gradients: a step reads and writes only the rows of the batch.
         sparse=True,
     )
 
 
 class Recommender(nn.Module):
-    """Score how likely each example of a batch is a click."""
+    """Predict the log-odds of a click for each example of a batch."""
 
     tables: jbag.EmbeddingBagCollection
 
@@ -161,9 +161,9 @@ class Recommender(nn.Module):
 
 
 def make_teacher(rows: int, seed: int, num_factors: int = 3) -> Teacher:
-    """Return a teacher of that many items."""
+    """Return a teacher with this number of items."""
     rng = np.random.default_rng(seed)
-    # Scaled so that items count for the most, and no feature for nearly all.
+    # The scales give items the largest share of the log-odds.
     sizes = [4096, CATEGORIES, TAGS, COUNTRIES, DENSE, 1, 1]
     scales = [0.9, 0.7, 0.4, 0.4, 0.15, 0.3, 0.5]
     factors = [
@@ -174,27 +174,27 @@ def make_teacher(rows: int, seed: int, num_factors: int = 3) -> Teacher:
 
 
 def draw_ids(rng: np.random.Generator, rows: int, size: int) -> np.ndarray:
-    """Draw ids, the r-th most popular of them with a share of about (r + 50)^-1.4.
+    """Draw ids from a power law: rank r has a frequency of about (r + 50)^-1.4.
 
-    The first 230 are half of what is drawn, and all past the first 16,000 a tenth.
+    The first 230 ranks have half of the mass, the ranks from 16,000 on a tenth.
     """
     tail, head = (np.array([rows, 0]) + 50.0) ** -0.4
     ranks = (tail + (head - tail) * rng.random(size)) ** -2.5 - 50
     ranks = np.minimum(ranks.astype(np.int64), rows - 1)
-    # A prime above `rows` takes each rank to a row of its own, far from the next one's.
+    # Multiplication by a prime above `rows` permutes the ranks.
     return (ranks * 2_654_435_761 % rows).astype(np.int32)
 
 
 def draw_bags(
     rng: np.random.Generator, rows: int, size: int, mean_length: int
 ) -> jbag.Bags:
-    """Draw bags of such ids: many short ones, some of them empty, and a few long."""
+    """Draw bags of such ids, with geometric lengths."""
     lengths = rng.geometric(1 / (mean_length + 1), size) - 1
     return jbag.Bags.from_lengths(draw_ids(rng, rows, lengths.sum()), lengths)
 
 
 def sum_bags(factors: np.ndarray, bags: jbag.Bags) -> np.ndarray:
-    """Sum the factors of each bag, in NumPy: the teacher owes nothing to jbag."""
+    """Sum the factors of each bag, in NumPy, independently of jbag."""
     ids = np.asarray(bags.indices[: bags.offsets[-1]]) % len(factors)
     sums = np.cumsum(factors[ids], axis=0)
     sums = np.pad(sums, ((1, 0), (0, 0)))
@@ -202,7 +202,7 @@ def sum_bags(factors: np.ndarray, bags: jbag.Bags) -> np.ndarray:
 
 
 def draw_part(teacher: Teacher, size: int, seed: Sequence[int]) -> Batch:
-    """Draw examples, and let the teacher click."""
+    """Draw examples, with clicks from the teacher."""
     rng = np.random.default_rng(seed)
     item = draw_ids(rng, teacher.rows, size)
     category = item % CATEGORIES
@@ -231,7 +231,7 @@ def draw_part(teacher: Teacher, size: int, seed: Sequence[int]) -> Batch:
 
 
 def join(parts: Sequence[Any], own: slice) -> Any:
-    """Return some of the examples of several parts, which are arrays or `Bags`."""
+    """Concatenate parts, which are arrays or `Bags`; return a slice of the examples."""
     if not isinstance(parts[0], jbag.Bags):
         return np.concatenate(parts)[own]
     ids = np.concatenate([bags.indices for bags in parts])
@@ -244,7 +244,7 @@ def join(parts: Sequence[Any], own: slice) -> Any:
 def draw_batch(
     teacher: Teacher, size: int, seed: Sequence[int], own: range | None = None
 ) -> Batch:
-    """Draw a batch of that size; or of it, the examples that are a process's own."""
+    """Draw a batch of `size` examples, or the examples `own` of one process."""
     own = own or range(size)
     starts = range(own.start // PART * PART, own.stop, PART)
     parts = [
@@ -256,17 +256,17 @@ def draw_batch(
 
 
 def capacity_of(size: int, mean_length: int) -> int:
-    """Return a capacity for the ids of so many bags, in all batches.
+    """Return a capacity for the ids of `size` bags.
 
-    Each is compiled once, and the same in all processes, so that it can't depend on
-    what is drawn. One of 10^10 batches is larger, by Bernstein's inequality.
+    It must be equal in all processes and steps, so it cannot depend on the batch. One
+    of 10^10 batches exceeds it, by Bernstein's inequality.
     """
     deviation = math.sqrt(size * mean_length * (mean_length + 1))
     return math.ceil(size * mean_length + 7 * deviation + 25 * (mean_length + 1))
 
 
 def make_blocks(mesh: Mesh, size: int) -> jbag.sharding.Blocks:
-    """Return what makes batches over the mesh of what each process has drawn."""
+    """Return the `Blocks` that builds global batches from those of the processes."""
     each = size // mesh.size
     capacity = {
         "history": capacity_of(each, HISTORY_LENGTH),
@@ -276,7 +276,7 @@ def make_blocks(mesh: Mesh, size: int) -> jbag.sharding.Blocks:
 
 
 def place(blocks: jbag.sharding.Blocks, own: Batch) -> Batch:
-    """Return the whole batch, on all devices, of which each process has its own."""
+    """Return the global batch, from this process's part of it."""
     bags = {"history": own.history, "tags": own.tags}
     bags, rest = blocks(bags, own._replace(history=None, tags=None))
     return rest._replace(**bags)
@@ -290,10 +290,10 @@ def batches(
     numbers: range,
     ahead: int = 4,
 ) -> Iterator[Batch]:
-    """Yield whole batches, on all devices, of which each process draws its own part.
+    """Yield global batches, of which each process draws its part.
 
-    Another thread draws them while the caller works on earlier ones. Only with the
-    first batch, for which the caller waits, do processes talk of what they have.
+    A thread draws batches ahead. `Blocks` communicates only for the first batch, while
+    the caller waits for it; later batches need no collective.
     """
     own = range(blocks.positions[0], blocks.positions[-1] + 1)
 
@@ -317,9 +317,11 @@ def log(line: str) -> None:
 
 
 def auc(clicks: np.ndarray, scores: np.ndarray) -> float:
-    """Return how likely a click scores above a non-click; a tie is worth a half."""
+    """Return the probability that a click scores above a non-click; ties count half."""
     _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]  # from 1; ties share theirs
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[
+        places
+    ]  # from 1; ties have their mean rank
     positive = int(clicks.sum())
     if positive in (0, clicks.size):
         return math.nan
@@ -328,7 +330,7 @@ def auc(clicks: np.ndarray, scores: np.ndarray) -> float:
 
 
 def log_loss(clicks: np.ndarray, log_odds: np.ndarray) -> float:
-    """Return the mean of -log(the probability given to what happened)."""
+    """Return the mean of -log(probability of the observed outcome)."""
     return float(np.mean(np.logaddexp(0.0, log_odds) - clicks * log_odds))
 
 
@@ -337,8 +339,8 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
     rate = args.learning_rate or LEARNING_RATES[args.optimizer]
     options = {}
     if args.optimizer.endswith(("adagrad", "ftrl")):
-        # An example adds some 0.4 / B to a row's gradient. As if each row had met one
-        # already, rare rows don't take the full step when they are first met.
+        # An example adds about 0.4 / B to a row's gradient. Start the accumulator with
+        # one such gradient, so that the first step of a rare row is small.
         options["initial_accumulator_value"] = (0.4 / args.batch_size) ** 2
     make: Callable[..., Any] = getattr(jbag.optim, args.optimizer)
     optimizers = {
@@ -353,48 +355,48 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
 
 
 class Checkpoints:
-    """What is saved of a run, on any devices, and what it goes on from on others."""
+    """Save and restore the training state, on any devices."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        # What examples and steps depend on: nothing of devices, processes, strategies.
+        # The options that must match; devices, processes and strategy may differ.
         names = ("rows", "features", "steps", "batch_size", "optimizer")
         self.run = {name: getattr(args, name) for name in names}
         self.run |= {"learning_rate": args.learning_rate, "seed": args.seed}
         self.path = args.checkpoint.absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2,
-            # Not while the next step updates the tables where they are.
+            # The next step donates the tables, so the save must finish first.
             enable_async_checkpointing=False,
         )
         self.manager = ocp.CheckpointManager(self.path, options=options)
 
     @property
     def latest(self) -> int | None:
-        """The number of steps before the last checkpoint."""
+        """The step of the last checkpoint, or None."""
         return self.manager.latest_step()
 
     def save(self, step: int, state: TrainState) -> None:
-        """Save the state; every process writes what its devices have."""
+        """Save the state; each process writes the shards of its devices."""
         own = ocp.args.StandardSave(state)
         parts = ocp.args.Composite(state=own, run=ocp.args.JsonSave(self.run))
         self.manager.save(step, args=parts)
         log(f"Saved after step {step:,}")
 
     def restore(self, shapes: TrainState, shardings: Any) -> TrainState:
-        """Return the state that was saved last, as it lies on this run's devices."""
+        """Return the last saved state with these shardings."""
 
         def read(**parts: Any) -> Any:
             return self.manager.restore(self.latest, args=ocp.args.Composite(**parts))
 
         run = read(run=ocp.args.JsonRestore()).run
         if run != self.run:
-            sys.exit(f"{self.path} is of another run, {run}; this one is {self.run}.")
+            sys.exit(f"{self.path} is of another run, {run}; this run is {self.run}.")
         empty = jax.tree.map(
             lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
             shapes,
             shardings,
         )
-        log(f"Going on after step {self.latest:,}, from {self.path}")
+        log(f"Resuming after step {self.latest:,}, from {self.path}")
         return read(state=ocp.args.StandardRestore(empty)).state
 
 
@@ -404,29 +406,29 @@ def make_state(
     batch: Batch,
     saved: Checkpoints | None,
 ) -> TrainState:
-    """Return the model before its first step, or as it was saved last."""
+    """Return the initial training state, or the last saved one."""
     model, tx = Recommender(tables), make_optimizer(args)
 
-    def first(batch: Batch) -> TrainState:
-        # Of JAX's generators, "rbg" is the fast one.
+    def init(batch: Batch) -> TrainState:
+        # "rbg" is faster than JAX's default generator.
         key = jax.random.key(args.seed, impl="rbg")
         params = nn.meta.unbox(model.init(key, batch))["params"]
         return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
-    shapes = jax.eval_shape(first, batch)
+    shapes = jax.eval_shape(init, batch)
     shardings = tables.shardings(shapes)
     if saved is not None and saved.latest is not None:
         state = saved.restore(shapes, shardings)
     else:
-        # Compiled, it doesn't run the model, and makes each row where it lies.
-        state = jax.jit(first, out_shardings=shardings)(batch)
-    return jbag.to_huge_pages(state)  # Rows are read at random: faster from there.
+        # jit removes the forward pass and initializes each shard on its device.
+        state = jax.jit(init, out_shardings=shardings)(batch)
+    return jbag.to_huge_pages(state)  # faster random reads
 
 
-# Donated, the tables are updated where they are: ten million rows are never copied.
+# Donation updates the tables in place, without a copy of ten million rows.
 @jax.jit(donate_argnums=0)
 def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-    """Take a step down the cross-entropy."""
+    """Take a gradient step on the mean cross-entropy."""
 
     def mean_loss(params: Any) -> jax.Array:
         log_odds = state.apply_fn({"params": params}, batch)
@@ -437,20 +439,20 @@ def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
 
 
 def predict(state: TrainState, batch: Batch) -> jax.Array:
-    """Return the clicks, their log-odds, and those that the teacher knows, [3, B]."""
+    """Return the clicks, and the log-odds of the model and of the teacher, [3, B]."""
     log_odds = state.apply_fn({"params": state.params}, batch)
     return jnp.stack([batch.clicks, log_odds, batch.log_odds])
 
 
-def note_loss(args: argparse.Namespace, step: int, loss: float) -> None:
-    """Add a line to the file of losses, if there is to be one."""
+def append_loss(args: argparse.Namespace, step: int, loss: float) -> None:
+    """Append a line to the file of losses, if --losses is given."""
     if args.losses and jax.process_index() == 0:
         with args.losses.open("a") as file:
             file.write(f"{step} {loss:.9g}\n")
 
 
 def train(args: argparse.Namespace, teacher: Teacher, mesh: Mesh) -> TrainState:
-    """Train on new examples in every step; print how fast it went."""
+    """Train on new examples in every step; print the speed."""
     size, stream = args.batch_size, (args.seed, 1)
     blocks = make_blocks(mesh, size)
     saved = Checkpoints(args) if args.checkpoint else None
@@ -471,9 +473,9 @@ def train(args: argparse.Namespace, teacher: Teacher, mesh: Mesh) -> TrainState:
         for step, batch in enumerate(drawn, first + 1):
             before = time.perf_counter()
             state, loss = train_step(state, batch)
-            losses.append(float(loss))  # Waits for the step to end.
+            losses.append(float(loss))  # blocks until the step ends
             times.append(time.perf_counter() - before)
-            note_loss(args, step, losses[-1])
+            append_loss(args, step, losses[-1])
             if saved and (step % args.save_every == 0 or step == args.steps):
                 saved.save(step, state)
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
@@ -481,24 +483,24 @@ def train(args: argparse.Namespace, teacher: Teacher, mesh: Mesh) -> TrainState:
     if times:
         seconds = time.perf_counter() - start
         count = len(times) * size
-        log(f"{count:,} examples in {seconds:.1f} s, {count / seconds:,.0f} a second")
-        # The median: steps that were compiled first took longer.
+        log(f"{count:,} examples in {seconds:.1f} s, {count / seconds:,.0f} per second")
+        # The median excludes the first step, which compiles.
         median = 1e3 * statistics.median(times)
-        log(f"{median:.1f} ms a step of {size} examples (median)")
+        log(f"{median:.1f} ms per step of {size} examples (median)")
     return state
 
 
 def evaluate(
     args: argparse.Namespace, teacher: Teacher, mesh: Mesh, state: TrainState
 ) -> tuple[float, float]:
-    """Print how the model and its teacher do on new examples; return their AUCs."""
+    """Print the metrics of the model and the teacher; return their AUCs."""
     count = math.ceil(args.test_examples / args.batch_size)
     blocks = make_blocks(mesh, args.batch_size)
-    # What lies on all devices, every process can read.
-    everywhere = jax.jit(predict, out_shardings=NamedSharding(mesh, P()))
+    # Replicate the outputs, so that every process can read them.
+    predict_replicated = jax.jit(predict, out_shardings=NamedSharding(mesh, P()))
     clicks, model, best = np.concatenate(
         [
-            everywhere(state, batch)
+            predict_replicated(state, batch)
             for batch in batches(
                 teacher, blocks, args.batch_size, (args.seed, 2), range(count)
             )
@@ -507,15 +509,15 @@ def evaluate(
     )
     log(f"{clicks.size:,} new examples:")
     log(f"{'':20}  {'AUC':>6}  {'log loss':>8}")
-    for name, log_odds in {"the model": model, "the best there is": best}.items():
+    for name, log_odds in {"model": model, "teacher": best}.items():
         loss = log_loss(clicks, log_odds)
         log(f"{name:20}  {auc(clicks, log_odds):6.4f}  {loss:8.4f}")
     return auc(clicks, model), auc(clicks, best)
 
 
 def export(args: argparse.Namespace, mesh: Mesh, state: TrainState) -> None:
-    """Write each table, its rows in the order of their ids."""
-    # Put together on the host: the large table might not fit on one device.
+    """Write each table to an .npz file, its rows in the order of the ids."""
+    # On the host, because the large table may not fit on one device.
     arrays = jax.tree.map(np.asarray, state.params["tables"])
     tables: dict[str, Any] = make_tables(args, mesh).export_tables(arrays)
     with jbag.atomic_write(args.export) as temporary, temporary.open("wb") as file:
@@ -523,27 +525,27 @@ def export(args: argparse.Namespace, mesh: Mesh, state: TrainState) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options, checked."""
+    """Parse and check the options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--rows", type=int, default=10_000_000, help="items there are (10000000)")
-    add("--features", type=int, default=16, help="of an embedding (16)")
-    add("--steps", type=int, default=1500, help="batches to train on (1500)")
-    add("--batch-size", type=int, default=4096, help="examples a step (4096)")
-    add("--test-examples", type=int, default=200_000, help="new examples (200000)")
+    add("--rows", type=int, default=10_000_000, help="number of items (10000000)")
+    add("--features", type=int, default=16, help="width of an embedding (16)")
+    add("--steps", type=int, default=1500, help="training steps (1500)")
+    add("--batch-size", type=int, default=4096, help="examples per step (4096)")
+    add("--test-examples", type=int, default=200_000, help="test examples (200000)")
     add("--optimizer", choices=LEARNING_RATES, default="rowwise_adagrad")
-    add("--learning-rate", type=float, help="of the tables, at first (see the program)")
-    add("--seed", type=int, default=0, help="of the teacher, examples and model (0)")
+    add("--learning-rate", type=float, help="initial rate of the tables")
+    add("--seed", type=int, default=0, help="of teacher, examples and model (0)")
     add("--strategy", choices=STRATEGIES, default="row_wise", help="of the large table")
-    add("--devices", type=int, help="CPU devices of each process (what JAX finds)")
-    add("--processes", type=int, default=1, help="how many are started (1)")
-    add("--process", type=int, default=0, help="which of them this one is (0)")
+    add("--devices", type=int, help="CPU devices per process (default: JAX's)")
+    add("--processes", type=int, default=1, help="number of processes (1)")
+    add("--process", type=int, default=0, help="index of this process (0)")
     add("--coordinator", default="127.0.0.1:12355", help="HOST:PORT of process 0")
-    add("--heartbeat", type=int, default=100, help="s a process may be silent (100)")
-    add("--checkpoint", type=Path, help="where to save, and to go on from")
-    add("--save-every", type=int, default=500, help="steps (500)")
-    add("--losses", type=Path, help="a file to add each step's loss to")
-    add("--export", type=Path, help="an .npz file for the trained tables")
+    add("--heartbeat", type=int, default=100, help="timeout in seconds (100)")
+    add("--checkpoint", type=Path, help="directory of checkpoints")
+    add("--save-every", type=int, default=500, help="steps between checkpoints (500)")
+    add("--losses", type=Path, help="file to append the losses to")
+    add("--export", type=Path, help=".npz file for the trained tables")
     args = parser.parse_args(argv)
     least = dict.fromkeys(("rows", "features", "steps", "batch_size"), 1)
     least |= dict.fromkeys(("test_examples", "devices", "processes"), 1)
@@ -561,7 +563,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.process >= args.processes:
         parser.error(f"--process must be below {args.processes}; got {args.process}")
     if args.export and args.processes > 1:
-        parser.error("--export is for one process: it can go on from --checkpoint")
+        parser.error("--export takes one process; it can resume from --checkpoint")
     return args
 
 
@@ -577,39 +579,38 @@ def find_devices(args: argparse.Namespace) -> Mesh:
             args.processes,
             args.process,
             heartbeat_timeout_seconds=args.heartbeat,
-            # One that dies before it is connected is one that never comes.
+            # A process that dies before it connects is detected by this timeout.
             initialization_timeout=max(30, args.heartbeat),
         )
     return jax.make_mesh((jax.device_count(),), ("x",))
 
 
 def stop(args: argparse.Namespace, error: BaseException) -> NoReturn:
-    """Say why this process, one of several, can't go on, and end it."""
+    """Print why this process stopped, and exit without JAX's shutdown."""
     traceback.print_exception(error)
     lines = [
-        f"Process {args.process} of {args.processes} stopped, by the error above: its "
-        "own, or that of waiting for another one that has stopped."
+        f"Process {args.process} of {args.processes} stopped with the error above, "
+        "which may result from another process that stopped."
     ]
     if args.checkpoint and args.checkpoint.exists():
-        # Those that aren't complete have other names.
+        # Incomplete checkpoints have names that are not numbers.
         names = [path.name for path in args.checkpoint.iterdir()]
         latest = max([int(name) for name in names if name.isdigit()], default=0)
         lines.append(
-            f"The last checkpoint in {args.checkpoint} is that after step {latest:,}. "
-            "Start all processes again, and they go on from there."
+            f"The last checkpoint in {args.checkpoint} is of step {latest:,}. "
+            "Restart all processes to resume from it."
             if latest
             else f"There is no checkpoint in {args.checkpoint} yet."
         )
     print(*lines, sep="\n", file=sys.stderr, flush=True)
     if args.process == 0:
-        time.sleep(2)  # Where this one is gone, JAX ends the others in mid-sentence.
-    # Not sys.exit: on its way out, JAX would wait for all processes to come along, of
-    # which one is gone.
+        time.sleep(2)  # let the others print: JAX ends them without process 0
+    # Not sys.exit: JAX's shutdown would wait for a process that has stopped.
     os._exit(1)
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
-    """Run the program; return the AUC of the model, and the best there is."""
+    """Run the program; return the AUCs of the model and of the teacher."""
     args = parse_arguments(argv)
     mesh = find_devices(args)
     try:

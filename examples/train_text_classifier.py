@@ -1,7 +1,7 @@
 """Train a text classifier: an embedding bag (mean) and a dense layer.
 
-The model of Joulin et al., "Bag of Tricks for Efficient Text Classification" (2016):
-the mean of the embeddings of a text's words and hashed n-grams, and a linear layer.
+The model is that of Joulin et al., "Bag of Tricks for Efficient Text Classification"
+(2016): the mean of the embeddings of words and hashed n-grams, and a linear layer.
 
     python examples/train_text_classifier.py
     python examples/train_text_classifier.py --train news.train --test news.test
@@ -10,8 +10,8 @@ the mean of the embeddings of a text's words and hashed n-grams, and a linear la
     python examples/train_text_classifier.py --load model --predict < lines.txt
     python examples/train_text_classifier.py --load fasttext.bin --test news.test
 
-Without files it learns which package of the standard library a docstring comes from.
-Files are in fastText's format, `__label__x text`, or CSV with the label first.
+Without files, it classifies docstrings by package of the standard library. Files are in
+fastText's format, `__label__x text`, or CSV with the label first.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Examples(NamedTuple):
 
 
 class Classifier(NamedTuple):
-    """A trained model, and all it takes to use it."""
+    """A trained model with its labels, encoder and training history."""
 
     labels: list[str]
     encoder: jbag.text.Encoder
@@ -65,7 +65,7 @@ class Classifier(NamedTuple):
 
 
 class TextClassifier(nn.Module):
-    """Score the classes of each bag of rows."""
+    """Compute the logits of the classes for each bag."""
 
     rows: int
     features: int
@@ -78,25 +78,25 @@ class TextClassifier(nn.Module):
         return nn.Dense(self.num_classes, name="head")(bag(bags))
 
 
-def first_params(model: TextClassifier, seed: int) -> dict[str, dict[str, jax.Array]]:
-    """Return a table drawn from [-0.1, 0.1) and a head of zeros.
+def init_params(model: TextClassifier, seed: int) -> dict[str, dict[str, jax.Array]]:
+    """Return a table drawn uniformly from [-0.1, 0.1), and a head of zeros.
 
-    NumPy draws: JAX's generator takes seconds to compile for so many numbers on a CPU.
+    NumPy draws the table, because JAX's generator takes seconds to compile on a CPU.
     """
     drawn = np.random.default_rng(seed).random((model.rows, model.features), np.float32)
     drawn -= 0.5
     drawn *= 0.2
     table = jax.device_put(drawn).block_until_ready()
-    del drawn  # before there is one copy more
+    del drawn  # before the next copy
     kernel = jnp.zeros((model.features, model.num_classes))
     head = {"kernel": kernel, "bias": jnp.zeros(model.num_classes)}
     return {"bag": {"embedding": jbag.to_huge_pages(table)}, "head": head}
 
 
 def read_docstrings(num_classes: int = 20) -> Examples:
-    """Return the docstrings of the standard library's best documented packages."""
+    """Return the docstrings of the packages of the standard library with the most."""
     root = Path(sysconfig.get_path("stdlib"))
-    # Neither tests, installed packages and programs, nor what only old Pythons have.
+    # Tests, installed packages, programs, and packages that newer Pythons removed.
     skipped = {"test", "tests", "site-packages", "dist-packages"}
     skipped |= {"idlelib", "distutils", "lib2to3"}
     packages: dict[str, str] = {}
@@ -107,7 +107,7 @@ def read_docstrings(num_classes: int = 20) -> Examples:
         try:
             tree = ast.parse(path.read_bytes())
         except (OSError, SyntaxError, ValueError):
-            continue  # A template, not a module.
+            continue  # a template, not a module
         for node in ast.walk(tree):
             documented = (
                 ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -123,7 +123,7 @@ def read_docstrings(num_classes: int = 20) -> Examples:
 
 def read_examples(path: str) -> Examples:
     """Read a file in fastText's format or CSV."""
-    # Only "\n" ends a line: other line breaks may stand within a text.
+    # Only "\n" ends a line: a text may contain other line breaks.
     with Path(path).open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
         first = next((line for line in file if line.strip()), "")
         read = read_fasttext if first.lstrip().startswith(LABEL) else read_csv
@@ -134,16 +134,16 @@ def read_examples(path: str) -> Examples:
         for label, text in read(path, file):
             examples.labels.append(label)
             examples.texts.append(text)
-    return (
-        examples if examples.texts else sys.exit(f"{path}: there are no texts in it.")
-    )
+    return examples if examples.texts else sys.exit(f"{path}: the file has no texts.")
 
 
 def read_fasttext(path: str, file: TextIO) -> Iterator[tuple[str, str]]:
-    """Yield the first label of each line, and its text without any label."""
+    """Yield the first label of each line, and the text without labels."""
     for number, line in enumerate(file, 1):
         label, text = (*line.split(maxsplit=1), "", "")[:2]
-        if not label.startswith(LABEL) or LABEL in text:  # Not the usual line.
+        if (
+            not label.startswith(LABEL) or LABEL in text
+        ):  # more than one label, or none first
             words = line.split()
             label = next((word for word in words if word.startswith(LABEL)), LABEL)
             text = " ".join(word for word in words if not word.startswith(LABEL))
@@ -155,7 +155,7 @@ def read_fasttext(path: str, file: TextIO) -> Iterator[tuple[str, str]]:
 
 
 def read_csv(path: str, file: TextIO) -> Iterator[tuple[str, str]]:
-    """Yield the label, in the first column or where a header says, and the rest."""
+    """Yield the label, in the first column or by the header, and the other columns."""
     csv.field_size_limit(1 << 30)
     rows = csv.reader(file)
     column = None
@@ -184,10 +184,10 @@ def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
 def make_optimizer(
     learning_rate: float, steps: int, slots: float
 ) -> optax.GradientTransformation:
-    """Return Adagrad for the table and Adam for the head, both down to 0 in `steps`.
+    """Return Adagrad for the table and Adam for the head, with linear decay to 0.
 
-    Each slot of a batch adds about 1 / slots to its row's gradient. Adagrad starts as
-    if every row had met one: rare rows move less, whatever the lengths and batches.
+    A slot adds about 1 / slots to the gradient of its row. The accumulator starts with
+    one such gradient, so that the first step of a rare row is small.
     """
     rate = optax.linear_schedule(learning_rate, 0.0, steps)
     table = jbag.optim.rowwise_adagrad(rate, initial_accumulator_value=slots**-2)
@@ -196,15 +196,15 @@ def make_optimizer(
 
 
 def mean_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    """Return the weighted mean of the cross-entropy; of nothing it is zero."""
-    # The gradient of picking one class by its number is a scatter, slow on CPUs.
+    """Return the weighted mean of the cross-entropy; zero if all weights are zero."""
+    # One-hot, because the gradient of an index is a scatter, which is slow on CPUs.
     classes = jax.nn.one_hot(targets, logits.shape[1])
     losses = optax.softmax_cross_entropy(logits, classes)
     return (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-9)
 
 
 def train_step(state: TrainState, batch: jbag.data.Batch) -> tuple[Any, jax.Array]:
-    """Take a step down the mean loss of a batch; an empty bag weighs nothing."""
+    """Take a gradient step on the mean loss of a batch; padding has weight zero."""
     targets, weights = batch.arrays
 
     def loss(params: Any) -> jax.Array:
@@ -223,20 +223,20 @@ def train_steps(state: TrainState, stack: jbag.data.Batch) -> tuple[Any, jax.Arr
 
 @jax.jit(static_argnums=0)
 def log_probabilities(model: TextClassifier, params: Any, bags: jbag.Bags) -> jax.Array:
-    """Return the logarithm of the probability of each class, [B, num_classes]."""
+    """Return the log probabilities of the classes, [B, num_classes]."""
     logits: Any = model.apply({"params": params}, bags)
     return jax.nn.log_softmax(logits)
 
 
 def predict(classifier: Classifier, texts: Sequence[str], size: int = 1024) -> Any:
-    """Return the logarithm of the probability of each class for each text."""
+    """Return the log probabilities of the classes for each text, [n, num_classes]."""
     labels, encoder, features, _, params = classifier
     model = TextClassifier(max(1, encoder.num_rows), features, len(labels))
     parts, capacity = [], 1024
     for start in range(0, len(texts), size):
         chunk = texts[start : start + size]
         bags = encoder.encode(chunk)
-        # It only grows, as each capacity is compiled once.
+        # Each capacity compiles once, so it only grows.
         capacity = max(capacity, jbag.bucket(bags.capacity))
         part = log_probabilities(model, params, bags.pad_to(capacity, size))
         parts.append((part, len(chunk)))  # JAX computes it while the next is encoded
@@ -244,12 +244,12 @@ def predict(classifier: Classifier, texts: Sequence[str], size: int = 1024) -> A
 
 
 def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Classifier:
-    """Train on `examples`, and stop early where `valid` has some."""
+    """Train on `examples`; stop early by the loss on `valid`, if there are any."""
     started = time.perf_counter()
     labels = sorted(set(examples.labels))
     if len(labels) < 2:
-        sys.exit("There must be two classes or more to learn from.")
-    # Small data has few n-grams.
+        sys.exit("The texts must have at least two classes.")
+    # fewer buckets for small data
     tokens = sum(map(str.count, examples.texts, itertools.repeat(" ")))
     buckets = min(args.buckets, 1 << tokens.bit_length()) if args.ngrams > 1 else 0
     encoder, bags = jbag.text.Encoder.fit_encode(
@@ -259,20 +259,20 @@ def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Clas
         ngrams=args.ngrams,
         buckets=buckets,
     )
-    examples.texts.clear()  # memory that training has a better use for
+    examples.texts.clear()  # to free memory for training
     print(f"{len(labels)} classes, {len(encoder.words)} words, {bags.capacity} ids")
     class_of = {label: i for i, label in enumerate(labels)}
     targets = np.array([class_of[label] for label in examples.labels], np.int32)
     weights = np.ones(len(targets), np.float32)
-    if args.balance:  # Each class weighs as much as any other.
+    if args.balance:  # equal total weight per class
         shares = np.bincount(targets) * len(labels) / len(targets)
         weights = (1 / shares).astype(np.float32)[targets]
-    # Over a hundred batches an epoch; more epochs for small data.
+    # More than a hundred batches per epoch; more epochs for small data.
     size = args.batch_size or min(256, max(16, len(targets) // 128))
     num_batches = math.ceil(len(targets) / size)
     epochs = args.epochs or max(2, min(20, round(256 / num_batches)))
-    slots = max(1.0, size * bags.capacity / len(targets))  # of a batch, on average
-    most = max(1, min(64, int(2**19 / slots)))  # batches in one scan: megabytes
+    slots = max(1.0, size * bags.capacity / len(targets))  # per batch, on average
+    most = max(1, min(64, int(2**19 / slots)))  # batches per scan, to bound its memory
     steps = math.ceil(num_batches / math.ceil(num_batches / most))
     stream = jbag.data.batches(
         bags,
@@ -285,7 +285,7 @@ def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Clas
     features = args.dim or max(10, min(64, len(labels)))
     model = TextClassifier(max(1, encoder.num_rows), features, len(labels))
     optimizer = make_optimizer(args.learning_rate, epochs * len(stream) * steps, slots)
-    params = first_params(model, args.seed)
+    params = init_params(model, args.seed)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
     classifier = Classifier(labels, encoder, features, [], None)
     best, best_loss, waited = None, math.inf, 0
@@ -294,7 +294,9 @@ def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Clas
         for stack in stream.at(epoch):
             state, values = train_steps(state, stack)
             losses.append(values)
-            jax.block_until_ready(losses[-2:-1])  # or batches would pile up
+            jax.block_until_ready(
+                losses[-2:-1]
+            )  # to bound the number of pending batches
         loss = float(np.concatenate(losses)[:num_batches].mean())
         line = f"epoch {epoch + 1}: loss {loss:.4f}"
         valid_loss = None
@@ -303,7 +305,7 @@ def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Clas
             valid_loss = validation_loss(now, valid)
             line += f", validation loss {valid_loss:.4f}"
             waited += 1
-            if valid_loss < best_loss:  # The next step writes over these parameters.
+            if valid_loss < best_loss:  # copy: the next step donates them
                 best = jax.tree.map(jnp.copy, state.params)
                 best_loss, waited = valid_loss, 0
         classifier.history.append((loss, valid_loss))
@@ -314,7 +316,7 @@ def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Clas
 
 
 def validation_loss(classifier: Classifier, valid: Examples) -> float:
-    """Return the mean loss on texts; a label unseen in training has none."""
+    """Return the mean loss on texts, without labels unseen in training."""
     scores = predict(classifier, valid.texts)
     class_of = {label: i for i, label in enumerate(classifier.labels)}
     targets = np.array([class_of.get(label, -1) for label in valid.labels])
@@ -323,10 +325,10 @@ def validation_loss(classifier: Classifier, valid: Examples) -> float:
 
 
 def evaluate(classifier: Classifier, test: Examples) -> tuple[float, np.ndarray]:
-    """Print how well it does; return the accuracy and the counts of pairs of classes.
+    """Print the metrics; return the accuracy and the confusion matrix.
 
-    The counts are [classes + 1, classes]: true labels, the last row for those unseen in
-    training, by predicted ones.
+    The matrix [classes + 1, classes] has true labels by predicted labels; the last row
+    is for labels unseen in training.
     """
     started = time.perf_counter()
     scores = predict(classifier, test.texts)
@@ -340,7 +342,7 @@ def evaluate(classifier: Classifier, test: Examples) -> tuple[float, np.ndarray]
     accuracy = float(right.sum() / len(true))
     unseen = sorted(set(test.labels).difference(labels))
     if unseen:
-        print(f"wrong for certain, being unseen in training: {', '.join(unseen[:5])}")
+        print(f"always wrong, because unseen in training: {', '.join(unseen[:5])}")
     print(f"accuracy {accuracy:.4f} on {len(true)} texts, {seconds:.1f} s\n")
     recall = right / np.maximum(counts.sum(1)[:-1], 1)
     precision = right / np.maximum(counts.sum(0), 1)
@@ -370,7 +372,7 @@ def evaluate(classifier: Classifier, test: Examples) -> tuple[float, np.ndarray]
 
 
 def predict_lines(classifier: Classifier, lines: Iterable[bytes], size: int) -> None:
-    """Print label, probability and text of each line, `size` lines at a time."""
+    """Print the label, probability and text of each line, `size` lines at a time."""
     texts = (line.decode("utf-8-sig", "replace").rstrip("\r\n") for line in lines)
     while chunk := list(itertools.islice(texts, size)):
         for text, row in zip(chunk, predict(classifier, chunk, size), strict=True):
@@ -379,7 +381,7 @@ def predict_lines(classifier: Classifier, lines: Iterable[bytes], size: int) -> 
 
 
 def save(classifier: Classifier, path: Path) -> None:
-    """Write all of it to one safetensors file, whole or not at all."""
+    """Write the classifier to one safetensors file, atomically."""
     rest = classifier._asdict()
     parts = {"encoder": rest.pop("encoder").to_arrays(), "params": rest.pop("params")}
     arrays = flatten_dict(jax.device_get(parts), sep="/")
@@ -389,11 +391,11 @@ def save(classifier: Classifier, path: Path) -> None:
         with jbag.atomic_write(path) as temporary:
             save_file(arrays, temporary, metadata)
     except (OSError, SafetensorError) as error:
-        sys.exit(f"{path}: the classifier can't be saved: {error}")
+        sys.exit(f"{path}: the classifier cannot be saved: {error}")
 
 
 def load(path: Path) -> Classifier:
-    """Read what `save` wrote, or a model of fastText's."""
+    """Read a classifier of `save`, or a fastText model."""
     if path.suffix in (".bin", ".ftz"):
         return load_fasttext(path)
     try:
@@ -403,20 +405,22 @@ def load(path: Path) -> Classifier:
         parts = unflatten_dict(arrays, sep="/")
         encoder = jbag.text.Encoder.from_arrays(parts["encoder"])
         classifier = Classifier(**rest, encoder=encoder, params=parts["params"])
-        predict(classifier, [""])  # Do the shapes fit?
-    except Exception as error:  # A damaged file fails in any of many ways.
-        sys.exit(f"{path}: there is no saved classifier in it ({error}).")
+        predict(classifier, [""])  # checks the shapes
+    except Exception as error:  # A damaged file raises many types.
+        sys.exit(f"{path}: the file holds no saved classifier ({error}).")
     return classifier
 
 
 def load_fasttext(path: Path) -> Classifier:
-    """Read a model that fastText trained with its softmax: it has the same layers."""
+    """Read a fastText model with softmax loss, which has the same layers."""
     try:
         model = jbag.fasttext.load(path)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if (model.kind, model.loss) != ("supervised", "softmax"):
-        sys.exit(f"{path}: not softmax but {model.loss}; jbag.fasttext predicts by it.")
+        sys.exit(
+            f"{path}: the loss must be softmax; got {model.loss}. Use jbag.fasttext."
+        )
     labels = [label.removeprefix(LABEL) for label in model.labels]
     head = {"kernel": model.output.T, "bias": jnp.zeros(len(labels))}
     params = {"bag": {"embedding": model.table}, "head": head}
@@ -424,8 +428,8 @@ def load_fasttext(path: Path) -> Classifier:
 
 
 def plot(classifier: Classifier, counts: np.ndarray, path: str) -> None:
-    """Draw the losses and the confusion matrix."""
-    from matplotlib.figure import Figure  # Slow to import, and of use to few runs.
+    """Plot the losses and the confusion matrix."""
+    from matplotlib.figure import Figure  # slow to import
 
     labels, counts = classifier.labels, counts[:-1]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -440,7 +444,7 @@ def plot(classifier: Classifier, counts: np.ndarray, path: str) -> None:
     axes[0].legend()
     figure.colorbar(axes[1].imshow(shares, cmap="Blues", vmin=0, vmax=1))
     axes[1].set(title="share of each true class", xlabel="predicted", ylabel="true")
-    # Names too many to read are left out; a dollar sign would start mathematics.
+    # Omit more than 100 names; escape the dollar sign, which starts mathematics.
     names = [a[:20].replace("$", r"\$") if len(labels) <= 100 else "" for a in labels]
     fontsize = 9 if len(labels) <= 30 else 6
     axes[1].set_xticks(range(len(labels)), names, rotation=90, fontsize=fontsize)
@@ -450,31 +454,29 @@ def plot(classifier: Classifier, counts: np.ndarray, path: str) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options, checked."""
+    """Parse and check the options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--train", metavar="FILE", help="texts to learn; of several labels, the first")
-    add("--test", metavar="FILE", help="texts to test on; else a tenth is held out")
-    add(
-        "--valid", metavar="FILE", help="texts for --patience; else a tenth is held out"
-    )
+    add("--train", metavar="FILE", help="training texts; only the first label counts")
+    add("--test", metavar="FILE", help="test texts (default: a tenth is held out)")
+    add("--valid", metavar="FILE", help="texts for --patience (default: a tenth)")
     add("--epochs", type=int, help="passes over the texts (default: 2 to 20, by size)")
-    add("--patience", type=int, help="stop after as many epochs without improvement")
-    add("--balance", action="store_true", help="weigh each class the same, rare or not")
-    add("--dim", type=int, help="features of an embedding (10 to 64, by classes)")
-    add("--ngrams", type=int, default=2, help="the longest word n-grams (2)")
+    add("--patience", type=int, help="stop after this many epochs without improvement")
+    add("--balance", action="store_true", help="give each class the same total weight")
+    add("--dim", type=int, help="width of an embedding (10 to 64, by classes)")
+    add("--ngrams", type=int, default=2, help="maximum length of word n-grams (2)")
     add("--buckets", type=int, default=1 << 21, help="rows for n-grams (2097152)")
-    add("--words", type=int, help="most words that get a row (default: all)")
-    add("--min-count", type=int, default=1, help="occurrences a word must have (1)")
-    add("--batch-size", type=int, help="texts a step (default: 16 to 256, by size)")
-    add("--learning-rate", type=float, default=1.0, help="of the table, at first (1)")
-    add("--seed", type=int, default=0, help="of the split, the table and the order (0)")
-    add("--save", metavar="FILE", help="write the classifier there")
+    add("--words", type=int, help="maximum number of words (default: all)")
+    add("--min-count", type=int, default=1, help="minimum occurrences of a word (1)")
+    add("--batch-size", type=int, help="texts per step (default: 16 to 256, by size)")
     add(
-        "--load", metavar="PATH", help="use a saved classifier, or fastText's .bin file"
+        "--learning-rate", type=float, default=1.0, help="initial rate of the table (1)"
     )
-    add("--predict", action="store_true", help="label the lines of standard input")
-    add("--plot", metavar="PNG", help="draw the losses and the confusion matrix")
+    add("--seed", type=int, default=0, help="of the split, the table and the order (0)")
+    add("--save", metavar="FILE", help="file for the classifier")
+    add("--load", metavar="PATH", help="use a saved classifier or a fastText .bin file")
+    add("--predict", action="store_true", help="predict the labels of standard input")
+    add("--plot", metavar="PNG", help="plot the losses and the confusion matrix")
     args = parser.parse_args(argv)
     numbers = "epochs", "patience", "batch_size", "dim", "ngrams", "buckets", "words"
     for name in numbers:
@@ -497,10 +499,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> float | None:
-    """Run the program; return the accuracy on the test texts, if there are any."""
+    """Run the program; return the accuracy on the test texts, or None."""
     args = parse_arguments(argv)
     test = read_examples(args.test) if args.test else None
-    # With --predict, standard output is for the predictions alone.
+    # With --predict, standard output has only the predictions.
     with contextlib.redirect_stdout(sys.stderr if args.predict else sys.stdout):
         if args.load:
             classifier = load(Path(args.load))
@@ -512,7 +514,9 @@ def main(argv: Sequence[str] | None = None) -> float | None:
             if args.patience and not args.valid:
                 examples, valid = hold_out(examples, args.seed)
             sizes = [len(part.texts) for part in (examples, test, valid)]
-            print("{} texts to train on, {} to test on, {} to stop by".format(*sizes))
+            print(
+                "{} training texts, {} test texts, {} validation texts".format(*sizes)
+            )
             classifier = train(args, examples, valid)
         if args.save:
             save(classifier, Path(args.save))
@@ -521,7 +525,7 @@ def main(argv: Sequence[str] | None = None) -> float | None:
             if args.plot:
                 plot(classifier, counts, args.plot)
     if args.predict:
-        # Someone who types wants an answer to each line.
+        # On a terminal, predict after each line.
         predict_lines(classifier, sys.stdin.buffer, 1 if sys.stdin.isatty() else 256)
     return accuracy if test else None
 

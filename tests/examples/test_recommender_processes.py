@@ -60,7 +60,7 @@ def test_example_is_the_same_on_any_devices(alone, tmp_path, processes, devices)
     first, *others = succeed(commands)
     losses, _ = read_losses(path)
     assert_same_losses(losses, alone[0])
-    measured = r"the model +(\d\.\d+) +(\d\.\d+)"
+    measured = r"model +(\d\.\d+) +(\d\.\d+)"
     [found], [expected] = re.findall(measured, first), re.findall(measured, alone[1])
     np.testing.assert_allclose(
         np.array(found, float), np.array(expected, float), atol=1e-3
@@ -93,9 +93,9 @@ def test_example_goes_on_after_a_process_was_killed(alone, tmp_path):
     last = max(steps)
     assert 20 <= last < 120
     assert "Process 0 of 2 stopped" in output
-    assert f"The last checkpoint in {saved} is that after step {last}." in output
+    assert f"The last checkpoint in {saved} is of step {last}." in output
     [output] = succeed(train(*options, "--strategy", "column_wise", devices=8))
-    assert f"Going on after step {last}, from {saved}" in output
+    assert f"Resuming after step {last}, from {saved}" in output
     losses, counts = read_losses(path)
     assert_same_losses(losses, alone[0])
     assert {counts[step] for step in range(1, last + 1)} == {1}

@@ -147,8 +147,8 @@ def test_model_learns_and_is_measured_beside_its_teacher(example, capsys):
     reached, best = example.main(TINY.split())
     assert 0.75 < reached < best
     output = capsys.readouterr()
-    assert f"the model             {reached:.4f}" in output.out
-    assert f"the best there is     {best:.4f}" in output.out
+    assert f"model                 {reached:.4f}" in output.out
+    assert f"teacher               {best:.4f}" in output.out
     assert "examples/s" in output.err
 
 
@@ -164,9 +164,9 @@ def test_tables_are_saved_and_exported_in_order(example, tmp_path, capsys):
     options = [*options.split(), "--checkpoint", str(tmp_path / "saved")]
     path = tmp_path / "tables.npz"
     example.main(options)
-    assert "Going on" not in capsys.readouterr().out
+    assert "Resuming" not in capsys.readouterr().out
     example.main([*options, "--strategy", "column_wise", "--export", str(path)])
-    assert "Going on after step 3, from" in capsys.readouterr().out
+    assert "Resuming after step 3, from" in capsys.readouterr().out
     tables = np.load(path)
     shapes = {name: tables[name].shape for name in tables}
     assert shapes == {

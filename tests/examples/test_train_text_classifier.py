@@ -202,7 +202,7 @@ def test_a_full_disk_leaves_the_saved_classifier(train_file, tmp_path):
     failed = run("--train", own, "--dim", "64", "--save", other, limit=8)
     assert failed.returncode == 1
     line = failed.stderr.splitlines()[-1]
-    assert line.startswith(f"{saved}: the classifier can't be saved: ")
+    assert line.startswith(f"{saved}: the classifier cannot be saved: ")
     assert "Traceback" not in failed.stderr
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
@@ -213,7 +213,7 @@ def test_a_path_that_no_file_can_have_is_an_error_of_a_line(
     example, train_file, tmp_path, name
 ):
     with pytest.raises(
-        SystemExit, match=r"can't be saved: .*([Dd]irectory|File exists)"
+        SystemExit, match=r"cannot be saved: .*([Dd]irectory|File exists)"
     ):
         example.main(["--train", train_file, "--save", str(tmp_path / name)])
 
@@ -227,7 +227,7 @@ def test_a_damaged_classifier_is_an_error_of_a_line(
     for damaged in (b"", data[:100], data[:-100], b"x" + data[1:], data + b"x"):
         saved.write_bytes(damaged)
         lines_of_stdin(monkeypatch, "")
-        with pytest.raises(SystemExit, match="no saved classifier in it"):
+        with pytest.raises(SystemExit, match="holds no saved classifier"):
             example.main(["--load", str(saved), "--predict"])
 
 
