@@ -95,7 +95,7 @@ class LocalGradients:
         *,
         rule: str,
     ) -> tuple[Array, ...]:
-        """Apply an optimizer rule to the rows of each shard; see `RowSparse.update_table`."""
+        """Update the rows of each shard by a rule; see `RowSparse.update_table`."""
         dtype = accumulation_dtype(table.dtype)
         numbers = jnp.stack([jnp.asarray(x, dtype) for x in scalars])
         specs = tuple(self._spec(x) for x in (table, *states))
