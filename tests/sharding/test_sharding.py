@@ -507,7 +507,7 @@ def blocks_with(row):
             {},
             {"first": np.zeros((5, 2), np.int32)},
             ValueError,
-            r"In `batch\['first'\]`: .*rows for 4 devices; got shape \(5, 2\)",
+            r"In `batch\['first'\]`: .*multiple of 4 rows; got shape \(5, 2\)",
         ),
         (
             {"other": P("x", None)},
