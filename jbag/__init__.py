@@ -6,37 +6,54 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING
 
-from jbag._files import atomic_write as atomic_write
-from jbag.collection._stacking import Feature as Feature
-from jbag.collection._stacking import Table as Table
-from jbag.interop._load_table import load_table as load_table
-from jbag.ops._embedding_bag import embedding_bag as embedding_bag
-from jbag.ops._max_norm import renorm as renorm
-from jbag.ops.kernels.memory_pages import to_huge_pages as to_huge_pages
-from jbag.ragged._bags import Bags as Bags
-from jbag.ragged._bucket import bucket as bucket
-from jbag.ragged._offsets import offsets_to_segment_ids as offsets_to_segment_ids
-from jbag.ragged._offsets import segment_ids_to_offsets as segment_ids_to_offsets
-from jbag.sparse._gradient import DenseGradientWarning as DenseGradientWarning
-from jbag.sparse._gradient import grad as grad
-from jbag.sparse._gradient import value_and_grad as value_and_grad
-from jbag.sparse._row_sparse import RowSparse as RowSparse
+from jbag._files import atomic_write
+from jbag.collection._stacking import Feature, Table
+from jbag.interop._load_table import load_table
+from jbag.ops._embedding_bag import embedding_bag
+from jbag.ops._max_norm import renorm
+from jbag.ops.kernels.memory_pages import to_huge_pages
+from jbag.ragged._bags import Bags
+from jbag.ragged._bucket import bucket
+from jbag.ragged._offsets import offsets_to_segment_ids, segment_ids_to_offsets
+from jbag.sparse._gradient import DenseGradientWarning, grad, value_and_grad
+from jbag.sparse._row_sparse import RowSparse
 
 if TYPE_CHECKING:
     __version__: str
 
-    from jbag import data as data
-    from jbag import fasttext as fasttext
-    from jbag import linen as linen
-    from jbag import nnx as nnx
-    from jbag import optim as optim
-    from jbag import sharding as sharding
-    from jbag import sparse as sparse
-    from jbag import text as text
-    from jbag.linen import EmbeddingBag as EmbeddingBag
-    from jbag.linen import EmbeddingBagCollection as EmbeddingBagCollection
-    from jbag.linen import from_torch as from_torch
-    from jbag.linen import to_torch as to_torch
+    from jbag import data, fasttext, linen, nnx, optim, sharding, sparse, text
+    from jbag.linen import EmbeddingBag, EmbeddingBagCollection, from_torch, to_torch
+
+__all__ = [
+    "Bags",
+    "DenseGradientWarning",
+    "EmbeddingBag",
+    "EmbeddingBagCollection",
+    "Feature",
+    "RowSparse",
+    "Table",
+    "__version__",
+    "atomic_write",
+    "bucket",
+    "data",
+    "embedding_bag",
+    "fasttext",
+    "from_torch",
+    "grad",
+    "linen",
+    "load_table",
+    "nnx",
+    "offsets_to_segment_ids",
+    "optim",
+    "renorm",
+    "segment_ids_to_offsets",
+    "sharding",
+    "sparse",
+    "text",
+    "to_huge_pages",
+    "to_torch",
+    "value_and_grad",
+]
 
 # Flax and Optax take longer to import than the function needs: loaded on use.
 _MODULES = ("data", "fasttext", "linen", "nnx", "optim", "sharding", "sparse", "text")
@@ -54,5 +71,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    own = {"TYPE_CHECKING", "annotations", "importlib"}
-    return sorted({*globals(), *_MODULES, *_FROM_LINEN, "__version__"} - own)
+    return __all__

@@ -31,6 +31,13 @@ from jbag.ragged._bags import Bags
 if TYPE_CHECKING:
     import torch
 
+__all__ = [
+    "EmbeddingBag",
+    "EmbeddingBagCollection",
+    "from_torch",
+    "to_torch",
+]
+
 
 class EmbeddingBag(EmbeddingBagOptions, nn.Module):
     """A table of embeddings, pooled over bags of ids by `jbag.embedding_bag`.

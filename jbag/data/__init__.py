@@ -45,11 +45,18 @@ import numpy as np
 
 from jbag._validation import check_flag, check_integer
 from jbag.data import _batches
-from jbag.data._batches import Batch as Batch
-from jbag.data._collate import Collate as Collate
-from jbag.data._collate import Example as Example
-from jbag.data._collate import Source as Source
+from jbag.data._batches import Batch
+from jbag.data._collate import Collate, Example, Source
 from jbag.data._sampler import batch_positions, epoch_capacity, permutation
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Collate",
+    "Example",
+    "Source",
+    "batches",
+]
 
 
 def batches(

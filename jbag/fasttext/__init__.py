@@ -25,11 +25,17 @@ from jaxtyping import Array, Float
 from jbag._validation import check_integer, check_strings
 from jbag.fasttext import _model_file
 from jbag.fasttext._prediction import Tree, best_labels, huffman, largest, values
-from jbag.fasttext._vectors import load_vectors as load_vectors
+from jbag.fasttext._vectors import load_vectors
 from jbag.ops._embedding_bag import embedding_bag
 from jbag.ragged._bags import Bags
 from jbag.ragged._bucket import bucket
 from jbag.text import Encoder
+
+__all__ = [
+    "FastText",
+    "load",
+    "load_vectors",
+]
 
 _T = TypeVar("_T")
 _TOKEN = re.compile("[^ \n\r\t\v\f\0]+")

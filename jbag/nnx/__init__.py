@@ -28,13 +28,20 @@ from jbag.collection._collection import (
 from jbag.collection._lookup import Traffic
 from jbag.interop import _flax_state as _flax_state  # registers pytrees with Flax
 from jbag.interop import _torch
-from jbag.nnx._gradient import grad as grad
-from jbag.nnx._gradient import value_and_grad as value_and_grad
+from jbag.nnx._gradient import grad, value_and_grad
 from jbag.ops._embedding_bag_module import EmbeddingBagOptions, pretrained_options
 from jbag.ragged._bags import Bags
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = [
+    "EmbeddingBag",
+    "EmbeddingBagCollection",
+    "Frozen",
+    "grad",
+    "value_and_grad",
+]
 
 
 class Frozen(nnx.Variable[Array]):

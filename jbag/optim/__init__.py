@@ -40,17 +40,43 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jbag.optim._accumulation import accumulate_gradients as accumulate_gradients
-from jbag.optim._rule_optimizer import Rate, is_zero, optimizer_from_rule, rate_at
-from jbag.optim._rule_optimizer import RowState as RowState
-from jbag.optim._transforms import add_decayed_weights as add_decayed_weights
-from jbag.optim._transforms import apply_if_finite as apply_if_finite
-from jbag.optim._transforms import clip_by_global_norm as clip_by_global_norm
-from jbag.optim._transforms import clip_by_row_norm as clip_by_row_norm
-from jbag.optim._transforms import global_norm as global_norm
-from jbag.optim._transforms import scale as scale
-from jbag.optim._transforms import scale_by_learning_rate as scale_by_learning_rate
-from jbag.optim._transforms import scale_by_schedule as scale_by_schedule
+from jbag.optim._accumulation import accumulate_gradients
+from jbag.optim._rule_optimizer import (
+    Rate,
+    RowState,
+    is_zero,
+    optimizer_from_rule,
+    rate_at,
+)
+from jbag.optim._transforms import (
+    add_decayed_weights,
+    apply_if_finite,
+    clip_by_global_norm,
+    clip_by_row_norm,
+    global_norm,
+    scale,
+    scale_by_learning_rate,
+    scale_by_schedule,
+)
+
+__all__ = [
+    "RowState",
+    "accumulate_gradients",
+    "adagrad",
+    "adam",
+    "add_decayed_weights",
+    "apply_if_finite",
+    "clip_by_global_norm",
+    "clip_by_row_norm",
+    "ftrl",
+    "global_norm",
+    "rowwise_adagrad",
+    "rowwise_adam",
+    "scale",
+    "scale_by_learning_rate",
+    "scale_by_schedule",
+    "sgd",
+]
 
 jax.export.register_namedtuple_serialization(
     RowState, serialized_name="jbag.optim.RowState"

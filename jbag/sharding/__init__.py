@@ -43,23 +43,32 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from jbag._mesh.partition_specs import ShardingType as ShardingType
-from jbag._mesh.partition_specs import TableWise as TableWise
-from jbag._mesh.partition_specs import current_mesh
-from jbag._mesh.row_layout import Layout as Layout
+from jbag._mesh.partition_specs import ShardingType, TableWise, current_mesh
+from jbag._mesh.row_layout import Layout
 from jbag._validation import check_table
 from jbag.collection._collection import (
     CollectionOptions,
     check_parts,
     pool_collection,
 )
-from jbag.collection._lookup import Traffic as Traffic
+from jbag.collection._lookup import Traffic
 from jbag.collection._stacking import Feature, Table
-from jbag.sharding._loads import Load as Load
-from jbag.sharding._planner import Plan as Plan
-from jbag.sharding._planner import TablePlan as TablePlan
-from jbag.sharding._planner import plan as plan
-from jbag.sharding._process_batches import Blocks as Blocks
+from jbag.sharding._loads import Load
+from jbag.sharding._planner import Plan, TablePlan, plan
+from jbag.sharding._process_batches import Blocks
+
+__all__ = [
+    "Blocks",
+    "Layout",
+    "Load",
+    "Plan",
+    "ShardingType",
+    "TablePlan",
+    "TableWise",
+    "Traffic",
+    "embedding_bag",
+    "plan",
+]
 
 
 def embedding_bag(

@@ -26,6 +26,12 @@ from jbag.ragged._bags import Bags
 from jbag.sparse._pullback import pull_back
 from jbag.sparse._row_sparse import RowSparse, is_rows
 
+__all__ = [
+    "pmean",
+    "pool",
+    "psum",
+]
+
 AxisName = str | Sequence[str]
 
 

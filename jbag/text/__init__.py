@@ -32,6 +32,10 @@ from jbag.text._encoder_options import ARRAYS, OPTIONS, check_arrays, check_opti
 from jbag.text._tokenizer_options import Plan, Split, SplitName, to_utf8
 from jbag.text._tokenizers import tokenizer
 
+__all__ = [
+    "Encoder",
+]
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Encoder:
