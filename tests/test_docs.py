@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import re
@@ -52,16 +53,22 @@ def test_docstring_examples_run(name, tmp_path):
     assert results.attempted > 0 or ">>>" not in source
 
 
-PUBLIC = [
-    name
-    for name in dir(jbag)
-    if not name.startswith("_") and callable(getattr(jbag, name))
-]
+PUBLIC = [name for name in jbag.__all__ if callable(getattr(jbag, name))]
+PACKAGES = {
+    name: getattr(jbag, name)
+    for name in jbag.__all__
+    if inspect.ismodule(getattr(jbag, name))
+}
+EXPLAINED = {f"jbag.{name}": getattr(jbag, name) for name in PUBLIC} | {
+    f"jbag.{package}.{name}": getattr(module, name)
+    for package, module in PACKAGES.items()
+    for name in module.__all__
+}
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", EXPLAINED)
 def test_public_names_have_an_example(name):
-    assert ">>>" in getattr(jbag, name).__doc__
+    assert ">>>" in EXPLAINED[name].__doc__
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -45,7 +45,13 @@ __all__ = [
 
 
 class Frozen(nnx.Variable[Array]):
-    """A table kept from training: not an `nnx.Param`, which optimizers select."""
+    """A table kept from training: not an `nnx.Param`, which optimizers select.
+
+    Example:
+      >>> bag = jbag.nnx.EmbeddingBag.from_pretrained(jax.numpy.ones((10, 2)))
+      >>> type(bag.embedding) is jbag.nnx.Frozen
+      True
+    """
 
 
 @dataclasses.dataclass(eq=False, repr=False)

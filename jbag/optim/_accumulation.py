@@ -25,14 +25,14 @@ def accumulate_gradients(
     gradient of a table has the rows of all batches.
 
     Args:
-      value_and_grad: a function of (parameters, *batch) that returns (value, gradient),
-        as `jbag.value_and_grad(loss)` does. With `has_aux`, the auxiliary data is
-        stacked.
+      value_and_grad: a function of the parameters and the arrays of a batch that
+        returns (value, gradient), as `jbag.value_and_grad(loss)` does. With
+        `has_aux`, the auxiliary data is stacked.
       steps: the number of batches, at least 1.
 
     Returns:
-      A function of (parameters, *batches) that returns (value, gradient). Every array
-      of the batches has a leading axis of size `steps`.
+      A function of the parameters and the arrays of the batches that returns (value,
+      gradient). Every array of the batches has a leading axis of size `steps`.
 
     Raises:
       TypeError: `steps` is not an integer.

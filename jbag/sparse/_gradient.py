@@ -77,7 +77,7 @@ def value_and_grad(
       loss: a function that returns a scalar, or (scalar, auxiliary data) with
         `has_aux`.
       argnums: the positional arguments to differentiate: a position, or a sequence of
-        positions; with NNX modules also `nnx.DiffState`s.
+        positions; with NNX modules also `nnx.DiffState`.
       has_aux: whether the loss returns auxiliary data.
       allow_dense: the response to a dense gradient of a table pooled with
         `sparse=True`: None warns with `DenseGradientWarning`, True allows it, False
