@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jbag._validation import Floats, Integers
-from jbag.collection._collection import (
+from jbag.collection._collection_module import (
     CollectionOptions,
     check_parts,
     collection_shardings,
@@ -23,7 +23,7 @@ from jbag.collection._collection import (
     validate_batch,
 )
 from jbag.collection._lookup import Traffic
-from jbag.interop import _flax_state as _flax_state  # registers pytrees with Flax
+from jbag.interop import _flax_serialization as _flax_serialization  # registers types
 from jbag.interop import _torch
 from jbag.ops._embedding_bag_module import EmbeddingBagOptions, pretrained_options
 from jbag.ragged._bags import Bags

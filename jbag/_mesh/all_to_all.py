@@ -25,11 +25,11 @@ from jax.interpreters import ad, mlir
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
-from jbag._mesh.partition_specs import Strategy, per_device
+from jbag._mesh.strategies import Strategy, per_device
 from jbag.ops import _spmm
 from jbag.ops._primitive import evaluate_compiled
 from jbag.ops._row_gather import accumulation_dtype, take
-from jbag.ragged._csr import OUT_OF_RANGE_ID
+from jbag.ragged._bag_arrays import OUT_OF_RANGE_ID
 
 
 def default_rows_per_round(slots: int, owners: int) -> int:

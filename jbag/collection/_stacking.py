@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Shaped
 
-from jbag._mesh.partition_specs import TableWise
 from jbag._mesh.row_layout import Lanes, Layout, place
+from jbag._mesh.strategies import TableWise
 from jbag._validation import TABLE_DTYPES, check_flag, check_integer
 from jbag.ops import _row_gather
 from jbag.ops._embedding_bag import check_mode, check_padding_idx
@@ -21,9 +21,9 @@ from jbag.ops._embedding_bag_module import Initializer, default_embedding_init
 from jbag.ops._max_norm import check_norm
 from jbag.ops._pooling import PoolingOptions
 from jbag.ops._row_gather import accumulation_dtype
-from jbag.ragged import _csr
+from jbag.ragged import _bag_arrays
+from jbag.ragged._bag_arrays import PAD_ID, Ids, Offsets, Slots
 from jbag.ragged._concatenate import concatenate_bags, concatenate_slots, num_bags
-from jbag.ragged._csr import PAD_ID, Ids, Offsets, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +235,8 @@ class Launch(NamedTuple):
         """Return the array row of each slot; slots of other launches are padding."""
         assert bag.offsets is not None
         count = self.sizes({KEYED: bag})[self.features[0]]
-        bounds, _ = _csr.bag_bounds(bag.offsets, bag.ids.size)
-        key = _csr.segment_ids(bounds, bag.ids.size) // max(count, 1)
+        bounds, _ = _bag_arrays.bag_bounds(bag.offsets, bag.ids.size)
+        key = _bag_arrays.segment_ids(bounds, bag.ids.size) // max(count, 1)
         rows = jnp.full_like(bag.ids, PAD_ID)
         for feature, table in zip(self.features, self.tables, strict=True):
             own = stack.place(table, bag.ids)
@@ -278,8 +278,8 @@ def only_in_bags(ids: Ids, offsets: Offsets) -> Ids:
     """Return the ids; those outside every well-formed bag become `PAD_ID`."""
     if offsets is None:
         return ids
-    bounds, malformed = _csr.bag_bounds(offsets, ids.size)
-    bags = _csr.segment_ids(bounds, ids.size)
+    bounds, malformed = _bag_arrays.bag_bounds(offsets, ids.size)
+    bags = _bag_arrays.segment_ids(bounds, ids.size)
     return jnp.where(_row_gather.take(malformed, bags, True), PAD_ID, ids)
 
 

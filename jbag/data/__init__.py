@@ -47,7 +47,7 @@ from jbag._validation import check_flag, check_integer
 from jbag.data import _batches
 from jbag.data._batches import Batch
 from jbag.data._collate import Collate, Example, Source
-from jbag.data._sampler import batch_positions, epoch_capacity, permutation
+from jbag.data._order import batch_positions, epoch_capacity, permutation
 
 __all__ = [
     "Batch",

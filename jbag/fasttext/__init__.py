@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from jbag._validation import check_integer, check_strings
 from jbag.fasttext import _model_file
 from jbag.fasttext._prediction import Tree, best_labels, huffman, largest, values
-from jbag.fasttext._vectors import load_vectors
+from jbag.fasttext._vector_file import load_vectors
 from jbag.ops._embedding_bag import embedding_bag
 from jbag.ragged._bags import Bags
 from jbag.ragged._bucket import bucket

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jbag._validation import Floats, Integers
-from jbag.collection._collection import (
+from jbag.collection._collection_module import (
     CollectionOptions,
     check_parts,
     collection_shardings,
@@ -26,7 +26,7 @@ from jbag.collection._collection import (
     validate_batch,
 )
 from jbag.collection._lookup import Traffic
-from jbag.interop import _flax_state as _flax_state  # registers pytrees with Flax
+from jbag.interop import _flax_serialization as _flax_serialization  # registers types
 from jbag.interop import _torch
 from jbag.nnx._gradient import grad, value_and_grad
 from jbag.ops._embedding_bag_module import EmbeddingBagOptions, pretrained_options

@@ -21,9 +21,9 @@ from jbag.ops._max_norm import row_scale
 from jbag.ops._row_gather import accumulation_dtype, take
 from jbag.ops._segment_max import extremum
 from jbag.ops._sparse_marks import mark_pooled, mark_table
-from jbag.ragged import _csr
+from jbag.ragged import _bag_arrays
+from jbag.ragged._bag_arrays import OUT_OF_RANGE_ID, PAD_ID, Ids, Offsets, Size, Slots
 from jbag.ragged._concatenate import num_bags
-from jbag.ragged._csr import OUT_OF_RANGE_ID, PAD_ID, Ids, Offsets, Size, Slots
 
 
 class PoolingOptions(NamedTuple):
@@ -263,7 +263,7 @@ def _divide(
             implementation=pooling.implementation,
         )
 
-    filled = _csr.filled(ids, pad_id)
+    filled = _bag_arrays.filled(ids, pad_id)
     if pooling.mode == "mean":
         sums = sum_slots(filled, weights)
     else:

@@ -18,16 +18,21 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Int
 
 from jbag.ops.kernels import KERNELS, Kernel, choose, special_platforms
-from jbag.ragged import _csr
-from jbag.ragged._csr import PAD_ID, canonicalize_ids, concatenate_ragged, merge_axes
+from jbag.ragged import _bag_arrays
+from jbag.ragged._bag_arrays import (
+    PAD_ID,
+    canonicalize_ids,
+    concatenate_ragged,
+    merge_axes,
+)
 
 
 def bind(
     primitive: Primitive,
     dense: Sequence[Array],
-    ids: _csr.Ids,
-    offsets: _csr.Offsets,
-    coefficients: _csr.Slots | None,
+    ids: _bag_arrays.Ids,
+    offsets: _bag_arrays.Offsets,
+    coefficients: _bag_arrays.Slots | None,
     **params: Any,
 ) -> Any:
     """Bind a primitive to its operands; leave out optional operands that are None."""

@@ -18,8 +18,8 @@ from jbag._validation import check_integer
 from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels.memory_pages import to_huge_pages
 from jbag.ops.kernels.update_rules import RULES, step
+from jbag.sparse._applied_update import AppliedUpdate
 from jbag.sparse._row_sparse import RowSparse, is_rows
-from jbag.sparse._row_update import RowUpdate
 
 Rate = float | Array | Callable[[Int[Array, ""]], Any]
 
@@ -146,7 +146,7 @@ def _update_rows(
         old, new = (delta.rows_of(x).astype(jnp.float32) for x in (table, new_table))
         return delta.with_values(new - old)
 
-    return RowUpdate(table, new_table, difference), tuple(new_states)
+    return AppliedUpdate(table, new_table, difference), tuple(new_states)
 
 
 def _compute_delta(

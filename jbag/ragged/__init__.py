@@ -1,1 +1,1 @@
-"""Ragged batches: `Bags`, offsets, segment ids, padding, packing and concatenation."""
+"""Ragged batches: `Bags`, offsets, segment ids, padding, lists and concatenation."""

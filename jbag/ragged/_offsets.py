@@ -15,7 +15,7 @@ from jbag._validation import (
     on_host,
     to_index_dtype,
 )
-from jbag.ragged import _csr
+from jbag.ragged import _bag_arrays
 
 
 def offsets_to_segment_ids(offsets: Integers, capacity: int) -> Int[AnyArray, " N"]:
@@ -42,8 +42,8 @@ def offsets_to_segment_ids(offsets: Integers, capacity: int) -> Int[AnyArray, " 
     if on_host(offsets):
         lengths = np.diff(offsets, append=capacity)
         return np.repeat(np.arange(offsets.size, dtype=np.int32), lengths)
-    bounds, malformed = _csr.bag_bounds(jnp.asarray(offsets), capacity)
-    return jnp.where(malformed.any(), -1, _csr.segment_ids(bounds, capacity))
+    bounds, malformed = _bag_arrays.bag_bounds(jnp.asarray(offsets), capacity)
+    return jnp.where(malformed.any(), -1, _bag_arrays.segment_ids(bounds, capacity))
 
 
 def segment_ids_to_offsets(

@@ -43,17 +43,17 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from jbag._mesh.partition_specs import ShardingType, TableWise, current_mesh
 from jbag._mesh.row_layout import Layout
+from jbag._mesh.strategies import ShardingType, TableWise, current_mesh
 from jbag._validation import check_table
-from jbag.collection._collection import (
+from jbag.collection._collection_module import (
     CollectionOptions,
     check_parts,
     pool_collection,
 )
 from jbag.collection._lookup import Traffic
 from jbag.collection._stacking import Feature, Table
-from jbag.sharding._loads import Load
+from jbag.sharding._feature_loads import Load
 from jbag.sharding._planner import Plan, TablePlan, plan
 from jbag.sharding._process_batches import Blocks
 

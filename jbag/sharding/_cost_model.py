@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jbag._mesh.all_to_all import default_rows_per_round
-from jbag._mesh.partition_specs import ShardingType
 from jbag._mesh.row_layout import Lanes
+from jbag._mesh.strategies import ShardingType
 from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels.update_rules import Rule
 

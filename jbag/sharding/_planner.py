@@ -77,12 +77,12 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from jbag._mesh.partition_specs import Axis, ShardingType, TableWise
 from jbag._mesh.row_layout import GRID
+from jbag._mesh.strategies import Axis, ShardingType, TableWise
 from jbag._validation import check_integer
 from jbag.ops.kernels.update_rules import RULES
 from jbag.sharding._cost_model import CostModel, choose, stacks_of
-from jbag.sharding._loads import Load, check_table_loads
+from jbag.sharding._feature_loads import Load, check_table_loads
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
-from jbag._mesh.partition_specs import Strategy, strategy
+from jbag._mesh.strategies import Strategy, strategy
 from jbag._validation import check_integer
 from jbag.data._batches import check_capacities, check_examples, select
 

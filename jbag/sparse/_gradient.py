@@ -11,9 +11,9 @@ The steps from `sparse=True` to an updated row:
    the tables held constant. JAX differentiates with respect to these zeros.
 4. `_pullback.pull_back`, as in `jbag.sparse.pool`, makes a `RowSparse` of each
    cotangent: a `FactoredGradient`, A.T @ cotangent, which is not multiplied. Its
-   `Placement` is the layout over a mesh. `_guard` protects its leaves.
+   `Placement` is the layout over a mesh. `_sealed_leaves` protects its leaves.
 5. The optimizers of `jbag.optim` call `RowSparse.update_table`, which sums rows and
-   applies an update rule in place. `RowUpdate` gives `optax.apply_updates` the new
+   applies an update rule in place. `AppliedUpdate` gives `optax.apply_updates` the new
    table.
 
 No array of size V * D or N * D is formed.

@@ -24,7 +24,7 @@ from jbag.ops._factored_gradient import (
     Placement,
     sum_batch,
 )
-from jbag.sparse._guard import SealedGradients
+from jbag.sparse._sealed_leaves import SealedGradients
 
 
 class _RowSparseType(type):

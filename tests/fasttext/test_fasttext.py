@@ -10,7 +10,7 @@ import pytest
 from fasttext_files import EXAMPLE, LABELS, OUTPUT, TABLE, WORDS, Quantised, model
 
 import jbag
-from jbag.text._tokenizers import TOKENIZERS
+from jbag.text._tokenizer_choice import TOKENIZERS
 
 
 def load(tmp_path, name="model.bin", label_prefix="__label__", **changes):
@@ -303,7 +303,7 @@ def test_vectors_of_strange_words_are_read(tmp_path):
 
 
 def test_vectors_longer_than_a_block_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("jbag.fasttext._vectors._BLOCK", 256)
+    monkeypatch.setattr("jbag.fasttext._vector_file._BLOCK", 256)
     table = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
     text = "".join(
         f"w{i} " + " ".join(map(str, row.tolist())) + "\n"

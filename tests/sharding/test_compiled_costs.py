@@ -13,7 +13,7 @@ import jbag
 from jbag.ops.kernels.update_rules import RULES
 from jbag.sharding import Load, TableWise
 from jbag.sharding._cost_model import CostModel
-from jbag.sharding._loads import check_table_loads
+from jbag.sharding._feature_loads import check_table_loads
 
 pytestmark = pytest.mark.standard_promotion
 DEVICES, BAGS, SLOTS, WIDTH, COUNT = 4, 64, 500, 32, 5

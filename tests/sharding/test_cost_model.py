@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from plans import P, Table, plan_one, totals
 
-from jbag._mesh.partition_specs import TableWise
-from jbag.sharding._loads import Load
+from jbag._mesh.strategies import TableWise
+from jbag.sharding._feature_loads import Load
 from jbag.sharding._planner import plan
 
 

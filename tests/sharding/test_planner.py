@@ -11,8 +11,8 @@ from meshes import make_mesh
 from plans import STRATEGIES, P, Table, oracle, plan_one, random_case, totals
 
 import jbag
-from jbag._mesh.partition_specs import TableWise
-from jbag.sharding._loads import Load
+from jbag._mesh.strategies import TableWise
+from jbag.sharding._feature_loads import Load
 from jbag.sharding._planner import Plan, TablePlan, plan
 
 

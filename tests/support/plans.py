@@ -6,7 +6,7 @@ import math
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jbag.sharding._loads import Load
+from jbag.sharding._feature_loads import Load
 from jbag.sharding._planner import plan
 
 P = PartitionSpec

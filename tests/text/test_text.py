@@ -15,7 +15,7 @@ import text_oracle
 
 import jbag
 from jbag.text import Encoder
-from jbag.text._tokenizers import TOKENIZERS
+from jbag.text._tokenizer_choice import TOKENIZERS
 
 PIECES = [
     "a", "b", "cat", "Cat", "CAFÉ", "é", "ñandú", "日本語", "ไทย", "e\u0301", "#$", "ß",

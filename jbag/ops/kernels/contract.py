@@ -8,7 +8,7 @@ The bags have one of two layouts:
 An id equal to `pad_id` marks an empty slot, which adds nothing; with `pad_id` None no
 slot is empty. Any other id outside [0, V) reads a row of NaN, and the table gets no
 gradient from it. Slots in no bag are empty. A bag with malformed offsets (see
-`jbag.ragged._csr.bag_bounds`) is NaN, and the table gets no gradient from it.
+`jbag.ragged._bag_arrays.bag_bounds`) is NaN, and the table gets no gradient from it.
 
 `coefficients` has the shape of `ids` and the accumulation dtype; None means ones.
 """
@@ -20,7 +20,7 @@ from typing import Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from jbag.ragged._csr import Ids, Offsets, Size, Slots
+from jbag.ragged._bag_arrays import Ids, Offsets, Size, Slots
 
 
 @runtime_checkable

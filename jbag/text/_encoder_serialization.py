@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jbag.text._encoder_options import ARRAYS, OPTIONS
+from jbag.text._encoder_checks import ARRAYS, OPTIONS
 
 
 def to_arrays(encoder: Any) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""`RowUpdate`: the update of a table that an optimizer has already updated in place."""
+"""`AppliedUpdate`: the update of a table that an optimizer has already applied."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jbag.sparse._row_sparse import RowSparse
 
 
 @jax.tree_util.register_pytree_node_class
-class RowUpdate(RowSparse):
+class AppliedUpdate(RowSparse):
     """The update of a table that an optimizer has already updated in place.
 
     `table + update` is the updated table, without a copy. In any other use, with

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jbag._mesh.partition_specs import (
+from jbag._mesh.row_layout import GRID
+from jbag._mesh.strategies import (
     SHARDED_BY_ROWS,
     ShardingType,
     Strategy,
@@ -23,7 +24,6 @@ from jbag._mesh.partition_specs import (
     reshard,
     strategy,
 )
-from jbag._mesh.row_layout import GRID
 from jbag._validation import check_flag, check_integer
 from jbag.collection._inputs import Parts, check_batch
 from jbag.collection._lookup import Traffic, measure_traffic, pool_stack

@@ -1,4 +1,4 @@
-"""The sampler: the examples of each batch of an epoch, and the capacity."""
+"""The order of an epoch: the positions of the examples per batch; the capacity."""
 
 from __future__ import annotations
 

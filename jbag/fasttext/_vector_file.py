@@ -11,7 +11,7 @@ import numpy as np
 
 from jbag._files import refusing
 from jbag._validation import check_integer
-from jbag.text._tokenizers import tokenizer
+from jbag.text._tokenizer_choice import tokenizer
 
 _BLOCK = 1 << 24  # bytes
 _BOM = b"\xef\xbb\xbf"
