@@ -1,260 +1,273 @@
-"""`Batch`, and the selection of examples of a host data set by position.
-
-Position -1 selects an empty bag.
-"""
+"""`batches`: shuffle a data set, pack it into batches, prefetch them."""
 
 from __future__ import annotations
 
-import dataclasses
+import concurrent.futures
 import functools
-import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.export
 import numpy as np
-from jaxtyping import Bool, Int
 
-from jbag._validation import AnyArray, check_integer, check_integers
-from jbag.ragged._bags import Bags
-
-Capacity = int | Callable[[int], int]
-
-# With a shorter mean bag than this, one `take` is faster than a copy per bag.
-SHORT = 128
+from jbag._validation import check_flag, check_integer
+from jbag.data import _selection
+from jbag.data._order import batch_positions, epoch_capacity, permutation
+from jbag.data._selection import Batch
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["bags", "arrays", "mask", "positions"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
-    """Hold B examples in static shapes, as a pytree.
+def batches(
+    bags: Any,
+    arrays: Any = None,
+    *,
+    batch_size: int,
+    seed: int | None = None,
+    epoch: int = 0,
+    start: int = 0,
+    capacity: Any = None,
+    drop_remainder: bool = False,
+    steps: int | Literal["epoch"] | None = None,
+    shard: tuple[int, int] = (0, 1),
+    prefetch: int = 0,
+    device: Any = None,
+    num_embeddings: Any = None,
+) -> Batches:
+    """Shuffle a data set and pack it into batches of B bags in N slots.
 
-    In a stack of K batches, every array has a leading axis K.
+    The batches are a function of the arguments alone: they are the same on every run,
+    and processes need no communication. NumPy shuffles; another version of NumPy may
+    shuffle differently.
 
-    Attributes:
-      bags: a `Bags` of B bags, or a tree of them with the structure of the data set.
-        Ids [n, L] become bags of L.
-      arrays: the tree of arrays [B, ...], or None; padding is zero.
-      mask: [B], False for padding.
-      positions: [B], the position of each example in the data set, -1 for padding; None
-        if the examples of `Collate` have no positions.
+    Args:
+      bags: the n examples of the data set: a `Bags`, or ids [n, L], or a tree (of dicts
+        and tuples) of them, such as a dict by feature. Device arrays are copied to the
+        host once.
+      arrays: a tree of arrays [n, ...], such as labels; or None.
+      batch_size: B, the examples per batch of this process.
+      seed: the seed of the shuffle, different in each epoch; None does not shuffle.
+      epoch: the epoch to yield.
+      start: the number of items to skip at the start of the epoch, for a restart.
+      capacity: N. None chooses one capacity for all epochs: the mean number of ids per
+        batch and six standard deviations, rounded up by `jbag.bucket`; a rare epoch
+        with a larger batch has a larger one. A number is the capacity. A function of
+        the number of ids, such as `jbag.bucket`, applies per item: fewer empty slots,
+        more shapes. Or a tree of these with the structure of `bags`.
+      drop_remainder: drop the last batch, and the last stack, if it is not full.
+      steps: None yields batches. K yields stacks of K batches for `jax.lax.scan`, the
+        last one padded with empty batches. "epoch" yields one stack.
+      shard: (index, count) of this process, such as (jax.process_index(),
+        jax.process_count()). A step takes count * B examples, B per process. All
+        processes have the same number of steps and the same shapes.
+      prefetch: the number of items that a thread prepares ahead; 0 starts no thread.
+      device: a device or `Sharding`, or a tree of them, for `jax.device_put`; None
+        leaves items on the host. A stack of K batches sharded on its first axis has one
+        batch per device; `jax.make_array_from_process_local_data` joins the items of
+        several processes.
+      num_embeddings: V, to check the ids of each batch; or a tree of numbers with the
+        structure of `bags`. None checks nothing.
+
+    Returns:
+      A `Batches`, an iterable of `Batch`.
+
+    Raises:
+      IndexError: an id is outside [0, num_embeddings). The iterator raises it, with the
+        feature, the example and the position.
+      TypeError: an argument has a wrong type.
+      ValueError: a number is out of range, `bags` and `arrays` differ in length, a
+        batch exceeds `capacity`, or `drop_remainder` drops everything.
 
     Example:
-      >>> bags = jbag.Bags.from_lists([[1, 2], [3], [4, 5, 6]])
-      >>> for batch in jbag.data.batches(bags, batch_size=2):
-      ...     print(batch.bags.to_lists(), batch.mask, batch.positions)
-      [[1, 2], [3]] [ True  True] [0 1]
-      [[4, 5, 6], []] [ True False] [ 2 -1]
+      >>> bags = jbag.Bags.from_lists([[1, 2], [3], [4, 5, 6], [7], [8]])
+      >>> labels = np.array([0, 1, 0, 1, 1])
+      >>> stream = jbag.data.batches(bags, labels, batch_size=2, seed=0)
+      >>> [batch.arrays.shape for batch in stream]
+      [(2,), (2,), (2,)]
+      >>> [stack] = jbag.data.batches(bags, batch_size=2, steps="epoch")
+      >>> stack.bags.offsets
+      array([[0, 2, 3],
+             [0, 3, 4],
+             [0, 1, 1]], dtype=int32)
+    """
+    examples = _selection.check_examples(bags, arrays)
+    batch_size = check_integer("batch_size", batch_size, low=1)
+    if seed is not None:
+        seed = check_integer("seed", seed, low=0)
+    if isinstance(steps, str) and steps != "epoch":
+        raise ValueError(f'`steps` must be a number, None or "epoch"; got {steps!r}.')
+    if steps is not None and not isinstance(steps, str):
+        steps = check_integer("steps", steps, low=1)
+    check_flag("drop_remainder", drop_remainder)
+    options = _Options(
+        batch_size,
+        seed,
+        _selection.check_capacities(capacity, examples.names, examples.bags_tree),
+        bool(drop_remainder),
+        steps,
+        _check_shard(shard),
+        check_integer("prefetch", prefetch, low=0),
+        device,
+        _selection.check_sizes(num_embeddings, examples.names, examples.bags_tree),
+    )
+    return Batches(examples, options, epoch, start)
+
+
+class _Options(NamedTuple):
+    """The checked arguments of `batches`."""
+
+    batch_size: int
+    seed: int | None
+    capacities: list[_selection.Capacity | None]
+    drop_remainder: bool
+    steps: int | str | None
+    shard: tuple[int, int]
+    prefetch: int
+    device: Any
+    num_embeddings: list[int | None]
+
+
+class Batches:
+    """Iterate over the batches of an epoch; `jbag.data.batches` constructs it.
+
+    Each iteration yields the same items. `len()` is their number.
+
+    Example:
+      >>> bags = jbag.Bags.from_lists([[1, 2], [3], [4, 5, 6], [7], [8]])
+      >>> stream = jbag.data.batches(bags, batch_size=2, seed=0)
+      >>> step = 7  # of a checkpoint
+      >>> epoch, start = divmod(step, len(stream))
+      >>> epoch, start, len(stream.at(epoch, start))
+      (2, 1, 2)
     """
 
-    bags: Any
-    arrays: Any
-    mask: Bool[AnyArray, "*stack B"]
-    positions: Int[AnyArray, "*stack B"] | None = None
-
-
-jax.export.register_pytree_node_serialization(
-    Batch,
-    serialized_name="jbag.data.Batch",
-    serialize_auxdata=lambda _: b"",
-    deserialize_auxdata=lambda _: (),
-)
-
-
-class Examples(NamedTuple):
-    """A data set: the leaves of the trees of `Bags` and of arrays, on the host."""
-
-    bags: list[Bags]
-    names: list[str]
-    bags_tree: Any
-    arrays: list[np.ndarray]
-    arrays_tree: Any
-    size: int
-
-
-def check_examples(bags: Any, arrays: Any) -> Examples:
-    """Check that all leaves have one length; return the data set on the host."""
-    # A list is an error here: `Collate` takes lists as the ids of one bag.
-    paths, tree = jax.tree_util.tree_flatten_with_path(
-        bags, is_leaf=lambda x: x is None or isinstance(x, Bags | list)
-    )
-    names = ["bags" + jax.tree_util.keystr(path) for path, _ in paths]
-    leaves = [_check_bags(name, x) for name, (_, x) in zip(names, paths, strict=True)]
-    if not leaves:
-        raise TypeError(f"`bags` must be Bags, or a tree of them; got {bags!r}.")
-    size = leaves[0].num_bags
-    for name, leaf in zip(names, leaves, strict=True):
-        if leaf.num_bags != size:
-            raise ValueError(
-                f"`{name}` must hold {size} bags, as `{names[0]}`; got {leaf.num_bags}."
-            )
-    paths, arrays_tree = jax.tree_util.tree_flatten_with_path(arrays)
-    checked = [
-        _check_array("arrays" + jax.tree_util.keystr(path), x, size)
-        for path, x in paths
-    ]
-    return Examples(leaves, names, tree, checked, arrays_tree, size)
-
-
-def check_capacities(capacity: Any, names: list[str], tree: Any) -> list[Any]:
-    """Return one capacity, function or None for each leaf of the tree of bags."""
-    leaves = _for_each("capacity", capacity, names, tree)
-    for name, leaf in zip(names, leaves, strict=True):
-        if leaf is not None and not callable(leaf):
-            check_integer(_option_of("capacity", name), leaf, low=0)
-    return leaves
-
-
-def check_sizes(num_embeddings: Any, names: list[str], tree: Any) -> list[int | None]:
-    """Return one number of rows or None for each leaf of the tree of bags."""
-    leaves = _for_each("num_embeddings", num_embeddings, names, tree)
-    for name, leaf in zip(names, leaves, strict=True):
-        if leaf is not None:
-            check_integer(_option_of("num_embeddings", name), leaf, low=0)
-    return leaves
-
-
-def _for_each(option: str, given: Any, names: list[str], tree: Any) -> list[Any]:
-    """Return the value of an option for each leaf of the tree of bags."""
-    leaves, own = jax.tree.flatten(given, is_leaf=lambda x: x is None)
-    if jax.tree_util.treedef_is_leaf(own):
-        return leaves * len(names)
-    if own != tree:
-        raise ValueError(
-            f"`{option}` must be one value, or a tree like `bags`, {tree}; got {own}."
+    def __init__(
+        self, examples: _selection.Examples, options: _Options, epoch: int, start: int
+    ) -> None:
+        epoch = check_integer("epoch", epoch, low=0)
+        self._examples, self._options = examples, options
+        index, num_shards = options.shard
+        all_positions = batch_positions(
+            permutation(examples.size, options.seed, epoch),
+            batch_size=options.batch_size,
+            steps=options.steps,
+            num_shards=num_shards,
+            drop_remainder=options.drop_remainder,
         )
-    return leaves
+        self._start = check_integer("start", start, low=0, high=len(all_positions) + 1)
+        self._positions = all_positions[:, :, index]
+        # Sizes of all processes, because their shapes must be equal.
+        self._used = [
+            _selection.sizes(bags, all_positions).max((1, 2), initial=0)
+            for bags in examples.bags
+        ]
+        self._capacities = list(map(self._capacity, range(len(examples.bags))))
 
+    def at(self, epoch: int, start: int = 0) -> Batches:
+        """Return the batches of another epoch, from its item `start`.
 
-def fit(name: str, capacity: Capacity, used: int) -> int:
-    """Return the capacity for `used` ids; raise ValueError if they exceed it."""
-    name = _option_of("capacity", name)
-    if callable(capacity):
-        return check_integer(f"{name}({used})", capacity(used), low=used)
-    if capacity < used:
-        raise ValueError(
-            f"`{name}` must be at least the ids of the largest batch, {used}; "
-            f"got {capacity}."
+        Args:
+          epoch: the epoch to yield.
+          start: the number of items to skip.
+
+        Raises:
+          TypeError: an argument is not an integer.
+          ValueError: an argument is out of range.
+
+        Example:
+          >>> bags = jbag.Bags.from_lists([[1], [2], [3], [4]])
+          >>> stream = jbag.data.batches(bags, batch_size=2, seed=0)
+          >>> sorted(i for batch in stream.at(1) for i in batch.positions.tolist())
+          [0, 1, 2, 3]
+        """
+        return Batches(self._examples, self._options, epoch, start)
+
+    def __len__(self) -> int:
+        return len(self._positions) - self._start
+
+    def __iter__(self) -> Iterator[Batch]:
+        # JAX's configuration is per thread: use that of the iterating thread.
+        x64 = jax.dtypes.canonicalize_dtype(np.int64) == np.int64
+        make = functools.partial(self._make, x64=x64)
+        items = range(self._start, len(self._positions))
+        if self._options.prefetch:
+            return _Prefetched(make, items, self._options.prefetch)
+        return map(make, items)
+
+    def _capacity(self, leaf: int) -> _selection.Capacity:
+        options, bags = self._options, self._examples.bags[leaf]
+        capacity = options.capacities[leaf]
+        largest = int(self._used[leaf].max(initial=0))
+        if capacity is None:
+            lengths, shuffled = np.asarray(bags.lengths), options.seed is not None
+            return epoch_capacity(lengths, options.batch_size, largest, shuffled)
+        if not callable(capacity):
+            _selection.fit(self._examples.names[leaf], capacity, largest)
+        return capacity
+
+    def _make(self, item: int, x64: bool) -> Batch:
+        examples, positions = self._examples, self._positions[item]
+        bags = []
+        for leaf, name in enumerate(examples.names):
+            used = int(self._used[leaf][item])
+            capacity = _selection.fit(name, self._capacities[leaf], used)
+            own = _selection.select(examples.bags[leaf], positions, capacity)
+            num_embeddings = self._options.num_embeddings[leaf]
+            if num_embeddings is not None:
+                _selection.check_rows(name, own, num_embeddings, positions)
+            bags.append(own)
+        arrays = [_selection.take(array, positions) for array in examples.arrays]
+        batch = Batch(
+            jax.tree.unflatten(examples.bags_tree, bags),
+            jax.tree.unflatten(examples.arrays_tree, arrays),
+            positions >= 0,
+            positions.copy(),
         )
-    return int(capacity)
+        if self._options.steps is None:
+            batch = jax.tree.map(lambda x: x[0], batch)
+        if self._options.device is None:
+            return batch
+        with jax.enable_x64(x64):
+            return jax.device_put(batch, self._options.device)
 
 
-def sizes(bags: Bags, positions: Int[np.ndarray, "... B"]) -> Int[np.ndarray, "..."]:
-    """Return the number of ids of each batch."""
-    return _spans(bags, positions)[1].sum(-1, dtype=np.int64)
+class _Prefetched:
+    """Yield `make(item)` of each item; a thread computes up to `ahead` items early.
 
+    The thread ends with the iterator. This is a class because Python may close an
+    unfinished generator late and on any thread.
+    """
 
-def select(bags: Bags, positions: Int[np.ndarray, "K B"], capacity: int) -> Bags:
-    """Return a stack of K batches with this capacity, which must suffice."""
-    num_batches, batch_size = positions.shape
-    starts, lengths = _spans(bags, positions)
-    offsets = np.zeros((num_batches, batch_size + 1), bags.offsets.dtype)
-    np.cumsum(lengths, axis=1, out=offsets[:, 1:])
-
-    def gather(source: Any) -> np.ndarray:
-        out = np.empty((num_batches, capacity), source.dtype)
-        ends = offsets[:, -1].tolist()
-        for row, start, length, end in zip(out, starts, lengths, ends, strict=True):
-            _gather(source, start, length, row[:end])
-            row[end:] = 0
-        return out
-
-    weights = None if bags.weights is None else gather(bags.weights)
-    return Bags(gather(bags.indices), offsets, weights)
-
-
-def check_rows(
-    name: str, bags: Bags, num_embeddings: int, positions: Int[np.ndarray, "K B"]
-) -> None:
-    """Raise IndexError for the first id of K batches outside [0, num_embeddings)."""
-    bad = (bags.indices < 0) | (bags.indices >= num_embeddings)
-    bad &= np.arange(bags.capacity) < bags.offsets[:, -1:]
-    if bad.any():
-        batch, slot = np.unravel_index(np.argmax(bad), bad.shape)
-        offsets = bags.offsets[batch]
-        bag = np.searchsorted(offsets, slot, side="right") - 1
-        raise IndexError(
-            f"`{name}` must hold ids in [0, {num_embeddings}), the rows of the table; "
-            f"got {bags.indices[batch, slot]} in example {positions[batch, bag]} at "
-            f"position {slot - offsets[bag]}."
+    def __init__(
+        self, make: Callable[[int], Batch], items: Iterable[int], ahead: int
+    ) -> None:
+        self._make, self._items, self._ahead = make, iter(items), ahead
+        self._futures: deque[concurrent.futures.Future[Batch]] = deque()
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "jbag.data")
+        self._end = weakref.finalize(
+            self, self._executor.shutdown, wait=False, cancel_futures=True
         )
 
+    def __iter__(self) -> _Prefetched:
+        return self
 
-def take(array: np.ndarray, positions: Int[np.ndarray, "K B"]) -> np.ndarray:
-    """Return the rows of an array, [K, B, ...]; zeros at position -1."""
-    rows = array.take(positions, axis=0, mode="wrap")  # faster than array[positions]
-    empty = positions < 0
-    if empty.any():
-        rows[empty] = np.zeros((), array.dtype)
-    return rows
-
-
-def _option_of(option: str, name: str) -> str:
-    return re.sub("^[a-z]+", option, name)
-
-
-def _spans(bags: Bags, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the start and the length of each bag; the length at -1 is zero."""
-    offsets = np.asarray(bags.offsets)
-    starts = offsets[positions]
-    return starts, np.where(positions < 0, 0, offsets[positions + 1] - starts)
+    def __next__(self) -> Batch:
+        for item in itertools.islice(self._items, self._ahead + 1 - len(self._futures)):
+            self._futures.append(self._executor.submit(self._make, item))
+        try:
+            if self._futures:
+                return self._futures.popleft().result()
+            raise StopIteration
+        except BaseException:
+            self._items = iter(())
+            self._futures.clear()
+            self._end()
+            raise
 
 
-def _gather(
-    source: np.ndarray, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray
-) -> None:
-    """Concatenate `source[start:start + length]` of each bag into `out`."""
-    ends = starts + lengths
-    if np.array_equal(starts[1:], ends[:-1]):  # contiguous, as without shuffling
-        out[:] = source[starts[0] : ends[-1]]
-    elif out.size < SHORT * starts.size:
-        shifts = starts - (np.cumsum(lengths, dtype=starts.dtype) - lengths)
-        slots = np.repeat(shifts, lengths)
-        slots += np.arange(out.size, dtype=slots.dtype)
-        np.take(source, slots, out=out, mode="clip")  # "raise" makes a copy
-    else:
-        pairs = zip(starts.tolist(), ends.tolist(), strict=True)
-        np.concatenate([source[start:end] for start, end in pairs], out=out)
-
-
-def _check_bags(name: str, given: Any) -> Bags:
-    if not isinstance(given, Bags) and hasattr(given, "dtype"):
-        given = _from_rectangle(name, given)
-    if not isinstance(given, Bags):
-        lists = " jbag.Bags.from_lists packs lists." if isinstance(given, list) else ""
-        raise TypeError(
-            f"`{name}` must be Bags, or ids [n, L], or dicts or tuples of them; "
-            f"got {type(given).__name__}.{lists}"
-        )
-    given.check_single()
-    on_host: Bags = jax.tree.map(np.asarray, given)
-    return Bags.from_offsets(
-        on_host.indices, on_host.offsets, on_host.weights, include_last_offset=True
-    )
-
-
-def _from_rectangle(name: str, given: Any) -> Bags:
-    """Return ids [n, L] as n bags of L."""
-    ids = check_integers(name, np.asarray(given))
-    if ids.ndim != 2:
-        raise ValueError(f"`{name}` must be ids [n, L]; got shape {ids.shape}.")
-    return Bags.from_lengths(ids.reshape(-1), np.full(*ids.shape))
-
-
-def _check_array(name: str, array: Any, size: int) -> np.ndarray:
-    shape = np.shape(array)
-    if not hasattr(array, "dtype") or not shape:
-        raise TypeError(
-            f"`{name}` must be an array with the examples on its first axis; "
-            f"got {array!r}."
-        )
-    if shape[0] != size:
-        raise ValueError(
-            f"`{name}` must have the length of `bags`, {size}; got shape {shape}."
-        )
-    return np.asarray(array)
+def _check_shard(shard: Any) -> tuple[int, int]:
+    if not isinstance(shard, tuple | list) or len(shard) != 2:
+        raise TypeError(f"`shard` must be (index, count); got {shard!r}.")
+    count = check_integer("shard[1]", shard[1], low=1)
+    return check_integer("shard[0]", shard[0], low=0, high=count), count

@@ -11,7 +11,7 @@ import jax.export
 import numpy as np
 
 from jbag._validation import check_integer
-from jbag.data._batches import Batch, check_capacities, check_examples, fit
+from jbag.data._selection import Batch, check_capacities, check_examples, fit
 from jbag.ragged._bags import Bags
 from jbag.ragged._bucket import bucket
 

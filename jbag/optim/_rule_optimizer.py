@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -41,6 +42,11 @@ class RowState(NamedTuple):
 
     count: Int[Array, ""]  # type: ignore[assignment]  # named as in Optax's states
     states: dict[str, Any]
+
+
+jax.export.register_namedtuple_serialization(
+    RowState, serialized_name="jbag.optim.RowState"
+)
 
 
 def optimizer_from_rule(
