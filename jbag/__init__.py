@@ -7,7 +7,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING
 
 from jbag._files import atomic_write
-from jbag.collection._stacking import Feature, Table
+from jbag.collection._tables_and_features import Feature, Table
 from jbag.interop._load_table import load_table
 from jbag.ops._embedding_bag import embedding_bag
 from jbag.ops._max_norm import renorm

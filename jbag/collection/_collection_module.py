@@ -30,13 +30,12 @@ from jbag.collection._lookup import Traffic, measure_traffic, pool_stack
 from jbag.collection._stacking import (
     KEYED,
     Bag,
-    Feature,
     Launch,
     Stack,
-    Table,
     make_launches,
     make_stacks,
 )
+from jbag.collection._tables_and_features import Feature, Table
 from jbag.ops.kernels import check_implementation
 
 

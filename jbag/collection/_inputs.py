@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbag._validation import check_ids, on_host, to_index_dtype
-from jbag.collection._stacking import KEYED, Bag, Feature, Stack, Table
+from jbag.collection._stacking import KEYED, Bag, Stack
+from jbag.collection._tables_and_features import Feature, Table
 from jbag.ops._embedding_bag import check_bags
 from jbag.ragged._bags import Bags
 

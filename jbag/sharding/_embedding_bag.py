@@ -15,7 +15,7 @@ from jbag.collection._collection_module import (
     check_parts,
     pool_collection,
 )
-from jbag.collection._stacking import Feature, Table
+from jbag.collection._tables_and_features import Feature, Table
 
 
 def embedding_bag(
