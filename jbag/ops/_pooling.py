@@ -1,7 +1,22 @@
 """The pooling modes as sparse matrix products, on checked arguments.
 
 `prepare` computes the coefficients, `combine` gathers and combines rows, and `finish`
-divides by the sum of the weights. On a mesh these steps run on different devices.
+divides weighted averages. On a mesh these steps run on different devices. Who divides,
+and by what:
+
+==============  ==============================  =======================================
+mode            without weights                 with weights
+==============  ==============================  =======================================
+"sum"           not divided                     not divided
+"mean"          the kernel: the number of       `finish`: the sum of the weights
+                filled slots, at least 1
+"sqrtn"         the kernel: the square root     `finish`: the square root of the sum of
+                of that number                  the squared weights
+"max", "min"    not divided                     not divided
+==============  ==============================  =======================================
+
+The kernel divides in `spmm`, by its option `average`. Where the divisor of `finish` is
+zero, the bag is zero.
 """
 
 from __future__ import annotations
@@ -125,8 +140,8 @@ def prepare(
         or (weights is not None and pooling.mode == "sqrtn")
     ):
         # These options read tail slots too, so tail slots are set to `PAD_ID`. The
-        # maximum is the last offset, unless offsets are malformed: then the slots of
-        # well-formed bags must be kept.
+        # tail starts at the last offset, which is the largest one. In malformed offsets
+        # an earlier one may be larger: the slots before it may be in well-formed bags.
         outside = jnp.arange(ids.size, dtype=offsets.dtype) >= offsets.max()
         if padding_idx is not None:
             outside |= ids == padding_idx
@@ -229,10 +244,12 @@ def finish(
 
 
 def _is_divided(csr: CsrBags, pooling: PoolingOptions) -> bool:
+    """Return whether `finish` divides."""
     return csr.weights is not None and pooling.mode in ("mean", "sqrtn")
 
 
 def _average(csr: CsrBags, pooling: PoolingOptions) -> str | None:
+    """Return the average that the kernel computes; None if it doesn't divide."""
     unweighted = csr.weights is None and pooling.mode in ("mean", "sqrtn")
     return pooling.mode if unweighted else None
 

@@ -91,7 +91,7 @@ def optimizer_from_rule(
         parameters: list[Any] = [None] * len(gradients)
         if params is not None:
             parameters = tree.flatten_up_to(params)
-        elif rule == "ftrl" or not is_zero(weight_decay):
+        elif RULES[rule].reads_rows or not is_zero(weight_decay):
             raise ValueError("`params` must be given to `update`; got None.")
         columns = [tree.flatten_up_to(state.states[name]) for name in first]
         results: list[tuple[Any, tuple[Array, ...]]] = []

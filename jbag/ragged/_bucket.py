@@ -1,4 +1,9 @@
-"""`bucket`: rounds capacities to few sizes, which limits compilations."""
+"""`bucket`: rounds capacities to few sizes, which limits compilations.
+
+A capacity is N, the number of slots of a batch. `jbag/data/_order.py` computes the
+capacity of an epoch, in `epoch_capacity`. Bags are not sorted into buckets by
+length: a ragged batch does not pad its bags.
+"""
 
 from __future__ import annotations
 

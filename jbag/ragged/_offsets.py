@@ -1,4 +1,9 @@
-"""Conversions between offsets and segment ids."""
+"""Conversions between offsets and segment ids.
+
+Host offsets are checked by `check_offsets` in `jbag/_validation.py`, which has the
+error messages. Malformed offsets on a device are found by `bag_bounds` in
+`_bag_arrays.py`.
+"""
 
 from __future__ import annotations
 

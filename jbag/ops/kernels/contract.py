@@ -1,5 +1,8 @@
 """The contract of the operations that every kernel implements.
 
+A kernel is a module with the six operations. `KERNELS` in
+`jbag/ops/kernels/__init__.py` registers it; `xla.py` is the reference.
+
 The bags have one of two layouts:
 
 - ragged: `ids` [N] with `offsets` [B + 1]; bag b is `ids[offsets[b]:offsets[b + 1]]`;
@@ -9,6 +12,10 @@ An id equal to `pad_id` marks an empty slot, which adds nothing; with `pad_id` N
 slot is empty. Any other id outside [0, V) reads a row of NaN, and the table gets no
 gradient from it. Slots in no bag are empty. A bag with malformed offsets (see
 `jbag.ragged._bag_arrays.bag_bounds`) is NaN, and the table gets no gradient from it.
+
+An empty bag, which has no slot or empty slots only, is zero in every mode: `spmm` sums
+nothing and divides by at least 1, and the winner of `extremum` is N, which is no slot.
+It gives no gradient to the table or to the coefficients.
 
 `coefficients` has the shape of `ids` and the accumulation dtype; None means ones.
 """
@@ -41,7 +48,8 @@ class Operations(Protocol):
         """Return out[b] = sum of c[i] * table[ids[i]] over the slots i of bag b.
 
         An `average` divides it by the number of filled slots, at least 1 ("mean"), or
-        by the square root of that ("sqrtn"). It rounds to `dtype` once.
+        by the square root of that ("sqrtn"). An empty bag is zero. It rounds to `dtype`
+        once.
         """
 
     def spmm_transpose(
@@ -84,7 +92,8 @@ class Operations(Protocol):
         """Return the extremum of c[i] * table[ids[i]] per bag and feature, and a slot.
 
         The slot is the first that holds the extremum, as a flat index into `ids`. An
-        empty bag has the value zero and the slot N. A NaN wins.
+        empty bag has the value zero and the slot N; a malformed bag, NaN and N. A NaN
+        wins.
         """
 
     def coalesce(
@@ -100,8 +109,9 @@ class Operations(Protocol):
     ) -> tuple[Int[Array, " U"], Float[Array, "U D"]]:
         """Return the distinct ids, sorted, and their rows of `spmm_transpose`.
 
-        U is `max_unique_ids`. Entries past the last distinct id have the index V and a
-        zero row.
+        Empty slots, malformed bags and ids outside [0, V) name no row. U is
+        `max_unique_ids`. Entries past the last distinct id have the index V and a zero
+        row.
         """
 
     def update_rows(
@@ -120,6 +130,6 @@ class Operations(Protocol):
     ) -> tuple[Array, ...]:
         """Update the rows of the bags' ids by an update rule; return table and states.
 
-        Their gradient is that of `spmm_transpose`. Other rows don't change. The table
-        rounds once: to nearest, or stochastically with a `seed`.
+        The rows are those of `coalesce`, and so is their gradient. Other rows don't
+        change. The table rounds once: to nearest, or stochastically with a `seed`.
         """

@@ -31,7 +31,7 @@ def spmm(
     average: str | None,
     dtype: jnp.dtype,
 ) -> Float[Array, "B D"]:
-    """Return out[b] = sum of c[i] * table[ids[i]] over the slots i of bag b."""
+    """Compute `contract.Operations.spmm`."""
     shape = (_num_bags(ids, offsets), table.shape[1])
     pooled = jax.ShapeDtypeStruct(shape, dtype)
     bags = _bags(table, ids, offsets, coefficients)
@@ -48,7 +48,7 @@ def spmm_transpose(
     num_embeddings: Size,
     dtype: jnp.dtype,
 ) -> Float[Array, "V D"]:
-    """Return out[v] = sum of c[i] * cotangent[bag of i] where ids[i] = v."""
+    """Compute `contract.Operations.spmm_transpose`."""
     rows = jax.ShapeDtypeStruct((num_embeddings, cotangent.shape[1]), dtype)
     bags = _bags(cotangent, ids, offsets, coefficients)
     return _call("spmm_transpose", rows, cotangent, *bags, pad_id=pad_id)
@@ -62,7 +62,7 @@ def sddmm(
     *,
     pad_id: int | None,
 ) -> Slots:
-    """Return out[i] = <table[ids[i]], cotangent[bag of i]>, zero at empty slots."""
+    """Compute `contract.Operations.sddmm`."""
     dots = jax.ShapeDtypeStruct(ids.shape, accumulation_dtype(table.dtype))
     bags = _bags(table, ids, offsets, None)[:-1]
     return _call("sddmm", dots, table, cotangent, *bags, pad_id=pad_id)
@@ -77,7 +77,7 @@ def extremum(
     pad_id: int | None,
     largest: bool,
 ) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
-    """Return the extremum of c[i] * table[ids[i]] per bag, and its first slot."""
+    """Compute `contract.Operations.extremum`."""
     shape = (_num_bags(ids, offsets), table.shape[1])
     values = jax.ShapeDtypeStruct(shape, accumulation_dtype(table.dtype))
     winners = jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -98,10 +98,7 @@ def coalesce(
     num_embeddings: Size,
     max_unique_ids: Size,
 ) -> tuple[Int[Array, " U"], Float[Array, "U D"]]:
-    """Return the distinct ids, sorted, and their rows of `spmm_transpose`.
-
-    Entries past the last distinct id have the index V and a zero row.
-    """
+    """Compute `contract.Operations.coalesce`."""
     indices = jax.ShapeDtypeStruct((max_unique_ids,), ids.dtype)
     sums = jax.ShapeDtypeStruct((max_unique_ids, cotangent.shape[1]), cotangent.dtype)
     bags = _bags(cotangent, ids, offsets, coefficients)
@@ -124,7 +121,7 @@ def update_rows(
     pad_id: int | None,
     rule: str,
 ) -> tuple[Array, ...]:
-    """Update the rows of the bags' ids by an update rule; return table and states.
+    """Compute `contract.Operations.update_rows`.
 
     The outputs alias the operands: unless XLA copies the operands, other rows are
     neither read nor written.

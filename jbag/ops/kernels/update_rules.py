@@ -5,6 +5,19 @@ table, g rows of the gradient, delta is added to w. w, g and states per element 
 shape [..., D], states per row [...]. All have the accumulation dtype.
 
 `decay` is the decoupled weight decay: delta includes -decay * w.
+
+To add a rule, with `csrc/` for `jbag/csrc/`:
+
+1. This file: its function, and its `Rule` in `RULES`.
+2. `csrc/kernels/kernels.h`: its name in `enum class Rule`, and its line in `kRules`.
+3. `csrc/kernels/rules.h`: its struct, with the scalars in the order of `Rule.scalars`.
+4. `csrc/kernels/moving.h`: its case in `MoverOf`.
+5. `csrc/fuzz/fuzz_updates.cc`: its formula in `Moved`, and in `MovedRow` if it has a
+   state per row.
+6. `jbag/optim/_optimizers.py`: the optimizer, exported by `jbag/optim/__init__.py`.
+   `_scalars` in `_rule_optimizer.py` computes the scalars that change with the step.
+7. `tests/support/optimizer_oracle.py`: its formula. `tests/optim/test_optim.py`: its
+   entry in `CASES`.
 """
 
 from __future__ import annotations
@@ -29,12 +42,14 @@ class Rule:
       scalars: the names of its scalars, in order.
       per_element: the names of its states of shape [V, D].
       per_row: the names of its states of shape [V].
+      reads_rows: whether the function reads w for more than the weight decay.
     """
 
     step: Callable[..., Step]
     scalars: tuple[str, ...]
     per_element: tuple[str, ...] = ()
     per_row: tuple[str, ...] = ()
+    reads_rows: bool = False
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -209,5 +224,10 @@ RULES: dict[str, Rule] = {
         per_row=("nu",),
     ),
     "rowwise_rmsprop": Rule(_rowwise_rmsprop, (*_COMMON, "eps", "b2"), per_row=("nu",)),
-    "ftrl": Rule(_ftrl, ("rate", "beta", "l1", "l2"), per_element=("z", "n")),
+    "ftrl": Rule(
+        _ftrl,
+        ("rate", "beta", "l1", "l2"),
+        per_element=("z", "n"),
+        reads_rows=True,
+    ),
 }
