@@ -89,14 +89,16 @@ def embedding_bag(
         the best one of the platform.
 
     Returns:
-      [B, D], the dtype of `table`. Data on a device is not checked by value: a bag with
-      an id outside [0, V), or with malformed offsets, is NaN. Such a slot gives the
-      table no gradient and its weight a NaN gradient. On a mesh with Explicit axes, the
-      output is sharded like ids [B, L] and like the columns of the table.
+      [B, D], the dtype of `table`. Data on a device is not checked by value. A bag with
+      an id outside [0, V) is NaN; the slot that holds the id gives no gradient to the
+      table and a NaN gradient to its weight. A bag with malformed offsets is NaN and
+      gives no gradient. On a mesh with Explicit axes, the output is sharded like ids
+      [B, L] and like the columns of the table.
 
     Raises:
-      IndexError: an id on the host (in a list or NumPy array) is outside [0, V). Ids
-        are not checked if tail slots are possible and the offsets are on a device.
+      IndexError: an id on the host (in a list or NumPy array) is outside [0, V). Slots
+        past the last of B + 1 offsets may hold any id; if these offsets are on a
+        device, no id is checked.
       TypeError: an argument has the wrong dtype or type.
       ValueError: an argument has the wrong shape or value; offsets on the host start
         above 0, decrease, or exceed N; `table` is sharded by rows along Explicit axes

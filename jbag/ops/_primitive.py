@@ -64,22 +64,22 @@ def equally_varying(*operands: Array) -> list[Array]:
 
 
 def define(
-    name: str, *, dense: Sequence[str], coefficients: bool, outputs: Sequence[str]
+    name: str, *, dense: Sequence[str], has_coefficients: bool, outputs: Sequence[str]
 ) -> Primitive:
     """Define the primitive of the kernel operation `name`.
 
     Args:
       name: the name of the function in every kernel.
       dense: the first axis of each dense operand, "rows" (of the table) or "bags".
-      coefficients: whether the operation takes coefficients.
+      has_coefficients: whether the operation takes coefficients.
       outputs: the first axis of each output, "rows", "bags" or "slots". "winners" are
         indexed by bags and hold flat slots.
     """
 
     def call(kernel: Kernel, *operands: Array, **params: Any) -> Any:
-        arrays, ids, offsets, weights = layout(len(dense), operands)
-        structure = (ids, offsets, weights) if coefficients else (ids, offsets)
-        return getattr(kernel.operations, name)(*arrays, *structure, **params)
+        arrays, ids, offsets, coefficients = layout(len(dense), operands)
+        bags = (ids, offsets, coefficients) if has_coefficients else (ids, offsets)
+        return getattr(kernel.operations, name)(*arrays, *bags, **params)
 
     primitive = dispatch(name, call, several=len(outputs) > 1)
     batching.primitive_batchers[primitive] = functools.partial(
@@ -118,7 +118,8 @@ def dispatch(name: str, call: Callable[..., Any], *, several: bool) -> Primitive
             **params: Any,
         ) -> Any:
             exported = context.module_context.lowering_parameters.for_export
-            # The table's: it is the first operand unless the operation makes its rows.
+            # V. An operation without a table among its operands has `num_embeddings`;
+            # in all others the table is the first operand.
             first: Any = context.avals_in[0]
             rows = params.get("num_embeddings", first.shape[0])
             kernel = choose(implementation, platform, exported=exported, rows=rows)
@@ -230,7 +231,7 @@ def _batch(
         jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
         for x, d in zip(operands, dims, strict=True)
     ]
-    dense, ids, offsets, weights = layout(
+    dense, ids, offsets, coefficients = layout(
         len(dense_axes), shared + stacked[len(shared) :], batch_ndim=1
     )
     slots = ids[0].size
@@ -256,7 +257,7 @@ def _batch(
         shared + [merge_axes(x) for x in dense[len(shared) :]],
         merge_axes(ids),
         offsets,
-        None if weights is None else merge_axes(weights),
+        None if coefficients is None else merge_axes(coefficients),
         **params,
     )
     split = []

@@ -101,5 +101,5 @@ def _gather_slots(x: Array, slots: Int[Array, "B D"], fill: int = 0) -> Array:
 
 
 extremum_p = define(
-    "extremum", dense=["rows"], coefficients=True, outputs=["bags", "winners"]
+    "extremum", dense=["rows"], has_coefficients=True, outputs=["bags", "winners"]
 )

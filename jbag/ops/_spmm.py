@@ -42,11 +42,10 @@ def spmm_scaled(
     gradient_scale: Slots | None,
     **options: Any,
 ) -> Float[Array, "B D"]:
-    """Compute `spmm` with scaled coefficients.
+    """Compute `spmm` with the coefficients c[i] * value_scale[i].
 
-    `value_scale` multiplies the value and the gradient of the coefficients.
-    `gradient_scale` multiplies the gradient of the table. Both are constants to
-    autodiff.
+    The gradient of the table has the coefficients c[i] * gradient_scale[i] instead. The
+    scales are constants to autodiff, and None means ones.
     """
     pool: Callable[..., Any] = functools.partial(spmm, **options)
     bags = (ids, offsets, coefficients)
@@ -157,11 +156,13 @@ def sddmm(
     return bind(sddmm_p, (table, cotangent), ids, offsets, None, **options)
 
 
-spmm_p = define("spmm", dense=["rows"], coefficients=True, outputs=["bags"])
+spmm_p = define("spmm", dense=["rows"], has_coefficients=True, outputs=["bags"])
 spmm_transpose_p = define(
-    "spmm_transpose", dense=["bags"], coefficients=True, outputs=["rows"]
+    "spmm_transpose", dense=["bags"], has_coefficients=True, outputs=["rows"]
 )
-sddmm_p = define("sddmm", dense=["rows", "bags"], coefficients=False, outputs=["slots"])
+sddmm_p = define(
+    "sddmm", dense=["rows", "bags"], has_coefficients=False, outputs=["slots"]
+)
 
 
 def _jvp(

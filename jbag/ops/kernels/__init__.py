@@ -31,7 +31,10 @@ class Kernel:
     max_rows: int | None = None
 
     def runs_on(self, platform: str | None) -> bool:
-        """Return whether the kernel runs on a platform; None is any other platform."""
+        """Return whether the kernel runs on a platform.
+
+        None stands for a platform that no kernel lists.
+        """
         return self.platforms is None or platform in self.platforms
 
     def holds(self, rows: Size) -> bool:
@@ -70,10 +73,11 @@ def choose(
     exported: bool = False,
     rows: Size = 0,
 ) -> Kernel:
-    """Return the named kernel, or by default the best one for the platform.
+    """Return the named kernel, or by default the first of `KERNELS` that fits.
 
-    The default for an `exported` program is the best portable kernel. The default takes
-    a table of so many `rows`. A platform of None is any that no kernel lists.
+    A kernel fits if it is installed, runs on `platform`, takes a table with `rows` rows
+    and, for an `exported` program, is portable. A `platform` of None stands for all
+    platforms that no kernel lists.
 
     Raises:
       ValueError: the named kernel doesn't run on `platform`, or takes fewer rows.

@@ -157,7 +157,7 @@ def test_a_primitive_is_lowered_to_the_kernel_of_its_platform(monkeypatch):
     native = Kernel(operations, platforms=(jax.default_backend(),))
     monkeypatch.setattr(kernels, "KERNELS", {"native": native, **KERNELS})
     primitive = _primitive.define(
-        "spmm", dense=["rows"], coefficients=True, outputs=["bags"]
+        "spmm", dense=["rows"], has_coefficients=True, outputs=["bags"]
     )
     operands = jnp.ones((3, 2)), jnp.array([[0, 1]])
     bind = lambda **params: jax.jit(
