@@ -23,48 +23,28 @@ inline uint32_t Mix(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-template <typename T>
-constexpr bool kIsBFloat16 = false;
-template <>
-constexpr bool kIsBFloat16<BFloat16> = true;
-
-// How numbers are rounded to a row of a table.
-struct ToNearest {
-  ToNearest(const uint32_t*, int64_t) {}
-
-  template <int W, typename T>
-  void Put(T* row, int64_t column, const Vector<Sum<T>, W>& v) const {
-    Store<W>(row + column, v);
-  }
-};
-
-// To bfloat16, up or down with the odds that make it right on average: the seed, the
-// row and the column decide.
-struct AtRandom {
-  AtRandom(const uint32_t* seed, int64_t row)
-      : hash(Mix(static_cast<uint32_t>(row) ^ seed[0]) + seed[1]) {}
-
-  template <int W>
-  void Put(BFloat16* row, int64_t column, const Vector<float, W>& v) const {
-    using U = Vector<uint32_t, W>;
-    U x;
-    for (int lane = 0; lane < W; ++lane) x[lane] = static_cast<uint32_t>(lane);
-    x = (x + static_cast<uint32_t>(column)) * 0x9e3779b9u + hash;
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    x = (x ^ (x >> 16)) >> 16;
-    // Infinities stay, and so do NaNs, whose first bits might be an infinity's.
-    const U bits = Bits<U>(v);
-    const U magnitude = bits & 0x7fffffff;
-    const U infinity = U{} + 0x7f800000;
-    const U kept = Choose(magnitude > infinity, bits | 0x400000, bits);
-    const auto narrow = __builtin_convertvector(
-        Choose(magnitude < infinity, bits + x, kept) >> 16, Vector<uint16_t, W>);
-    memcpy(row + column, &narrow, sizeof(narrow));
-  }
-
-  uint32_t hash;
-};
+// Rounds to bfloat16, up or down with the odds that make it right on average: the hash
+// of the seed and the row, and the column decide.
+template <int W>
+inline void StoreAtRandom(BFloat16* row, int64_t column, uint32_t hash,
+                          const Vector<float, W>& v) {
+  using U = Vector<uint32_t, W>;
+  U x;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < W; ++lane) x[lane] = static_cast<uint32_t>(lane);
+  x = (x + static_cast<uint32_t>(column)) * 0x9e3779b9u + hash;
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  x = (x ^ (x >> 16)) >> 16;
+  // Infinities stay, and so do NaNs, whose first bits might be an infinity's.
+  const U bits = Bits<U>(v);
+  const U magnitude = bits & 0x7fffffff;
+  const U infinity = U{} + 0x7f800000;
+  const U kept = Choose(magnitude > infinity, bits | 0x400000, bits);
+  const auto narrow = __builtin_convertvector(
+      Choose(magnitude < infinity, bits + x, kept) >> 16, Vector<uint16_t, W>);
+  memcpy(row + column, &narrow, sizeof(narrow));
+}
 
 // Adds up the lanes by halves.
 template <int W, typename A>
@@ -105,13 +85,13 @@ inline A SumOfSquares(const A* x, A scale, int64_t width) {
   return sum;
 }
 
-template <typename T, template <typename> class RuleOf, typename Rounding>
+template <typename T, template <typename> class RuleOf, bool kAtRandom = false>
 struct RowMover {
   using A = Sum<T>;
 
   RuleOf<A> rule;
   A divisor;
-  Rounding rounding;
+  uint32_t hash;  // for rounding at random
   T* row;
   A* states[2];
   const A* gradient;
@@ -134,10 +114,13 @@ struct RowMover {
     }
     for (int i = 0; i < kPerElement; ++i) states[i] += row * table.width;
     T* numbers = static_cast<T*>(table.data) + row * table.width;
-    const RowMover mover{
-        rule,     divisor, Rounding(update.seed, row), numbers, {states[0], states[1]},
-        gradient, scale};
-    mover.MoveColumns<kWidth<A>>(table.width);
+    uint32_t hash = 0;
+    if constexpr (kAtRandom) {
+      hash = Mix(static_cast<uint32_t>(row) ^ update.seed[0]) + update.seed[1];
+    }
+    const RowMover mover{rule,     divisor, hash, numbers, {states[0], states[1]},
+                         gradient, scale};
+    mover.MoveColumns<kWidth<A>>(0, table.width);
   }
 
   static constexpr RuleShape kShape = ShapeOf(RuleOf<A>::kRule);
@@ -145,58 +128,42 @@ struct RowMover {
   static_assert(sizeof(RuleOf<A>) == kShape.numbers * sizeof(A), "all its numbers");
 
   template <int W>
-  struct Columns {
-    Vector<A, W> row;
-    Vector<A, W> gradient;
-    Vector<A, W> states[kPerElement + 1];
-  };
-
-  template <int W>
-  Columns<W> Read(int64_t column) const {
-    Columns<W> columns;
-    columns.row = Load<W>(row + column);
-    columns.gradient = scale * Load<W>(gradient + column);
-    for (int i = 0; i < kPerElement; ++i)
-      columns.states[i] = Load<W>(states[i] + column);
-    return columns;
-  }
-
-  template <int W>
-  void Write(int64_t column, Columns<W> columns) const {
-    const auto moved =
-        rule.Moved(columns.row, columns.gradient, columns.states, divisor);
-    rounding.template Put<W>(row, column, moved);
-    for (int i = 0; i < kPerElement; ++i)
-      Store<W>(states[i] + column, columns.states[i]);
-  }
-
-  // Where W doesn't divide the width the last vector overlaps the one before, so it is
-  // read before that is written.
-  template <int W>
-  void MoveColumns(int64_t width) const {
-    if constexpr (W > 1) {
-      if (width < W) {
-        MoveColumns<W / 2>(width);
-        return;
-      }
+  void MoveVector(int64_t column) const {
+    using V = Vector<A, W>;
+    V vectors[kPerElement + 1];  // of the states
+#pragma GCC unroll 2
+    for (int i = 0; i < kPerElement; ++i) vectors[i] = Load<W>(states[i] + column);
+    const V g = scale * Load<W>(gradient + column);
+    const V moved = rule.Moved(Load<W>(row + column), g, vectors, divisor);
+#pragma GCC unroll 2
+    for (int i = 0; i < kPerElement; ++i) Store<W>(states[i] + column, vectors[i]);
+    if constexpr (kAtRandom) {
+      StoreAtRandom<W>(row, column, hash, moved);
+    } else {
+      Store<W>(row + column, moved);
     }
-    const int64_t last = width - W;
-    if (last < 0) return;
+  }
+
+  // Moves the columns [column, width) by vectors of W and, what is left, by shorter
+  // ones.
+  template <int W>
+  void MoveColumns(int64_t column, int64_t width) const {
     const RowMover mover = *this;  // a copy, that what it holds stays in registers
-    const auto tail = mover.template Read<W>(last);
-    for (int64_t column = 0; column < last; column += W) {
-      mover.template Write<W>(column, mover.template Read<W>(column));
+    for (; column + W <= width; column += W) {
+      mover.template MoveVector<W>(column);
     }
-    mover.template Write<W>(last, tail);
+    if constexpr (W > 1) {
+      if (column < width) MoveColumns<W == 4 ? 1 : W / 2>(column, width);
+    }
   }
 };
 
 template <typename T, template <typename> class RuleOf>
-MoveRow MoverBy(bool at_random) {
-  if constexpr (kIsBFloat16<T>) {
-    if (at_random) return RowMover<T, RuleOf, AtRandom>::Move;
+MoveRow MoverBy([[maybe_unused]] bool at_random) {
+  if constexpr (kType<T> == Type::kBFloat16) {
+    if (at_random) return RowMover<T, RuleOf, true>::Move;
   }
-  return RowMover<T, RuleOf, ToNearest>::Move;
+  return RowMover<T, RuleOf>::Move;
 }
 
 template <typename T>

@@ -147,6 +147,14 @@ inline Vector<float, W> Load(const Float16* from) {
     memcpy(&half, from, sizeof(half));
     return Bits<Vector<float, W>>(_mm256_cvtph_ps(half));
   }
+  if constexpr (W < 8) {
+    __m128i half = {};
+    memcpy(&half, from, W * sizeof(*from));
+    const __m128 values = _mm_cvtph_ps(half);
+    Vector<float, W> v;
+    memcpy(&v, &values, sizeof(v));
+    return v;
+  }
 #endif
   // By integers, and by no number that is subnormal as a float: XLA's threads flush
   // those to zero. 113 and 15 are exponents of the smallest normal half.
@@ -200,6 +208,13 @@ inline void Store(Float16* to, const Vector<float, W>& v) {
   if constexpr (W == 8) {
     const __m128i half = _mm256_cvtps_ph(Bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
     memcpy(to, &half, sizeof(half));
+    return;
+  }
+  if constexpr (W < 8) {
+    __m128 values = {};
+    memcpy(&values, &v, sizeof(v));
+    const __m128i half = _mm_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
+    memcpy(to, &half, W * sizeof(*to));
     return;
   }
 #endif

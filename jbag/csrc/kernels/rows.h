@@ -2,9 +2,9 @@
 //
 // A row of D features is read in vectors of W, the widest that fit in D and the
 // machine; the last one overlaps the one before where W doesn't divide D, so that any D
-// takes no masks and no scalar tail. Up to eight vectors make a tile. Rows of one tile
-// are summed segment after segment; wider rows take several passes over each segment,
-// whose rows are in cache by then.
+// takes no masks and no scalar tail. Up to eight vectors make a tile. Wider rows are
+// tiles of equal width, the last of which overlaps the one before, and take a pass over
+// the slots for each; the rows are in cache by then.
 //
 // Traffic: each row once from memory, fetched some slots ahead; sums stay in registers
 // and are written once.
@@ -28,22 +28,20 @@ inline int64_t Offset(int j, int64_t last_offset) {
   return j < K - 1 || K == 1 ? j * W : last_offset;
 }
 
-constexpr int kMostVectors = 8;
-
 template <int W, int K, typename F>
-inline void Tile(int vectors, int64_t column, int64_t last_offset, F& f) {
-  if constexpr (K < kMostVectors) {
+inline void Tile(int64_t vectors, int64_t last_offset, int64_t count, F& f) {
+  if constexpr (K < F::kMostVectors) {
     if (vectors > K) {
-      Tile<W, K + 1>(vectors, column, last_offset, f);
+      Tile<W, K + 1>(vectors, last_offset, count, f);
       return;
     }
   }
-  f.template operator()<W, K>(column, last_offset, 1);
+  // So few vectors are one tile.
+  f.template operator()<W, K>(last_offset, 2 * K <= F::kMostVectors ? 1 : count);
 }
 
-// Calls f.operator()<W, K>(column, last_offset, count) for tiles that cover [0, width)
-// and don't overlap: `count` of them side by side, the first at `column`. Only a tile
-// of the most vectors has others beside it.
+// Calls f.operator()<W, K>(last_offset, count) for `count` tiles that cover [0, width):
+// see Column.
 template <typename A, int W = kWidth<A>, typename F>
 inline void Tiles(int64_t width, F& f) {
   if constexpr (W > 1) {
@@ -55,52 +53,33 @@ inline void Tiles(int64_t width, F& f) {
   if constexpr (W < kWidth<A>) {
     // Less than a vector of twice the width.
     if (width == W) {
-      f.template operator()<W, 1>(0, 0, 1);
+      f.template operator()<W, 1>(0, 1);
     } else if (width > W) {
-      f.template operator()<W, 2>(0, width - W, 1);
+      f.template operator()<W, 2>(width - W, 1);
     }
-  } else {
-    constexpr int64_t kColumns = kMostVectors * W;
-    // Less than a vector must not be left over.
-    const int64_t count = Max(width - W, 0) / kColumns;
-    if (count > 0) f.template operator()<W, kMostVectors>(0, kColumns - W, count);
-    int64_t column = count * kColumns;
-    if (width - column > kColumns) {
-      f.template operator()<W, kMostVectors - 1>(column, kColumns - 2 * W, 1);
-      column += kColumns - W;
-    }
-    const int64_t left = width - column;
-    if (left > 0) {
-      Tile<W, 1>(static_cast<int>(CeilDiv(left, W)), column, left - W, f);
-    }
+  } else if (width > 0) {
+    const int64_t vectors = CeilDiv(width, W);
+    const int64_t count = CeilDiv(vectors, F::kMostVectors);
+    const int64_t each = CeilDiv(vectors, count);
+    Tile<W, 1>(each, count == 1 ? width - W : (each - 1) * W, count, f);
   }
 }
 
-// Writes a tile of sums that are divided by `divisor`, rounded once. Inlined by force:
-// what is passed by reference would be in memory, and not in registers, while it is
-// summed.
-template <int W, int K, typename V, typename A, typename T>
-__attribute__((always_inline)) inline void StoreQuotients(V (&total)[K], A divisor,
-                                                          T* tile,
-                                                          int64_t last_offset) {
-  if (divisor != 1) {
-#pragma GCC unroll 8
-    for (int j = 0; j < K; ++j) total[j] /= divisor;
-  }
+// The first column of a tile of some: the last one ends where the row does.
+template <int W, int K>
+inline int64_t Column(int64_t tile, int64_t last_offset, int64_t width) {
+  return Min(tile * K * W, width - (last_offset + W));
+}
+
+// Rounds a tile of sums. Inlined by force: what is passed by reference would be in
+// memory, and not in registers, while it is summed.
+template <int W, int K, typename V, typename T>
+__attribute__((always_inline)) inline void StoreTile(const V (&total)[K], T* tile,
+                                                     int64_t last_offset) {
 #pragma GCC unroll 8
   for (int j = 0; j < K; ++j) {
     Store<W>(tile + Offset<W, K>(j, last_offset), total[j]);
   }
-}
-
-// Rounds `count` vectors of a tile, which lie one after the other.
-template <int W, typename T>
-__attribute__((noinline)) void RoundTile(const float* from, int count, T* tile,
-                                         int64_t last_offset) {
-  for (int j = 0; j < count - 1; ++j) {
-    Store<W>(tile + j * W, Load<W>(from + j * W));
-  }
-  Store<W>(tile + (count == 1 ? 0 : last_offset), Load<W>(from + (count - 1) * W));
 }
 
 // The number that a sum of `count` rows is divided by.
@@ -120,6 +99,7 @@ inline void Fill(A* out, int64_t size, A value) {
 template <typename Row, bool kWeighted>
 struct SumSegments {
   using A = Sum<Row>;
+  static constexpr int kMostVectors = 8;
 
   const Slots& slots;
   Segments segments;
@@ -129,26 +109,29 @@ struct SumSegments {
   void* out;
 
   template <int W, int K>
-  void operator()(int64_t column, int64_t last_offset, int64_t tiles) const {
-    for (int64_t i = 0; i < segments.count; ++i) {
-      const int64_t first = segments.starts[i];
-      const int64_t place = places == nullptr ? i : places[first];
-      const int64_t at = place * slots.width + column;
-      for (int64_t tile = 0; tile < (K < kMostVectors ? 1 : tiles); ++tile) {
-        const int64_t beside = tile * K * W;
-        SumTile<W, K>(first, segments.ends[i], column + beside, last_offset,
-                      at + beside);
+  void operator()(int64_t last_offset, int64_t tiles) const {
+    // A copy, which what is written can't change.
+    const SumSegments sum = *this;
+    const TileSlots<Row> first_tile(slots);
+    const int64_t width = slots.width;
+    for (int64_t i = 0; i < sum.segments.count; ++i) {
+      const int64_t first = sum.segments.starts[i];
+      const int64_t last = sum.segments.ends[i];
+      const int64_t place = sum.places == nullptr ? i : sum.places[first];
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t column = Column<W, K>(tile, last_offset, width);
+        sum.template SumTile<W, K>(first_tile.From(column), first, last, last_offset,
+                                   place * width + column);
       }
     }
   }
 
-  // Inlined by force: what it reads of the slots is read once for all segments.
+  // Inlined by force: see StoreTile.
   template <int W, int K>
-  __attribute__((always_inline)) void SumTile(int64_t first, int64_t last,
-                                              int64_t column, int64_t last_offset,
+  __attribute__((always_inline)) void SumTile(const TileSlots<Row>& tile, int64_t first,
+                                              int64_t last, int64_t last_offset,
                                               int64_t at) const {
     using V = Vector<A, W>;
-    const TileSlots<Row> tile(slots, column);
     const int64_t ahead = slots.Ahead(last);
     const int32_t* const end = slots.ids + last;
     const A* coefficients = static_cast<const A*>(slots.coefficients) + first;
@@ -181,82 +164,51 @@ struct SumSegments {
         }
       }
     }
-    Write<W, K>(total, Divisor<A>(average, filled), at, last_offset);
-  }
-
-  // Inlined by force: see StoreQuotients.
-  template <int W, int K, typename V>
-  __attribute__((always_inline)) void Write(V (&total)[K], A divisor, int64_t at,
-                                            int64_t last_offset) const {
+    if (average != Average::kNone) {
+      const A divisor = Divisor<A>(average, filled);
+#pragma GCC unroll 8
+      for (int j = 0; j < K; ++j) total[j] /= divisor;
+    }
     if (out_type == kType<Row>) {
-      StoreQuotients<W, K>(total, divisor, static_cast<Row*>(out) + at, last_offset);
-      return;
-    }
-    if constexpr (sizeof(Row) < sizeof(float)) {
-      StoreQuotients<W, K>(total, divisor, static_cast<A*>(out) + at, last_offset);
-    }
-    if constexpr (sizeof(Row) == sizeof(float)) {
-      float sums[W * K];
-      StoreQuotients<W, K>(total, divisor, sums, (K - 1) * W);
+      StoreTile<W, K>(total, static_cast<Row*>(out) + at, last_offset);
+    } else if constexpr (sizeof(Row) < sizeof(float)) {
+      StoreTile<W, K>(total, static_cast<A*>(out) + at, last_offset);
+    } else if constexpr (sizeof(Row) == sizeof(float)) {
       if (out_type == Type::kBFloat16) {
-        RoundTile<W>(sums, K, static_cast<BFloat16*>(out) + at, last_offset);
+        StoreTile<W, K>(total, static_cast<BFloat16*>(out) + at, last_offset);
       } else {
-        RoundTile<W>(sums, K, static_cast<Float16*>(out) + at, last_offset);
+        StoreTile<W, K>(total, static_cast<Float16*>(out) + at, last_offset);
       }
     }
   }
 };
-
-// The bytes of rows that one tile of several is summed over before the next one is:
-// they stay in the first-level cache.
-constexpr int64_t kBytesAtOnce = 1 << 12;
-
-template <typename Row, bool kWeighted>
-void SumSegmentsOf(SumSegments<Row, kWeighted> sum) {
-  using A = Sum<Row>;
-  const int64_t width = sum.slots.width;
-  if (width <= kMostVectors * kWidth<A>) {
-    Tiles<A>(width, sum);
-    return;
-  }
-  const int64_t most = kBytesAtOnce / sum.slots.stride;
-  const Segments all = sum.segments;
-  char* out = static_cast<char*>(sum.out);
-  const int64_t out_bytes = sum.places != nullptr ? 0 : width * SizeOf(sum.out_type);
-  for (int64_t i = 0; i < all.count;) {
-    const int64_t first = i;
-    const int64_t end = all.starts[first] + most;
-    do {
-      ++i;
-    } while (i < all.count && all.ends[i] <= end);
-    sum.segments = {all.starts + first, all.ends + first, i - first};
-    sum.out = out + first * out_bytes;
-    Tiles<A>(width, sum);
-  }
-}
 
 template <typename Row>
 void SumRows(const SlotRows& rows, const Segments& segments, Average average,
              const int32_t* places, Type out_type, void* out) {
   const Slots slots(rows);
   if (slots.weighted()) {
-    SumSegmentsOf(
-        SumSegments<Row, true>{slots, segments, average, places, out_type, out});
+    SumSegments<Row, true> sum{slots, segments, average, places, out_type, out};
+    Tiles<Sum<Row>>(slots.width, sum);
   } else {
-    SumSegmentsOf(
-        SumSegments<Row, false>{slots, segments, average, places, out_type, out});
+    SumSegments<Row, false> sum{slots, segments, average, places, out_type, out};
+    Tiles<Sum<Row>>(slots.width, sum);
   }
 }
 
 template <typename T>
 struct DividedRow {
+  static constexpr int kMostVectors = 1;
+
   const Sum<T>* sums;
+  int64_t width;
   Sum<T> divisor;
   T* out;
 
   template <int W, int K>
-  void operator()(int64_t column, int64_t last_offset, int64_t tiles) const {
-    for (; tiles > 0; --tiles, column += K * W) {
+  void operator()(int64_t last_offset, int64_t tiles) const {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t column = Column<W, K>(tile, last_offset, width);
       for (int j = 0; j < K; ++j) {
         const int64_t at = column + Offset<W, K>(j, last_offset);
         Store<W>(out + at, Load<W>(sums + at) / divisor);
@@ -268,7 +220,7 @@ struct DividedRow {
 // out = sums / divisor, rounded once. The two don't overlap.
 template <typename T>
 void Divide(const Sum<T>* sums, int64_t width, Sum<T> divisor, void* out) {
-  DividedRow<T> row{sums, divisor, static_cast<T*>(out)};
+  DividedRow<T> row{sums, width, divisor, static_cast<T*>(out)};
   Tiles<Sum<T>>(width, row);
 }
 
@@ -305,6 +257,9 @@ struct SlotNumber<double> {
 // -1, and its slot. NaN beats every number and no NaN.
 template <typename Row>
 struct LargestRows {
+  // A vector of these takes two registers.
+  static constexpr int kMostVectors = kRegisters == 32 ? 8 : 6;
+
   const Slots& slots;
   int64_t first;  // a filled slot
   int64_t last;
@@ -314,8 +269,10 @@ struct LargestRows {
   int64_t end = 0;  // where the first id that names no row stands, or `last`
 
   template <int W, int K>
-  void operator()(int64_t column, int64_t last_offset, int64_t tiles) {
-    for (; tiles > 0; --tiles, column += K * W) FindLargest<W, K>(column, last_offset);
+  void operator()(int64_t last_offset, int64_t tiles) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      FindLargest<W, K>(Column<W, K>(tile, last_offset, slots.width), last_offset);
+    }
   }
 
   template <int W, int K>
@@ -325,7 +282,7 @@ struct LargestRows {
     using S = Vector<typename SlotNumber<A>::Type, W>;
     V best[K];
     S best_slots[K];
-    const TileSlots<Row> tile(slots, column);
+    const TileSlots<Row> tile = TileSlots<Row>(slots).From(column);
     const int64_t ahead = slots.Ahead(last);
     const int32_t* ids = slots.ids;
     const Row* row = tile.row(ids[first]);
@@ -411,6 +368,7 @@ inline Sum<Row> DotTail(const Row* a, const Sum<Row>* b, int64_t width) {
   Sum<Row> sum = 0;
   if (width >= W) {
     const Vector<Sum<Row>, W> products = Load<W>(a) * Load<W>(b);
+#pragma GCC unroll 16
     for (int lane = 0; lane < W; ++lane) sum += products[lane];
     a += W;
     b += W;
@@ -436,6 +394,7 @@ inline Sum<Row> Dot(const Row* a, const Sum<Row>* b, int64_t width) {
   for (; at + W <= width; at += W) sums[0] += Load<W>(a + at) * Load<W>(b + at);
   const V total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   A sum = 0;
+#pragma GCC unroll 16
   for (int lane = 0; lane < W; ++lane) sum += total[lane];
   if constexpr (W > 1) sum += DotTail<W / 2>(a + at, b + at, width - at);
   return sum;

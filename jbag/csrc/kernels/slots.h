@@ -168,13 +168,19 @@ class Slots : public SlotRows {
 template <typename Row>
 class TileSlots {
  public:
-  // The tile starts `column` numbers into each row.
-  TileSlots(const SlotRows& rows, int64_t column)
-      : matrix_(rows.matrix + static_cast<uintptr_t>(column) * sizeof(Row)),
+  explicit TileSlots(const SlotRows& rows)
+      : matrix_(rows.matrix),
         stride_(static_cast<uintptr_t>(rows.stride)),
         num_rows_(rows.num_rows),
         empty_(rows.empty),
         straddles_(rows.straddles) {}
+
+  // The tile that starts at a column.
+  TileSlots From(int64_t column) const {
+    TileSlots tile = *this;
+    tile.matrix_ += static_cast<uintptr_t>(column) * sizeof(Row);
+    return tile;
+  }
 
   // Whether an id names a row.
   bool is_row(int32_t id) const {

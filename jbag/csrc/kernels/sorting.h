@@ -104,7 +104,7 @@ class SortedSlots {
 // Runs that are summed at once.
 class Runs {
  public:
-  static constexpr int64_t kMost = 64;
+  static constexpr int64_t kMost = 16;
 
   int64_t count() const { return count_; }
   Segments segments() const { return {starts_, ends_, count_}; }

@@ -81,16 +81,20 @@ struct RunMover {
 
   void gap(int64_t, int64_t) const {}
   void whole(int64_t row, int64_t start, int64_t end) {
-    for (int64_t slot = Max(start, end - rows.ahead()); slot < end; ++slot) {
-      rows.Fetch(sorted.row(Min(slot + rows.ahead(), sorted.size() - 1)));
-    }
     if (end - start == 1) {
+      FetchAhead(start, end);
       slots.FetchAhead(start);
       move(table, update, row, slots.row<char>(start),
            slots.coefficient(start, SizeOf(sums)));
     } else {
       runs.Add(start, end);
       if (runs.count() == most) finish();
+    }
+  }
+  // Fetches the rows of the table that are named some slots after [start, end).
+  void FetchAhead(int64_t start, int64_t end) const {
+    for (int64_t slot = Max(start, end - rows.ahead()); slot < end; ++slot) {
+      rows.Fetch(sorted.row(Min(slot + rows.ahead(), sorted.size() - 1)));
     }
   }
   void joined(int64_t row, const void* sum) const {
@@ -106,6 +110,7 @@ struct RunMover {
     if (some.count == 0) return;
     loops.sum(slots, some, Average::kNone, nullptr, sums, gradients);
     for (int64_t i = 0; i < some.count; ++i) {
+      FetchAhead(some.starts[i], some.ends[i]);
       joined(sorted.row(some.starts[i]), gradients + i * slots.stride);
     }
     runs.Clear();
