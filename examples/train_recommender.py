@@ -58,6 +58,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import jbag
+import plots
 
 CATEGORIES, COUNTRIES, TAGS, DENSE = 997, 200, 5000, 13
 HISTORY_LENGTH, TAGS_LENGTH = 9, 3  # on average
@@ -90,6 +91,14 @@ class Batch(NamedTuple):
     dense: Any  # [B, DENSE]: the dense features of the user
     clicks: Any  # [B]: 0 or 1
     log_odds: Any  # [B]: the teacher's log-odds, for evaluation only
+
+
+class History(NamedTuple):
+    """The course of training, from step `first` on."""
+
+    first: int
+    losses: list[float]  # of each step
+    aucs: list[tuple[int, float]]  # steps, and the AUC after them
 
 
 class Teacher(NamedTuple):
@@ -451,16 +460,21 @@ def append_loss(args: argparse.Namespace, step: int, loss: float) -> None:
             file.write(f"{step} {loss:.9g}\n")
 
 
-def train(args: argparse.Namespace, teacher: Teacher, mesh: Mesh) -> TrainState:
-    """Train on new examples in every step; print the speed."""
+def train(
+    args: argparse.Namespace, teacher: Teacher, mesh: Mesh
+) -> tuple[TrainState, History]:
+    """Train on new examples in every step; print the speed.
+
+    With --plot, measure the AUC ten times, each on a tenth of the test examples.
+    """
     size, stream = args.batch_size, (args.seed, 1)
     blocks = make_blocks(mesh, size)
     saved = Checkpoints(args) if args.checkpoint else None
     example = next(batches(teacher, blocks, size, stream, range(1)))
     state = make_state(args, make_tables(args, mesh), example, saved)
     first = int(state.step)
-    losses: list[float] = []
-    times: list[float] = []
+    history = History(first, [], [])
+    losses, times = history.losses, []
     start = time.perf_counter()
     with tqdm(
         total=args.steps * size,
@@ -478,6 +492,9 @@ def train(args: argparse.Namespace, teacher: Teacher, mesh: Mesh) -> TrainState:
             append_loss(args, step, losses[-1])
             if saved and (step % args.save_every == 0 or step == args.steps):
                 saved.save(step, state)
+            if args.plot and step % math.ceil(args.steps / 10) == 0:
+                clicks, model, _ = predict_new(args, teacher, mesh, state, share=0.1)
+                history.aucs.append((step, auc(clicks, model)))
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
             bar.update(size)
     if times:
@@ -487,18 +504,22 @@ def train(args: argparse.Namespace, teacher: Teacher, mesh: Mesh) -> TrainState:
         # The median excludes the first step, which compiles.
         median = 1e3 * statistics.median(times)
         log(f"{median:.1f} ms per step of {size} examples (median)")
-    return state
+    return state, history
 
 
-def evaluate(
-    args: argparse.Namespace, teacher: Teacher, mesh: Mesh, state: TrainState
-) -> tuple[float, float]:
-    """Print the metrics of the model and the teacher; return their AUCs."""
-    count = math.ceil(args.test_examples / args.batch_size)
+def predict_new(
+    args: argparse.Namespace,
+    teacher: Teacher,
+    mesh: Mesh,
+    state: TrainState,
+    share: float = 1.0,
+) -> np.ndarray:
+    """Return what `predict` does for a share of the test examples, [3, n]."""
+    count = math.ceil(share * args.test_examples / args.batch_size)
     blocks = make_blocks(mesh, args.batch_size)
     # Replicate the outputs, so that every process can read them.
     predict_replicated = jax.jit(predict, out_shardings=NamedSharding(mesh, P()))
-    clicks, model, best = np.concatenate(
+    return np.concatenate(
         [
             predict_replicated(state, batch)
             for batch in batches(
@@ -507,12 +528,34 @@ def evaluate(
         ],
         axis=1,
     )
+
+
+def evaluate(clicks: np.ndarray, **log_odds: np.ndarray) -> list[float]:
+    """Print the metrics of the model and the teacher; return their AUCs."""
     log(f"{clicks.size:,} new examples:")
     log(f"{'':20}  {'AUC':>6}  {'log loss':>8}")
-    for name, log_odds in {"model": model, "teacher": best}.items():
-        loss = log_loss(clicks, log_odds)
-        log(f"{name:20}  {auc(clicks, log_odds):6.4f}  {loss:8.4f}")
-    return auc(clicks, model), auc(clicks, best)
+    aucs = [auc(clicks, own) for own in log_odds.values()]
+    for (name, own), reached in zip(log_odds.items(), aucs, strict=True):
+        log(f"{name:20}  {reached:6.4f}  {log_loss(clicks, own):8.4f}")
+    return aucs
+
+
+def plot(
+    history: History, clicks: np.ndarray, model: np.ndarray, best: float, path: Path
+) -> None:
+    """Draw the losses, the AUCs beside the teacher's, and the calibration."""
+    mosaic = [["loss", "AUC", "calibration"], ["loss", "AUC", "counts"]]
+    axes = plots.make_axes(mosaic, 14, 5, height_ratios=[3, 1])
+    if history.losses:  # not of a run that had ended
+        plots.draw_loss(axes["loss"], history.losses, "nats", history.first)
+    steps, aucs = zip(*history.aucs, strict=True) if history.aucs else ((), ())
+    axes["AUC"].plot(steps, aucs, marker="o", label="model")
+    axes["AUC"].axhline(best, color="gray", linestyle="--", label="teacher")
+    axes["AUC"].set(title="AUC on new examples", xlabel="step", ylabel="AUC")
+    axes["AUC"].legend()
+    probabilities = 1 / (1 + np.exp(-model))
+    plots.draw_calibration(axes["calibration"], axes["counts"], clicks, probabilities)
+    plots.save(axes, path)
 
 
 def export(args: argparse.Namespace, mesh: Mesh, state: TrainState) -> None:
@@ -546,6 +589,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--save-every", type=int, default=500, help="steps between checkpoints (500)")
     add("--losses", type=Path, help="file to append the losses to")
     add("--export", type=Path, help=".npz file for the trained tables")
+    add("--plot", type=Path, help="plot the losses, AUCs and calibration")
     args = parser.parse_args(argv)
     least = dict.fromkeys(("rows", "features", "steps", "batch_size"), 1)
     least |= dict.fromkeys(("test_examples", "devices", "processes"), 1)
@@ -615,15 +659,18 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     mesh = find_devices(args)
     try:
         teacher = make_teacher(args.rows, args.seed)
-        state = train(args, teacher, mesh)
-        reached = evaluate(args, teacher, mesh, state)
+        state, history = train(args, teacher, mesh)
+        clicks, model, best = predict_new(args, teacher, mesh, state)
+        reached, bound = evaluate(clicks, model=model, teacher=best)
+        if args.plot and jax.process_index() == 0:
+            plot(history, clicks, model, bound, args.plot)
         if args.export:
             export(args, mesh, state)
     except (Exception, KeyboardInterrupt) as error:
         if args.processes == 1:
             raise
         stop(args, error)
-    return reached
+    return reached, bound
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 import jbag
+import plots
 
 LABEL = "__label__"
 LABEL_COLUMNS = {"label", "labels", "class", "class index", "category", "target"}
@@ -60,7 +61,8 @@ class Classifier(NamedTuple):
     labels: list[str]
     encoder: jbag.text.Encoder
     features: int
-    history: list[tuple[float, float | None]]  # training and validation loss by epoch
+    losses: list[float]  # of the training steps
+    accuracies: list[float]  # on held-out texts, by epoch
     params: Any
 
 
@@ -230,21 +232,26 @@ def log_probabilities(model: TextClassifier, params: Any, bags: jbag.Bags) -> ja
 
 def predict(classifier: Classifier, texts: Sequence[str], size: int = 1024) -> Any:
     """Return the log probabilities of the classes for each text, [n, num_classes]."""
-    labels, encoder, features, _, params = classifier
-    model = TextClassifier(max(1, encoder.num_rows), features, len(labels))
+    encoder, num_classes = classifier.encoder, len(classifier.labels)
+    model = TextClassifier(max(1, encoder.num_rows), classifier.features, num_classes)
     parts, capacity = [], 1024
     for start in range(0, len(texts), size):
         chunk = texts[start : start + size]
         bags = encoder.encode(chunk)
         # Each capacity compiles once, so it only grows.
         capacity = max(capacity, jbag.bucket(bags.capacity))
-        part = log_probabilities(model, params, bags.pad_to(capacity, size))
+        part = log_probabilities(model, classifier.params, bags.pad_to(capacity, size))
         parts.append((part, len(chunk)))  # JAX computes it while the next is encoded
     return np.concatenate([np.asarray(part)[:count] for part, count in parts])
 
 
-def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Classifier:
-    """Train on `examples`; stop early by the loss on `valid`, if there are any."""
+def train(
+    args: argparse.Namespace, examples: Examples, held_out: Examples
+) -> Classifier:
+    """Train on `examples`; measure each epoch on `held_out`, if there are any.
+
+    With --patience, stop early by the loss on `held_out`.
+    """
     started = time.perf_counter()
     labels = sorted(set(examples.labels))
     if len(labels) < 2:
@@ -287,7 +294,7 @@ def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Clas
     optimizer = make_optimizer(args.learning_rate, epochs * len(stream) * steps, slots)
     params = init_params(model, args.seed)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
-    classifier = Classifier(labels, encoder, features, [], None)
+    classifier = Classifier(labels, encoder, features, [], [], None)
     best, best_loss, waited = None, math.inf, 0
     for epoch in range(epochs):
         losses = []
@@ -297,31 +304,42 @@ def train(args: argparse.Namespace, examples: Examples, valid: Examples) -> Clas
             jax.block_until_ready(
                 losses[-2:-1]
             )  # to bound the number of pending batches
-        loss = float(np.concatenate(losses)[:num_batches].mean())
-        line = f"epoch {epoch + 1}: loss {loss:.4f}"
-        valid_loss = None
-        if args.patience:
+        own = np.concatenate(losses)[:num_batches].tolist()
+        classifier.losses.extend(own)
+        line = f"epoch {epoch + 1}: loss {np.mean(own):.4f}"
+        if held_out.texts:
             now = classifier._replace(params=state.params)
-            valid_loss = validation_loss(now, valid)
-            line += f", validation loss {valid_loss:.4f}"
+            loss, accuracy = measure(now, held_out)
+            classifier.accuracies.append(accuracy)
+            line += f", held-out loss {loss:.4f}, accuracy {accuracy:.4f}"
             waited += 1
-            if valid_loss < best_loss:  # copy: the next step donates them
+            if args.patience and loss < best_loss:  # copy: the next step donates them
                 best = jax.tree.map(jnp.copy, state.params)
-                best_loss, waited = valid_loss, 0
-        classifier.history.append((loss, valid_loss))
+                best_loss, waited = loss, 0
         print(f"{line}, {time.perf_counter() - started:.2f} s")
         if args.patience and waited == args.patience:
             break
     return classifier._replace(params=state.params if best is None else best)
 
 
-def validation_loss(classifier: Classifier, valid: Examples) -> float:
-    """Return the mean loss on texts, without labels unseen in training."""
-    scores = predict(classifier, valid.texts)
+def measure(classifier: Classifier, held_out: Examples) -> tuple[float, float]:
+    """Return the mean loss, without labels unseen in training, and the accuracy."""
+    scores = predict(classifier, held_out.texts)
     class_of = {label: i for i, label in enumerate(classifier.labels)}
-    targets = np.array([class_of.get(label, -1) for label in valid.labels])
+    targets = np.array([class_of.get(label, -1) for label in held_out.labels])
+    accuracy = float((scores.argmax(1) == targets).mean())
     known = np.flatnonzero(targets >= 0)
-    return -float(scores[known, targets[known]].mean()) if known.size else math.inf
+    losses = -scores[known, targets[known]]
+    return float(losses.mean()) if known.size else math.inf, accuracy
+
+
+def class_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the precision, recall and F1 of each class, by the confusion matrix."""
+    right = counts.diagonal()
+    precision = right / np.maximum(counts.sum(0), 1)
+    recall = right / np.maximum(counts.sum(1)[:-1], 1)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+    return precision, recall, f1
 
 
 def evaluate(classifier: Classifier, test: Examples) -> tuple[float, np.ndarray]:
@@ -338,20 +356,17 @@ def evaluate(classifier: Classifier, test: Examples) -> tuple[float, np.ndarray]
     true = np.array([class_of.get(label, len(labels)) for label in test.labels])
     counts = np.zeros((len(labels) + 1, len(labels)), np.int64)
     np.add.at(counts, (true, predicted), 1)
-    right = counts.diagonal()
-    accuracy = float(right.sum() / len(true))
+    accuracy = float(counts.trace() / len(true))
     unseen = sorted(set(test.labels).difference(labels))
     if unseen:
         print(f"always wrong, because unseen in training: {', '.join(unseen[:5])}")
     print(f"accuracy {accuracy:.4f} on {len(true)} texts, {seconds:.1f} s\n")
-    recall = right / np.maximum(counts.sum(1)[:-1], 1)
-    precision = right / np.maximum(counts.sum(0), 1)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+    scores_by_class = class_scores(counts)
     print("precision  recall     F1   texts  label")
-    rows = zip(precision, recall, f1, counts.sum(1)[:-1], labels, strict=True)
+    rows = zip(*scores_by_class, counts.sum(1)[:-1], labels, strict=True)
     for *shares, texts, label in itertools.islice(rows, 50):
         print("   {:6.4f}  {:6.4f} {:6.4f}".format(*shares), f"{texts:7d}  {label}")
-    means = (x.mean() for x in (precision, recall, f1))
+    means = (x.mean() for x in scores_by_class)
     print("   {:6.4f}  {:6.4f} {:6.4f}".format(*means), f"{len(true):7d}  mean\n")
     print("some predictions (probability, predicted label, true label, text):")
     for i in range(0, len(true), math.ceil(len(true) / 5)):
@@ -424,33 +439,28 @@ def load_fasttext(path: Path) -> Classifier:
     labels = [label.removeprefix(LABEL) for label in model.labels]
     head = {"kernel": model.output.T, "bias": jnp.zeros(len(labels))}
     params = {"bag": {"embedding": model.table}, "head": head}
-    return Classifier(labels, model.encoder, model.table.shape[1], [], params)
+    return Classifier(labels, model.encoder, model.table.shape[1], [], [], params)
 
 
 def plot(classifier: Classifier, counts: np.ndarray, path: str) -> None:
-    """Plot the losses and the confusion matrix."""
-    from matplotlib.figure import Figure  # slow to import
-
-    labels, counts = classifier.labels, counts[:-1]
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = min(16.0, max(4.5, 0.22 * len(labels)))
-    figure = Figure(figsize=(4.5 + side, side), layout="constrained")
-    axes = figure.subplots(1, 2, width_ratios=(3.5, side))
-    losses = zip(*classifier.history, strict=True)
-    for name, values in zip(("training", "validation"), losses, strict=True):
-        if None not in values:
-            axes[0].plot(range(1, len(values) + 1), values, marker="o", label=name)
-    axes[0].set(title="loss", xlabel="epoch")
-    axes[0].legend()
-    figure.colorbar(axes[1].imshow(shares, cmap="Blues", vmin=0, vmax=1))
-    axes[1].set(title="share of each true class", xlabel="predicted", ylabel="true")
-    # Omit more than 100 names; escape the dollar sign, which starts mathematics.
-    names = [a[:20].replace("$", r"\$") if len(labels) <= 100 else "" for a in labels]
-    fontsize = 9 if len(labels) <= 30 else 6
-    axes[1].set_xticks(range(len(labels)), names, rotation=90, fontsize=fontsize)
-    axes[1].set_yticks(range(len(labels)), names, fontsize=fontsize)
-    with jbag.atomic_write(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
+    """Draw the losses, the held-out accuracy, the confusion matrix and F1."""
+    labels, accuracies = classifier.labels, classifier.accuracies
+    side = min(16.0, max(4.5, 0.36 * len(labels)))
+    mosaic, heights = [["confusion", "F1"]], [side]
+    if classifier.losses:  # not with fastText's models
+        mosaic, heights = [["loss", "accuracy"], *mosaic], [3, side]
+    sizes = {"width_ratios": (side + 1, 4), "height_ratios": heights}
+    axes = plots.make_axes(mosaic, side + 5, sum(heights), **sizes)
+    if classifier.losses:
+        plots.draw_loss(axes["loss"], classifier.losses, "nats per text")
+        epochs = range(1, len(accuracies) + 1)
+        axes["accuracy"].plot(epochs, accuracies, marker="o")
+        axes["accuracy"].set(title="held-out accuracy", xlabel="epoch")
+        axes["accuracy"].set(ylabel="share of texts")
+        axes["accuracy"].xaxis.get_major_locator().set_params(integer=True)
+    plots.draw_confusion(axes["confusion"], counts[:-1], labels)
+    plots.draw_f1(axes["F1"], class_scores(counts)[2], labels)
+    plots.save(axes, path)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -476,7 +486,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--save", metavar="FILE", help="file for the classifier")
     add("--load", metavar="PATH", help="use a saved classifier or a fastText .bin file")
     add("--predict", action="store_true", help="predict the labels of standard input")
-    add("--plot", metavar="PNG", help="plot the losses and the confusion matrix")
+    add("--plot", metavar="PNG", help="plot the losses, accuracy, confusion and F1")
     args = parser.parse_args(argv)
     numbers = "epochs", "patience", "batch_size", "dim", "ngrams", "buckets", "words"
     for name in numbers:
@@ -517,7 +527,9 @@ def main(argv: Sequence[str] | None = None) -> float | None:
             print(
                 "{} training texts, {} test texts, {} validation texts".format(*sizes)
             )
-            classifier = train(args, examples, valid)
+            # Without validation texts, the plot has the accuracy on the test texts.
+            watched = test if args.plot and not args.patience else valid
+            classifier = train(args, examples, watched)
         if args.save:
             save(classifier, Path(args.save))
         if test:

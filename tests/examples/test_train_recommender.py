@@ -152,6 +152,32 @@ def test_model_learns_and_is_measured_beside_its_teacher(example, capsys):
     assert "examples/s" in output.err
 
 
+def test_plot_has_every_step_and_ten_evaluations(example, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="plots are made with matplotlib")
+    figures, save = [], example.plots.save
+    monkeypatch.setattr(
+        example.plots, "save", lambda *args: figures.append(args[0]) or save(*args)
+    )
+    path = tmp_path / "plot.png"
+    options = "--rows 300 --steps 20 --batch-size 64 --features 8 --test-examples 640"
+    _, best = example.main([*options.split(), "--plot", str(path)])
+    assert path.read_bytes().startswith(b"\x89PNG")
+    (axes,) = figures
+    assert list(axes["loss"].lines[0].get_xdata()) == list(range(1, 21))
+    assert list(axes["AUC"].lines[0].get_xdata()) == list(range(2, 21, 2))
+    assert axes["AUC"].lines[1].get_ydata()[0] == best
+    assert sum(bar.get_height() for bar in axes["counts"].patches) == 640
+
+
+def test_bins_have_the_mean_prediction_and_the_observed_rate(example):
+    clicks = np.array([0, 1, 1, 0, 1])
+    probabilities = np.array([0.1, 0.2, 0.8, 0.9, 1.0])
+    predicted, observed, counts = example.plots.bins_of(clicks, probabilities, 4)
+    np.testing.assert_allclose(predicted, [0.15, np.nan, np.nan, 0.9])
+    np.testing.assert_allclose(observed, [0.5, np.nan, np.nan, 2 / 3])
+    assert counts.tolist() == [2, 0, 0, 3]
+
+
 @pytest.mark.slow
 def test_tables_learn_by_other_optimizers(example):
     reached, best = example.main([*TINY.split(), "--optimizer", "adam"])

@@ -1,6 +1,7 @@
 """The example that trains a text classifier, run as a user would."""
 
 import io
+import math
 import os
 import random
 import subprocess
@@ -248,7 +249,7 @@ def test_labels_unseen_in_training_count_as_wrong(
 
 def test_precision_and_recall_are_printed_for_each_class(example, capsys):
     scores = np.log([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
-    classifier = example.Classifier(["a", "b"], None, 1, [], None)
+    classifier = example.Classifier(["a", "b"], None, 1, [], [], None)
     test = example.Examples(["a", "b", "b", "c"], ["one", "two", "three", "four"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(example, "predict", lambda *_: scores)
@@ -275,9 +276,9 @@ def test_training_stops_when_it_no_longer_helps(example, tmp_path, capsys):
     example.main([*options, "--patience", "2", "--valid", str(valid)])
     printed = capsys.readouterr().out
     losses = [
-        float(line.split("validation loss ")[1].split(",")[0])
+        float(line.split("held-out loss ")[1].split(",")[0])
         for line in printed.splitlines()
-        if "validation loss" in line
+        if "held-out loss" in line
     ]
     assert len(losses) < 15
     assert min(losses) not in losses[-2:]
@@ -308,11 +309,39 @@ def test_few_texts_are_enough_to_run(example, tmp_path):
     assert example.main(["--train", str(train), "--test", str(test)]) == 1.0
 
 
-def test_plot_is_a_picture(example, train_file, tmp_path):
+def test_plot_has_every_step_and_every_epoch(
+    example, train_file, tmp_path, monkeypatch
+):
     pytest.importorskip("matplotlib", reason="plots are made with matplotlib")
-    path = tmp_path / "plot.png"
-    example.main(["--train", train_file, "--epochs", "2", "--plot", str(path)])
+    figures, save = [], example.plots.save
+    monkeypatch.setattr(
+        example.plots, "save", lambda *args: figures.append(args[0]) or save(*args)
+    )
+    path, model = tmp_path / "plot.png", str(tmp_path / "model")
+    options = ["--train", train_file, "--epochs", "3", "--batch-size", "16"]
+    accuracy = example.main([*options, "--plot", str(path), "--save", model])
     assert path.read_bytes().startswith(b"\x89PNG")
+    test = write_texts(tmp_path / "made.test", count=50, seed=1)
+    example.main(["--load", model, "--test", test, "--plot", str(path)])
+    for axes, num_texts in zip(figures, (20, 50), strict=True):
+        steps, losses = axes["loss"].lines[0].get_data()
+        assert list(steps) == list(range(1, 1 + 3 * math.ceil(180 / 16)))
+        assert losses[0] > losses[-1]
+        epochs, accuracies = axes["accuracy"].lines[0].get_data()
+        assert list(epochs) == [1, 2, 3]
+        assert accuracies[-1] == pytest.approx(accuracy)
+        counts = [int(text.get_text()) for text in axes["confusion"].texts]
+        assert sum(counts) == num_texts
+        assert len(axes["F1"].patches) == 2
+
+
+def test_bars_of_f1_are_sorted(example):
+    pytest.importorskip("matplotlib", reason="plots are made with matplotlib")
+    axes = example.plots.make_axes([["F1"]], 4, 4)["F1"]
+    example.plots.draw_f1(axes, np.array([0.5, 0.9, 0.1]), ["a", "b", "$c"])
+    assert [bar.get_width() for bar in axes.patches] == [0.1, 0.5, 0.9]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == [r"\$c", "a", "b"]
 
 
 def test_directory_without_a_classifier_is_named(example, tmp_path, monkeypatch):
