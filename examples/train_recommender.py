@@ -481,7 +481,7 @@ def train(
         initial=first * size,
         unit=" examples",
         unit_scale=True,
-        disable=jax.process_index() > 0,
+        disable=jax.process_index() > 0 or None,  # None: where there is no terminal
     ) as bar:
         drawn = batches(teacher, blocks, size, stream, range(first, args.steps))
         for step, batch in enumerate(drawn, first + 1):
@@ -517,17 +517,19 @@ def predict_new(
     """Return what `predict` does for a share of the test examples, [3, n]."""
     count = math.ceil(share * args.test_examples / args.batch_size)
     blocks = make_blocks(mesh, args.batch_size)
+    drawn = batches(teacher, blocks, args.batch_size, (args.seed, 2), range(count))
+    bar = tqdm(
+        drawn,
+        total=count,
+        desc="evaluation",
+        unit=" batches",
+        leave=False,
+        delay=1,
+        disable=jax.process_index() > 0 or None,
+    )
     # Replicate the outputs, so that every process can read them.
     predict_replicated = jax.jit(predict, out_shardings=NamedSharding(mesh, P()))
-    return np.concatenate(
-        [
-            predict_replicated(state, batch)
-            for batch in batches(
-                teacher, blocks, args.batch_size, (args.seed, 2), range(count)
-            )
-        ],
-        axis=1,
-    )
+    return np.concatenate([predict_replicated(state, batch) for batch in bar], axis=1)
 
 
 def evaluate(clicks: np.ndarray, **log_odds: np.ndarray) -> list[float]:

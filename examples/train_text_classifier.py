@@ -20,6 +20,7 @@ import argparse
 import ast
 import contextlib
 import csv
+import functools
 import itertools
 import json
 import math
@@ -40,9 +41,13 @@ from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from tqdm import tqdm
 
 import jbag
 import plots
+
+# Only on a terminal, and only of what takes more than a second.
+progress = functools.partial(tqdm, unit_scale=True, disable=None, delay=1)
 
 LABEL = "__label__"
 LABEL_COLUMNS = {"label", "labels", "class", "class index", "category", "target"}
@@ -102,7 +107,8 @@ def read_docstrings(num_classes: int = 20) -> Examples:
     skipped = {"test", "tests", "site-packages", "dist-packages"}
     skipped |= {"idlelib", "distutils", "lib2to3"}
     packages: dict[str, str] = {}
-    for path in sorted(root.rglob("*.py")):
+    paths = sorted(root.rglob("*.py"))
+    for path in progress(paths, desc="docstrings", unit=" files"):
         parts = path.relative_to(root).parts
         if skipped.intersection(parts):
             continue
@@ -133,9 +139,15 @@ def read_examples(path: str) -> Examples:
             sys.exit(f"{path}: neither CSV by its name nor {LABEL} on its first line.")
         file.seek(0)
         examples = Examples([], [])
-        for label, text in read(path, file):
-            examples.labels.append(label)
-            examples.texts.append(text)
+        buffer: Any = file.buffer
+        size = Path(path).stat().st_size
+        with progress(total=size, desc=Path(path).name, unit="B") as bar:
+            for number, (label, text) in enumerate(read(path, file)):
+                examples.labels.append(label)
+                examples.texts.append(text)
+                if number % 1024 == 0:
+                    bar.update(buffer.tell() - bar.n)
+            bar.update(size - bar.n)
     return examples if examples.texts else sys.exit(f"{path}: the file has no texts.")
 
 
@@ -235,6 +247,7 @@ def predict(classifier: Classifier, texts: Sequence[str], size: int = 1024) -> A
     encoder, num_classes = classifier.encoder, len(classifier.labels)
     model = TextClassifier(max(1, encoder.num_rows), classifier.features, num_classes)
     parts, capacity = [], 1024
+    bar = progress(total=len(texts), desc="prediction", unit=" texts", leave=False)
     for start in range(0, len(texts), size):
         chunk = texts[start : start + size]
         bags = encoder.encode(chunk)
@@ -242,6 +255,8 @@ def predict(classifier: Classifier, texts: Sequence[str], size: int = 1024) -> A
         capacity = max(capacity, jbag.bucket(bags.capacity))
         part = log_probabilities(model, classifier.params, bags.pad_to(capacity, size))
         parts.append((part, len(chunk)))  # JAX computes it while the next is encoded
+        bar.update(len(chunk))
+    bar.close()
     return np.concatenate([np.asarray(part)[:count] for part, count in parts])
 
 
@@ -296,14 +311,15 @@ def train(
     state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
     classifier = Classifier(labels, encoder, features, [], [], None)
     best, best_loss, waited = None, math.inf, 0
+    bar = progress(total=epochs * len(targets), desc="training", unit=" texts")
     for epoch in range(epochs):
         losses = []
         for stack in stream.at(epoch):
             state, values = train_steps(state, stack)
             losses.append(values)
-            jax.block_until_ready(
-                losses[-2:-1]
-            )  # to bound the number of pending batches
+            for done in losses[-2:-1]:  # waits, to bound the number of pending batches
+                bar.set_postfix(loss=f"{np.asarray(done).mean():.4f}", refresh=False)
+            bar.update(len(targets) / len(stream))
         own = np.concatenate(losses)[:num_batches].tolist()
         classifier.losses.extend(own)
         line = f"epoch {epoch + 1}: loss {np.mean(own):.4f}"
@@ -316,9 +332,11 @@ def train(
             if args.patience and loss < best_loss:  # copy: the next step donates them
                 best = jax.tree.map(jnp.copy, state.params)
                 best_loss, waited = loss, 0
-        print(f"{line}, {time.perf_counter() - started:.2f} s")
+        bar.set_postfix(loss=f"{np.mean(own):.4f}", refresh=False)
+        bar.write(f"{line}, {time.perf_counter() - started:.2f} s")
         if args.patience and waited == args.patience:
             break
+    bar.close()
     return classifier._replace(params=state.params if best is None else best)
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from programs import load_program
+from programs import Terminal, load_program
 
 pytestmark = pytest.mark.standard_promotion
 PATH = Path(__file__).parents[2] / "examples" / "train_text_classifier.py"
@@ -307,6 +307,20 @@ def test_few_texts_are_enough_to_run(example, tmp_path):
     test = tmp_path / "test.csv"
     test.write_text("a,one\nb,two\n", encoding="utf-8")
     assert example.main(["--train", str(train), "--test", str(test)]) == 1.0
+
+
+def test_progress_is_shown_on_a_terminal_only(example, train_file, monkeypatch, capsys):
+    options = ["--train", train_file, "--epochs", "2"]
+    monkeypatch.setitem(example.progress.keywords, "delay", 0)
+    example.main(options)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    example.main(options)
+    shown = sys.stderr.getvalue()
+    assert "training: 100%" in shown
+    assert "loss=" in shown
+    assert "made.train: 100%" in shown
+    assert "prediction: " in shown
 
 
 def test_plot_has_every_step_and_every_epoch(

@@ -2,7 +2,15 @@
 
 import contextlib
 import importlib.util
+import io
 import sys
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal, so that progress is shown."""
+
+    def isatty(self):
+        return True
 
 
 @contextlib.contextmanager
