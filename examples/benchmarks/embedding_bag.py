@@ -4,6 +4,7 @@
     python examples/benchmarks/embedding_bag.py --quick
     python examples/benchmarks/embedding_bag.py --workload "long bags" --measure sum max
     python examples/benchmarks/embedding_bag.py --plot speed.png --json speed.json
+    python examples/benchmarks/embedding_bag.py --write
 
 The sides are `jbag.embedding_bag`, the same on a table that lies on huge pages, its
 portable implementation (the reference), `torch.nn.functional.embedding_bag` where
@@ -21,12 +22,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -44,6 +41,7 @@ from jax.experimental import sparse
 from tqdm import tqdm
 
 import jbag
+import report
 
 RING = 24  # batches made beforehand, so that ids come back late
 TURN = 5  # timed calls of a side before the next side's
@@ -284,8 +282,7 @@ def measure(case: Case, sides: list[str], gather: list[str], rounds: int) -> Res
 def cells(result: Result, sides: list[str]) -> dict[str, str]:
     """Return a row of the table, by the names of its columns."""
     times, shares = result["milliseconds"], result["gather_bandwidth"]
-    row = {"workload".ljust(15): result["workload"].ljust(15)}
-    row["measurement".ljust(16)] = result["measurement"].ljust(16)
+    row = {name: result[name] for name in ("workload", "measurement")}
     for side in sides:
         row[f"{side} (ms)"] = f"{times[side]:.2f}" if side in times else "-"
     for peer in [side for side in ("torch", "reference") if side in sides]:
@@ -294,35 +291,6 @@ def cells(result: Result, sides: list[str]) -> dict[str, str]:
         column = "of gather bandwidth" + side.removeprefix("jbag")
         row[column] = f"{shares[side]:.0%}" if side in shares else "-"
     return row
-
-
-def plot(results: list[Result], sides: list[str], path: str) -> None:
-    """Draw how many times as fast as the reference each side is."""
-    from matplotlib.figure import Figure  # Slow to import, and of use to few runs.
-
-    names = list(dict.fromkeys(result["workload"] for result in results))
-    others = [side for side in sides if side != "reference"]
-    bars = len(results) // len(names) * len(others)
-    figure = Figure((9, 1 + (0.6 + 0.13 * bars) * len(names)), layout="constrained")
-    grid = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
-    for name, axes in zip(names, grid, strict=True):
-        rows = [result for result in results if result["workload"] == name]
-        middle = np.arange(len(rows))
-        for i, side in enumerate(others):
-            times = [row["milliseconds"] for row in rows]
-            speeds = [each["reference"] / each.get(side, np.nan) for each in times]
-            at = middle + 0.8 * ((i + 0.5) / len(others) - 0.5)
-            axes.barh(at, np.subtract(speeds, 1), 0.8 / len(others), left=1, label=side)
-        axes.set_yticks(middle, [row["measurement"] for row in rows])
-        axes.set(title=name, xscale="log")
-        axes.invert_yaxis()
-        axes.axvline(1, color="black")
-        axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("times as fast as the reference")
-    labels = axes.get_legend_handles_labels()
-    figure.legend(*labels, loc="outside upper center", ncols=len(others))
-    with jbag.atomic_write(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -335,9 +303,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--measure", nargs="+", choices=names, default=names, help="what (all)")
     add("--rounds", type=int, default=5, help=f"turns of {TURN} calls a side (5)")
     add("--quick", action="store_true", help="small and short, to see that it runs")
-    add("--plot", metavar="PNG", help="draw how fast the sides are")
+    add("--plot", metavar="PNG", help="draw how fast jbag is beside the peers")
     add("--json", metavar="FILE", help="write the results as JSON, too")
+    add("--write", action="store_true", help="write the table to README.md")
     args = parser.parse_args(argv)
+    if args.write and args.quick:
+        parser.error("--write takes no results of --quick")
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1; got {args.rounds}")
     return args
@@ -346,9 +317,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = parse_arguments(argv)
-    threads = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        threads = len(os.sched_getaffinity(0))
+    threads = report.count_cores()
     sides = list(SIDES)
     if to_huge_pages is None:
         sides.remove("jbag, huge pages")
@@ -362,36 +331,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         args.rounds = 1
         workloads = [replace(w, V=w.V // 100, B=w.B // 32) for w in workloads]
-    info = Path("/proc/cpuinfo")
-    found = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
-    cpu = found[1] if found else platform.processor() or platform.machine()
-    modules = filter(importlib.util.find_spec, ("jbag", "jax", "jaxlib", "torch"))
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in modules]
-    print(f"{cpu}; every side has {threads} threads; {', '.join(versions)}\n")
+    statement = report.machine(*[side for side in sides if side == "torch"])
+    print(f"{statement} Every side uses all cores.\n")
     for each in workloads:
         bags = f"{each.B} bags of {each.mean_length} ids on average"
         print(f"- {each.name}: {each.user}; table {each.V} x {each.D}, {bags}")
     print()
     cases = [(each, what) for each in workloads for what in measurements]
     results: list[Result] = []
+    rows: list[report.Row] = []
     with tempfile.TemporaryDirectory() as folder, jax.default_device("cpu"):
         program = f"{folder}/gather"
         source = Path(__file__).with_name("gather_bandwidth.cc")
         built = run(*COMPILE, str(source), "-o", program) is not None
         gather = [program, str(threads)] if built else []
-        for workload, measurement in tqdm(cases, unit="case"):
+        for workload, measurement in tqdm(cases, unit="case", disable=None):
             case = Case(workload, measurement, list(make_batches(workload)))
             results.append(measure(case, sides, gather, args.rounds))
-            row = cells(results[-1], sides)
-            lines = [[text.rjust(len(name)) for name, text in row.items()]]
-            if len(results) == 1:
-                rules = ["-" * (len(name) - 1) + ":" for name in row]  # right-aligned
-                rules[:2] = [rule.replace(":", "-") for rule in rules[:2]]
-                lines = [list(row), rules, *lines]
-            for line in lines:
-                tqdm.write(f"| {' | '.join(line)} |", file=sys.stdout)
+            rows.append(cells(results[-1], sides))
+            for line in report.table(rows[-1:], names=2)[2 * (len(rows) > 1) :]:
+                tqdm.write(line, file=sys.stdout)
     if args.plot:
-        plot(results, sides, args.plot)
+        report.plot(rows, "times as fast as the peer", args.plot, names=2)
+    if args.write:
+        report.write("embedding_bag.py", rows, statement, names=2)
     if args.json:
         with jbag.atomic_write(args.json) as temporary:
             temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -3,6 +3,7 @@
     python examples/benchmarks/sharding.py
     python examples/benchmarks/sharding.py --quick
     python examples/benchmarks/sharding.py --devices 4 --rows 4000000
+    python examples/benchmarks/sharding.py --plot steps.png --write
 
 The first table is of training steps on one table: pool a batch in mode "sum", take the
 squares of what it pools as the loss, move the table by row-wise Adagrad. The sides:
@@ -15,8 +16,8 @@ squares of what it pools as the loss, move the table by row-wise Adagrad. The si
 
 "sent" is what a device sends to others, read in the compiled program: all devices are
 one process's, so that nothing here tells how long it takes on a network. "extra" is the
-memory that XLA plans for a device's step beyond table, state and batch. "x rows" is how
-many times as long as the first side a step takes; the sides take turns.
+memory that XLA plans for a device's step beyond table, state and batch. "x row_wise" is
+how many times as long as the first side a step takes; the sides take turns.
 
 The second table is of the loads of owners: how many of a batch's distinct ids the
 busiest owner has, as a multiple of the mean, in a vocabulary sorted by frequency.
@@ -41,8 +42,10 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
 
 import jbag
+import report
 
 RING = 4  # batches made beforehand
 TABLES = 26
@@ -133,9 +136,12 @@ def measure_steps(args: argparse.Namespace) -> list[dict[str, str]]:
         )
         for _ in range(RING)
     ]
-    sides = list(sides_of(args, mesh, batches[0]))
+    compiled = sides_of(args, mesh, batches[0])
+    bar = {"leave": False, "disable": None}
+    sides = list(tqdm(compiled, total=len(SPECS) + 2, unit="side", **bar))
     times: dict[str, list[float]] = {name: [] for name, _, _ in sides}
-    for number in range(args.rounds + 1):
+    rounds = range(args.rounds + 1)
+    for number in tqdm(rounds, desc="steps", unit="round", **bar):
         for name, step, held in sides:
             start = time.perf_counter()
             held[:] = jax.block_until_ready(step(*held, batches[number % RING]))
@@ -217,7 +223,9 @@ def measure_collection(args: argparse.Namespace) -> list[dict[str, str]]:
             held = [jbag.to_huge_pages(params), OPTIMIZER.init(params)]
             calls[side] = (forward, step, held, batches)
         times: dict[Any, list[float]] = {}
-        for number in range(args.rounds + 1):
+        rounds = range(args.rounds + 1)
+        bar = {"unit": "round", "leave": False, "disable": None}
+        for number in tqdm(rounds, desc=f"{TABLES} tables, {length} ids", **bar):
             for side, (forward, step, held, batches) in calls.items():
                 batch = batches[number % RING]
                 start = time.perf_counter()
@@ -245,12 +253,8 @@ def measure_collection(args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def show(rows: list[dict[str, str]]) -> None:
-    """Print a table in Markdown, its first column to the left."""
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|---" + "|---:" * (len(rows[0]) - 1) + "|")
-    for row in rows:
-        print("| " + " | ".join(row.values()) + " |")
-    print()
+    """Print a table in Markdown."""
+    print(*report.table(rows), "", sep="\n", flush=True)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -264,7 +268,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--length", type=int, default=16, help="ids a bag (16)")
     add("--rounds", type=int, default=15, help="timed steps a side (15)")
     add("--quick", action="store_true", help="small and short, to see that it runs")
+    add("--plot", metavar="PNG", help="draw the times of the steps")
+    add("--write", action="store_true", help="write the first table to README.md")
     args = parser.parse_args(argv)
+    if args.write and args.quick:
+        parser.error("--write takes no results of --quick")
     if args.quick:
         args.rows, args.features, args.batch_size, args.rounds = 20_000, 16, 64, 1
     for name in ("devices", "rows", "features", "batch_size", "length", "rounds"):
@@ -280,14 +288,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if argv is None:  # as a program: no device has been asked for
         jax.config.update("jax_num_cpu_devices", args.devices)
-    print(
-        f"One table of {args.rows} x {args.features}, {args.batch_size} bags of "
-        f"{args.length} uniform ids, {args.devices} devices:\n"
+    statement = (
+        f"{report.machine()} A table of {args.rows} x {args.features}, "
+        f"{args.batch_size} bags of {args.length} uniform ids, {args.devices} devices "
+        "of one process."
     )
+    print(statement, end="\n\n")
     with jax.default_device("cpu"):
-        show(measure_steps(args))
+        steps = measure_steps(args)
+        show(steps)
         show(measure_loads(args))
         show(measure_collection(args))
+    if args.plot:
+        report.plot(steps, "time of a step, in times that of row_wise", args.plot)
+    if args.write:
+        report.write("sharding.py", steps, statement)
 
 
 if __name__ == "__main__":

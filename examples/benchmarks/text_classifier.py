@@ -1,7 +1,7 @@
 """Measure `train_text_classifier.py` beside fastText, on the same files.
 
     python examples/benchmarks/text_classifier.py --train a.train --test a.test \
-        --fasttext /path/to/an/environment/bin/python
+        --fasttext /path/to/an/environment/bin/python --name "AG News, bigrams" --write
 
 The Python named there has `fasttext` installed (0.9.3 needs NumPy 1 to predict);
 without it, jbag is measured alone. Every run is a process of its own, the two sides
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -26,7 +27,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-EXAMPLE = Path(__file__).parent.parent / "train_text_classifier.py"
+from tqdm import tqdm
+
+import report
+
+EXAMPLES = Path(__file__).parent.parent
 COLUMNS = {
     "accuracy": "{:.4f}",
     "training (s)": "{:.2f}",
@@ -77,12 +82,8 @@ print(json.dumps(figures))
 
 def measure_jbag(args: argparse.Namespace, more: bool) -> dict[str, float]:
     """Run the example in this process."""
-    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    sys.modules[EXAMPLE.stem] = example  # where dataclasses look a class's module up
-    spec.loader.exec_module(example)
+    sys.path.insert(0, str(EXAMPLES))
+    example = importlib.import_module("train_text_classifier")
     own = ["--train", args.train, "--test", args.test, "--seed", str(args.seed)]
     own += ["--ngrams", str(args.ngrams)]
     own += ["--epochs", str(args.epochs)] if args.epochs else []
@@ -138,8 +139,9 @@ def run(command: Sequence[str], more: bool) -> dict[str, float]:
 def measure(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Let the sides take turns; return the figures of each."""
     sides: dict[str, dict[str, list[float]]] = {}
-    for seed in range(args.runs):
-        for more in (False, True):
+    total = args.runs * (4 if args.fasttext else 2)
+    with tqdm(total=total, unit="process", disable=None) as bar:
+        for seed, more in itertools.product(range(args.runs), (False, True)):
             own = [sys.executable, __file__, "--child", "more" if more else "once"]
             own += ["--train", args.train, "--test", args.test, "--seed", str(seed)]
             own += ["--ngrams", str(args.ngrams)]
@@ -152,10 +154,12 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
                 peer = [args.fasttext, "-c", script, args.train, args.test]
                 commands["fastText"] = peer + [str(number) for number in numbers]
             for side, command in commands.items():
+                bar.set_description(side)
                 figures = sides.setdefault(side, {})
                 for name, value in run(command, more).items():
                     if name != "accuracy" or not more:
                         figures.setdefault(name, []).append(value)
+                bar.update()
     return sides
 
 
@@ -171,28 +175,45 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, help="of jbag (default: the example's)")
     add("--learning-rate", type=float, default=1.0, help="of jbag (1)")
     add("--runs", type=int, default=3, help="how often, each with its seed (3)")
+    add("--name", help="of the texts, in the table (default: the file's)")
+    add("--plot", metavar="PNG", help="draw how fast jbag is beside fastText")
+    add("--write", action="store_true", help="write the rows to README.md")
     add("--seed", type=int, default=0, help=argparse.SUPPRESS)
     add("--child", choices=("once", "more"), help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.plot and not args.fasttext:
+        parser.error("--plot needs --fasttext")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Print a row for each side; return their figures."""
+    """Print a row for each side; return their medians."""
     args = parse_arguments(argv)
     if args.child:
-        figures: dict[str, Any] = measure_jbag(args, args.child == "more")
+        with contextlib.redirect_stderr(io.StringIO()):  # no progress of the example
+            figures: dict[str, Any] = measure_jbag(args, args.child == "more")
         print(json.dumps(figures))
         return figures
-    sides = measure(args)
-    print(f"| {Path(args.train).name} | {' | '.join(COLUMNS)} |")
-    print("| --- |" + " ---: |" * len(COLUMNS))
-    for side, values in sides.items():
-        cells = [
-            form.format(statistics.median(values[name])) if name in values else "-"
-            for name, form in COLUMNS.items()
+    statement = report.machine()
+    print(statement, end="\n\n")
+    rows, medians = [], {}
+    for side, values in measure(args).items():
+        medians[side] = {name: statistics.median(own) for name, own in values.items()}
+        row = {"texts": args.name or Path(args.train).name, "side": side}
+        for name, form in COLUMNS.items():
+            row[name] = form.format(medians[side][name]) if name in values else "-"
+        rows.append(row)
+    print(*report.table(rows, names=2), sep="\n")
+    if args.write:
+        report.write("text_classifier.py", rows, statement, names=2)
+    if args.plot:
+        ours, theirs = medians["jbag"], medians["fastText"]
+        ratios = [
+            {"measurement": name, "x fastText": f"{theirs[name] / ours[name]:.2f}"}
+            for name in ("training (s)", "process (s)")
         ]
-        print(f"| {side} | {' | '.join(cells)} |")
-    return sides
+        report.plot(ratios, "times as fast as fastText", args.plot)
+    return medians
 
 
 if __name__ == "__main__":

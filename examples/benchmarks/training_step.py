@@ -3,6 +3,7 @@
     python examples/benchmarks/training_step.py
     python examples/benchmarks/training_step.py --quick
     python examples/benchmarks/training_step.py --workload step --optimizer SGD Adam
+    python examples/benchmarks/training_step.py --plot speed.png --write
 
 A step pools a batch in mode "sum", takes as its loss the inner product with a constant,
 differentiates that, and moves the table.
@@ -28,19 +29,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import importlib.util
 import itertools
 import json
-import os
-import platform
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +48,7 @@ from flax.training.train_state import TrainState
 from tqdm import tqdm
 
 import jbag
+import report
 
 RING = 24  # batches made beforehand, so that ids come back late
 TURN = 5  # timed steps of a side before the next side's,
@@ -322,7 +319,7 @@ def measure(case: Case, sides: list[str], rounds: int) -> Result:
 def cells(result: Result, sides: list[str]) -> dict[str, str]:
     """Return a row of the table, by the names of its columns."""
     times = result["milliseconds"]
-    row = {"   workload": result["workload"], "       optimizer": result["optimizer"]}
+    row = {name: result[name] for name in ("workload", "optimizer")}
     for side in sides:
         row[f"{side} (ms)"] = f"{times[side]:.2f}" if side in times else "-"
     peers = [times[side] for side in PEERS if side in times]
@@ -343,8 +340,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--optimizer", nargs="+", choices=names, default=names, help="which (all)")
     add("--rounds", type=int, default=5, help=f"turns of {TURN} steps a side (5)")
     add("--quick", action="store_true", help="small and short, to see that it runs")
+    add("--plot", metavar="PNG", help="draw how fast jbag is beside the peers")
     add("--json", metavar="FILE", help="write the results as JSON, too")
+    add("--write", action="store_true", help="write the table to README.md")
     args = parser.parse_args(argv)
+    if args.write and args.quick:
+        parser.error("--write takes no results of --quick")
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1; got {args.rounds}")
     return args
@@ -353,9 +354,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = parse_arguments(argv)
-    threads = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        threads = len(os.sched_getaffinity(0))
+    threads = report.count_cores()
     sides = list(SIDES)
     for side, module in PEERS.items():
         if not importlib.util.find_spec(module):
@@ -368,30 +367,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         args.rounds = 1
         workloads = [replace(w, V=w.V // 100, B=w.B // 32) for w in workloads]
-    info = Path("/proc/cpuinfo")
-    found = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
-    cpu = found[1] if found else platform.processor() or platform.machine()
-    names = ["jbag", "jax", "jaxlib", "optax", "flax"]
-    names += [{"fbgemm": "fbgemm-gpu-cpu"}.get(x, x) for x in sides if x in PEERS]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
-    print(f"{cpu}; every side has {threads} threads; {', '.join(versions)}\n")
+    peers = [{"fbgemm": "fbgemm-gpu-cpu"}.get(x, x) for x in sides if x in PEERS]
+    statement = report.machine("optax", "flax", *peers)
+    print(f"{statement} Every side uses all cores.\n")
     for each in workloads:
         bags = f"{each.B} bags of {each.mean_length} ids on average"
         print(f"- {each.name}: table {each.V} x {each.D}, {bags}")
     print()
     cases = [(each, optimizer) for each in workloads for optimizer in optimizers]
     results: list[Result] = []
+    rows: list[report.Row] = []
     with jax.default_device("cpu"):
-        for workload, optimizer in tqdm(cases, unit="case"):
+        for workload, optimizer in tqdm(cases, unit="case", disable=None):
             case = Case(workload, optimizer, list(make_batches(workload)))
             results.append(measure(case, sides, args.rounds))
-            row = cells(results[-1], sides)
-            lines = [[text.rjust(len(name)) for name, text in row.items()]]
-            if len(results) == 1:
-                rules = ["-" * (len(name) - 1) + ":" for name in row]  # right-aligned
-                lines = [list(row), rules, *lines]
-            for line in lines:
-                tqdm.write(f"| {' | '.join(line)} |", file=sys.stdout)
+            rows.append(cells(results[-1], sides))
+            for line in report.table(rows[-1:], names=2)[2 * (len(rows) > 1) :]:
+                tqdm.write(line, file=sys.stdout)
+    if args.plot:
+        report.plot(rows, "times as fast as the peer", args.plot, names=2)
+    if args.write:
+        report.write("training_step.py", rows, statement, names=2)
     if args.json:
         with jbag.atomic_write(args.json) as temporary:
             temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")

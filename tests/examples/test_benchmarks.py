@@ -154,7 +154,9 @@ def test_plot_is_a_picture(benchmark, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("options", [["--rounds", "0"], ["--measure", "speed"]])
+@pytest.mark.parametrize(
+    "options", [["--rounds", "0"], ["--measure", "speed"], ["--quick", "--write"]]
+)
 def test_options_that_make_no_sense_are_refused(benchmark, options, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(options)
@@ -176,9 +178,12 @@ def test_steps_of_every_side_agree(steps, monkeypatch, tmp_path, capsys):
         monkeypatch.delitem(steps.SIDES, side)
     monkeypatch.delitem(steps.PEERS, "fbgemm")
     path = tmp_path / "a.json"
+    picture = tmp_path / "a.png"
     names = ["row-wise Adagrad", "Adam"]
+    files = ["--json", str(path), "--plot", str(picture)]
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it.
-        steps.main([*QUICK_STEP, "--optimizer", *names, "--json", str(path)])
+        steps.main([*QUICK_STEP, "--optimizer", *names, *files])
+    assert picture.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "table 10000 x 64" in out
     rows = {row["optimizer"]: row for row in rows_of_table(out)}
@@ -239,7 +244,9 @@ def test_steps_that_take_long_are_fewer(steps, monkeypatch):
     assert times["slow"] >= 0
 
 
-@pytest.mark.parametrize("options", [["--rounds", "0"], ["--optimizer", "speed"]])
+@pytest.mark.parametrize(
+    "options", [["--rounds", "0"], ["--optimizer", "speed"], ["--quick", "--write"]]
+)
 def test_options_of_steps_that_make_no_sense_are_refused(steps, options, capsys):
     with pytest.raises(SystemExit):
         steps.main(options)
@@ -256,9 +263,12 @@ def test_text_classifier_is_measured_beside_fasttext(tmp_path, capsys):
     peer.chmod(0o755)
     files = ["--train", str(tmp_path / "train"), "--test", str(tmp_path / "test")]
     with program("text_classifier") as module:
-        module.main([*files, "--fasttext", str(peer), "--runs", "1"])
+        picture = tmp_path / "a.png"
+        options = ["--fasttext", str(peer), "--runs", "1", "--plot", str(picture)]
+        module.main([*files, *options, "--name", "made"])
+        assert picture.read_bytes().startswith(b"\x89PNG")
         ours, theirs = rows_of_table(capsys.readouterr().out)
-        assert ours.pop("train") == "jbag"
+        assert (ours.pop("texts"), ours.pop("side")) == ("made", "jbag")
         assert ours.pop("accuracy") == "1.0000"
         assert all(float(cell.replace(",", "")) > 0 for cell in ours.values())
         assert set(theirs) >= {"process (s)", "memory (MB)"}
@@ -270,11 +280,13 @@ def test_text_classifier_is_measured_beside_fasttext(tmp_path, capsys):
             module.main([*files, "--fasttext", str(peer), "--runs", "1"])
 
 
-def test_the_benchmark_of_meshes_compares_strategies_and_collections(capsys):
+def test_the_benchmark_of_meshes_compares_strategies_and_collections(tmp_path, capsys):
     if len(jax.devices("cpu")) < 4:
         pytest.skip("needs 4 devices of the CPU")
     with program("sharding") as module:
-        module.main(["--quick", "--devices", "4"])
+        picture = tmp_path / "a.png"
+        module.main(["--quick", "--devices", "4", "--plot", str(picture)])
+        assert picture.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     steps, loads, collections = map(rows_of_table, out.strip().split("\n\n")[1:])
     sides = {row["side"]: row for row in steps}
