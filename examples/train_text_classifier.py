@@ -466,11 +466,13 @@ def plot(classifier: Classifier, counts: np.ndarray, path: str) -> None:
     side = min(16.0, max(4.5, 0.36 * len(labels)))
     mosaic, heights = [["confusion", "F1"]], [side]
     if classifier.losses:  # not with fastText's models
-        mosaic, heights = [["loss", "accuracy"], *mosaic], [3, side]
+        right = "accuracy" if accuracies else "loss"
+        mosaic, heights = [["loss", right], *mosaic], [3, side]
     sizes = {"width_ratios": (side + 1, 4), "height_ratios": heights}
     axes = plots.make_axes(mosaic, side + 5, sum(heights), **sizes)
     if classifier.losses:
         plots.draw_loss(axes["loss"], classifier.losses, "nats per text")
+    if accuracies:  # not if it was trained without --plot and --patience
         epochs = range(1, len(accuracies) + 1)
         axes["accuracy"].plot(epochs, accuracies, marker="o")
         axes["accuracy"].set(title="held-out accuracy", xlabel="epoch")

@@ -349,6 +349,15 @@ def test_plot_has_every_step_and_every_epoch(
         assert len(axes["F1"].patches) == 2
 
 
+@pytest.mark.parametrize("losses", [[], [0.7, 0.6]], ids=["fastText's", "saved"])
+def test_plot_leaves_out_what_was_not_measured(example, tmp_path, losses):
+    pytest.importorskip("matplotlib", reason="plots are made with matplotlib")
+    path = tmp_path / "plot.png"
+    classifier = example.Classifier(["a", "b"], None, 1, losses, [], None)
+    example.plot(classifier, np.array([[1, 0], [1, 2], [0, 0]]), str(path))
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_bars_of_f1_are_sorted(example):
     pytest.importorskip("matplotlib", reason="plots are made with matplotlib")
     axes = example.plots.make_axes([["F1"]], 4, 4)["F1"]
