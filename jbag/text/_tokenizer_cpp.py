@@ -1,4 +1,4 @@
-"""The multithreaded tokenizer in C++; its source is `csrc/text/text.h`."""
+"""The multithreaded tokenizer in C++; its source is `csrc/text/tokenizer.h`."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
-#include "kernels/loops.h"
+#include "kernels/simd_loops.h"
 
 namespace jbag {
 namespace {

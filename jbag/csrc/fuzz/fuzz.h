@@ -19,9 +19,9 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/gathered_rows.h"
 #include "kernels/kernels.h"
-#include "kernels/loops.h"
-#include "kernels/slots.h"
+#include "kernels/simd_loops.h"
 
 namespace jbag {
 

@@ -10,7 +10,7 @@
 
 #include "fuzz/fuzz.h"
 #include "text/decimals.h"
-#include "text/text.h"
+#include "text/tokenizer.h"
 
 namespace jbag {
 namespace {

@@ -10,7 +10,7 @@
 
 #include "fuzz/fuzz.h"
 #include "kernels/kernels.h"
-#include "kernels/loops.h"
+#include "kernels/simd_loops.h"
 
 namespace jbag {
 namespace {

@@ -6,17 +6,18 @@
 // neither the threads nor the tasks have a say in the result. Tasks are cut by work, a
 // bag's overhead counting as one slot: position(bag) = bounds[bag] + bag grows
 // strictly, and task t does the blocks whose position lies in [t * task, (t + 1) *
-// task). One huge bag is so many tasks; many empty bags are, too.
+// task). One huge bag thus becomes many tasks, and so do many
+// empty bags.
 
 #ifndef JBAG_KERNELS_BAGS_H_
 #define JBAG_KERNELS_BAGS_H_
 
 #include <stdint.h>
 
-#include "kernels/arithmetic.h"
+#include "kernels/gathered_rows.h"
+#include "kernels/integer_math.h"
 #include "kernels/kernels.h"
-#include "kernels/loops.h"
-#include "kernels/slots.h"
+#include "kernels/simd_loops.h"
 
 namespace jbag {
 
@@ -52,7 +53,7 @@ class BagIds {
     const int64_t size = bags.ids.size;
     ids_.size = size;
     if (!bags.ids.is_64_bit) {
-      // An id that 32 bits can't hold is that of no slot.
+      // No slot has a padding id that 32 bits can't hold.
       const bool has_empty =
           bags.has_empty && bags.empty >= INT32_MIN && bags.empty <= INT32_MAX;
       ids_.data = static_cast<const int32_t*>(bags.ids.data);
@@ -111,7 +112,7 @@ class Bounds {
   }
   // No bag is malformed.
   bool well_formed() const { return moved_.data() == nullptr; }
-  // The bag's own bounds had to be repaired: it is NaN and receives nothing.
+  // Whether a bag's bounds had to be repaired: such a bag is NaN and receives nothing.
   bool malformed(int64_t bag) const {
     return moved_.data() != nullptr && (moved_[bag] || moved_[bag + 1]);
   }
@@ -206,8 +207,9 @@ struct Block {
   Segments segment() const { return {&first, &last, 1}; }
 };
 
-// Where the partial reductions of a bag of several blocks lie. Its first block and its
-// later ones are each more than `block` positions away from any other bag's.
+// The index of a block's partial reduction, for bags of several blocks. First blocks
+// are more than `block` positions away from other first blocks, and later blocks from
+// later blocks of other bags: hence two places for each `block` positions.
 inline int64_t PartialIndex(int64_t position, bool first, int64_t block) {
   return position / block * 2 + (first ? 0 : 1);
 }

@@ -1,8 +1,9 @@
 // The operations of the embedding bag on a CPU, by plain pointers: no XLA, no Python.
 //
-// The meaning is that of jbag/ops/kernels/xla.py. Nothing is read or written outside
-// the arrays that are given, whatever the ids and offsets hold. Results don't depend on
-// the number of threads: sums run in an order that the bags alone decide.
+// jbag/ops/kernels/contract.py has the meaning of the operations. Nothing is read or
+// written outside the arrays that are given, whatever the ids and offsets hold. Results
+// don't depend on the number of threads: sums run in an order that the bags alone
+// decide.
 
 #ifndef JBAG_KERNELS_KERNELS_H_
 #define JBAG_KERNELS_KERNELS_H_
@@ -121,7 +122,7 @@ using Error = const char*;
 constexpr Error kOutOfMemory = "jbag: not enough memory for the kernel's scratch space";
 constexpr Error kTooManyRows = "jbag: tables must have fewer than 2^31 rows";
 
-// The loops over features, compiled for one instruction set: loops.h.
+// The loops over features, compiled for one instruction set: simd_loops.h.
 struct Loops;
 
 // The widest that this machine can run.

@@ -5,11 +5,11 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "kernels/arithmetic.h"
 #include "kernels/bags.h"
+#include "kernels/gathered_rows.h"
+#include "kernels/integer_math.h"
 #include "kernels/kernels.h"
-#include "kernels/loops.h"
-#include "kernels/slots.h"
+#include "kernels/simd_loops.h"
 
 namespace jbag {
 namespace {

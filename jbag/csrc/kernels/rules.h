@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#include "kernels/numbers.h"
+#include "kernels/vectors.h"
 
 namespace jbag {
 namespace {

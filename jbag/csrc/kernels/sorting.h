@@ -10,11 +10,11 @@
 
 #include <stdint.h>
 
-#include "kernels/arithmetic.h"
 #include "kernels/bags.h"
+#include "kernels/gathered_rows.h"
+#include "kernels/integer_math.h"
 #include "kernels/kernels.h"
-#include "kernels/loops.h"
-#include "kernels/slots.h"
+#include "kernels/simd_loops.h"
 
 namespace jbag {
 

@@ -11,7 +11,7 @@ To add a rule, with `csrc/` for `jbag/csrc/`:
 1. This file: its function, and its `Rule` in `RULES`.
 2. `csrc/kernels/kernels.h`: its name in `enum class Rule`, and its line in `kRules`.
 3. `csrc/kernels/rules.h`: its struct, with the scalars in the order of `Rule.scalars`.
-4. `csrc/kernels/moving.h`: its case in `MoverOf`.
+4. `csrc/kernels/row_updates.h`: its case in `MoverOf`.
 5. `csrc/fuzz/fuzz_updates.cc`: its formula in `Moved`, and in `MovedRow` if it has a
    state per row.
 6. `jbag/optim/_optimizers.py`: the optimizer, exported by `jbag/optim/__init__.py`.

@@ -4,8 +4,8 @@
 // W is 1, 2, 4, ... up to kWidth, the machine's. The compiler's vector extension spells
 // the arithmetic, so that one source serves every instruction set.
 
-#ifndef JBAG_KERNELS_NUMBERS_H_
-#define JBAG_KERNELS_NUMBERS_H_
+#ifndef JBAG_KERNELS_VECTORS_H_
+#define JBAG_KERNELS_VECTORS_H_
 
 #include <stdint.h>
 #include <string.h>
@@ -248,4 +248,4 @@ inline void Store(Float16* to, const Vector<float, W>& v) {
 }  // namespace
 }  // namespace jbag
 
-#endif  // JBAG_KERNELS_NUMBERS_H_
+#endif  // JBAG_KERNELS_VECTORS_H_

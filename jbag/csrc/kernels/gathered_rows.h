@@ -3,12 +3,12 @@
 // Traffic: 4 bytes a slot for the id, and its coefficient if there are any. Rows are
 // prefetched some slots ahead of the one that is read.
 
-#ifndef JBAG_KERNELS_SLOTS_H_
-#define JBAG_KERNELS_SLOTS_H_
+#ifndef JBAG_KERNELS_GATHERED_ROWS_H_
+#define JBAG_KERNELS_GATHERED_ROWS_H_
 
 #include <stdint.h>
 
-#include "kernels/arithmetic.h"
+#include "kernels/integer_math.h"
 #include "kernels/kernels.h"
 
 namespace jbag {
@@ -149,8 +149,8 @@ class Slots : public SlotRows {
                : stride == 0 || kLine % stride != 0 || matrix % stride != 0;
   }
 
-  // Where the row of an id is: an integer, as it may be none of the matrix's, which
-  // does no harm to what only fetches.
+  // The address of an id's row. An integer, as the id may be out of range: a prefetch
+  // of such an address does no harm.
   uintptr_t Address(uint32_t named) const {
     return matrix + static_cast<uintptr_t>(named) * static_cast<uintptr_t>(stride);
   }
@@ -222,4 +222,4 @@ class TileSlots {
 }  // namespace
 }  // namespace jbag
 
-#endif  // JBAG_KERNELS_SLOTS_H_
+#endif  // JBAG_KERNELS_GATHERED_ROWS_H_

@@ -8,11 +8,11 @@
 
 #include <stdint.h>
 
-#include "kernels/arithmetic.h"
 #include "kernels/bags.h"
+#include "kernels/gathered_rows.h"
+#include "kernels/integer_math.h"
 #include "kernels/kernels.h"
-#include "kernels/loops.h"
-#include "kernels/slots.h"
+#include "kernels/simd_loops.h"
 #include "kernels/sorting.h"
 
 namespace jbag {

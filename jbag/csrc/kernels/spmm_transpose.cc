@@ -1,15 +1,15 @@
-// The transposed product, and the rows of it that slots name.
+// The operations spmm_transpose, and coalesce: the rows of it that slots name.
 //
 // Traffic: that of the sorted slots, and the output once.
 
 #include <stdint.h>
 #include <string.h>
 
-#include "kernels/arithmetic.h"
 #include "kernels/bags.h"
+#include "kernels/gathered_rows.h"
+#include "kernels/integer_math.h"
 #include "kernels/kernels.h"
-#include "kernels/loops.h"
-#include "kernels/slots.h"
+#include "kernels/simd_loops.h"
 #include "kernels/sorting.h"
 
 namespace jbag {

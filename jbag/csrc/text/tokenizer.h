@@ -4,8 +4,8 @@
 // a token costs one probe of the vocabulary's table. Tokens are kept as numbers, so
 // that texts that a vocabulary is made from are read once.
 
-#ifndef JBAG_TEXT_TEXT_H_
-#define JBAG_TEXT_TEXT_H_
+#ifndef JBAG_TEXT_TOKENIZER_H_
+#define JBAG_TEXT_TOKENIZER_H_
 
 #include <algorithm>
 #include <cstddef>
@@ -407,4 +407,4 @@ class Corpus {
 
 }  // namespace jbag::text
 
-#endif  // JBAG_TEXT_TEXT_H_
+#endif  // JBAG_TEXT_TOKENIZER_H_

@@ -4,13 +4,13 @@
 //
 // Sums are float for float32 and 16-bit rows, double for float64.
 
-#ifndef JBAG_KERNELS_LOOPS_H_
-#define JBAG_KERNELS_LOOPS_H_
+#ifndef JBAG_KERNELS_SIMD_LOOPS_H_
+#define JBAG_KERNELS_SIMD_LOOPS_H_
 
 #include <stdint.h>
 
+#include "kernels/gathered_rows.h"
 #include "kernels/kernels.h"
-#include "kernels/slots.h"
 
 namespace jbag {
 
@@ -29,7 +29,7 @@ using MoveRow = void (*)(const Matrix& table, const Update&, int64_t row,
 // Loops over rows of one type.
 struct RowLoops {
   // Writes the average of each segment's rows times their coefficients to a row of
-  // `out`, whose numbers are of the rows' type or another with the same type of sums.
+  // `out`. Its type is that of the rows, or that of their sums.
   // Segment i goes to row i, or to row places[starts[i]] unless `places` is null.
   void (*sum)(const SlotRows&, const Segments&, Average, const int32_t* places,
               Type out_type, void* out);
@@ -77,4 +77,4 @@ constexpr int32_t kNarrowOutOfRange = -2;
 
 }  // namespace jbag
 
-#endif  // JBAG_KERNELS_LOOPS_H_
+#endif  // JBAG_KERNELS_SIMD_LOOPS_H_

@@ -2,17 +2,17 @@
 //
 // Traffic: the row's gradient once; the row and its states once in and once out.
 
-#ifndef JBAG_KERNELS_MOVING_H_
-#define JBAG_KERNELS_MOVING_H_
+#ifndef JBAG_KERNELS_ROW_UPDATES_H_
+#define JBAG_KERNELS_ROW_UPDATES_H_
 
 #include <stdint.h>
 #include <string.h>
 
-#include "kernels/arithmetic.h"
+#include "kernels/integer_math.h"
 #include "kernels/kernels.h"
-#include "kernels/loops.h"
-#include "kernels/numbers.h"
 #include "kernels/rules.h"
+#include "kernels/simd_loops.h"
+#include "kernels/vectors.h"
 
 namespace jbag {
 namespace {
@@ -192,4 +192,4 @@ MoveRow MoverOf(Rule rule, bool at_random) {
 }  // namespace
 }  // namespace jbag
 
-#endif  // JBAG_KERNELS_MOVING_H_
+#endif  // JBAG_KERNELS_ROW_UPDATES_H_

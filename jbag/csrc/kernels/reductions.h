@@ -9,15 +9,15 @@
 // Traffic: each row once from memory, fetched some slots ahead; sums stay in registers
 // and are written once.
 
-#ifndef JBAG_KERNELS_ROWS_H_
-#define JBAG_KERNELS_ROWS_H_
+#ifndef JBAG_KERNELS_REDUCTIONS_H_
+#define JBAG_KERNELS_REDUCTIONS_H_
 
 #include <stdint.h>
 
-#include "kernels/arithmetic.h"
-#include "kernels/loops.h"
-#include "kernels/numbers.h"
-#include "kernels/slots.h"
+#include "kernels/gathered_rows.h"
+#include "kernels/integer_math.h"
+#include "kernels/simd_loops.h"
+#include "kernels/vectors.h"
 
 namespace jbag {
 namespace {
@@ -427,4 +427,4 @@ void Dots(const SlotRows& rows, const Segments& segments, int64_t first, int64_t
 }  // namespace
 }  // namespace jbag
 
-#endif  // JBAG_KERNELS_ROWS_H_
+#endif  // JBAG_KERNELS_REDUCTIONS_H_

@@ -1,7 +1,7 @@
 // Arithmetic of sizes, and a search over them.
 
-#ifndef JBAG_KERNELS_ARITHMETIC_H_
-#define JBAG_KERNELS_ARITHMETIC_H_
+#ifndef JBAG_KERNELS_INTEGER_MATH_H_
+#define JBAG_KERNELS_INTEGER_MATH_H_
 
 #include <stdint.h>
 
@@ -33,4 +33,4 @@ inline int64_t FirstWhere(int64_t low, int64_t high, Predicate holds) {
 }  // namespace
 }  // namespace jbag
 
-#endif  // JBAG_KERNELS_ARITHMETIC_H_
+#endif  // JBAG_KERNELS_INTEGER_MATH_H_

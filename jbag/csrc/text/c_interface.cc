@@ -1,11 +1,10 @@
-// What Python calls of text.h, by a C interface. A null pointer or a negative number
-// says that there was no memory.
-
-#include "text/text.h"
+// What Python calls of tokenizer.h, by a C interface. A null pointer or a negative
+// number says that there was no memory.
 
 #include <memory>
 
 #include "text/decimals.h"
+#include "text/tokenizer.h"
 
 namespace {
 

@@ -4,13 +4,13 @@
 // No header of the C++ library with inline functions may come in here: the linker keeps
 // one copy of such a function, and it could be the one that this machine can't run.
 
-#include "kernels/loops.h"
+#include "kernels/simd_loops.h"
 
 #include <stdint.h>
 #include <string.h>
 
-#include "kernels/moving.h"
-#include "kernels/rows.h"
+#include "kernels/reductions.h"
+#include "kernels/row_updates.h"
 
 namespace jbag {
 namespace {
