@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from jbag._validation import check_integer
-from jbag.ragged._bag_arrays import OUT_OF_RANGE_ID
+from jbag.ragged._csr_arrays import OUT_OF_RANGE_ID
 
 # Divisible by 1 to 10, 12, 14, 15, 16, 18, 20, ..., and 64.
 GRID = 20160

@@ -1,4 +1,7 @@
-"""Sharding types, and the strategy that a `PartitionSpec` declares on a mesh."""
+"""Sharding types, and the strategy that a `PartitionSpec` declares on a mesh.
+
+`jbag/sharding/README.md` lists where each strategy is, and the steps to add one.
+"""
 
 from __future__ import annotations
 

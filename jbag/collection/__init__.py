@@ -1,1 +1,4 @@
-"""Collections of tables: stacking, input checks, lookups over a mesh."""
+"""Collections of tables: stacking, input checks, lookups over a mesh.
+
+Private: `jbag` exports the public names.
+"""

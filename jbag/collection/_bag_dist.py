@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jbag._mesh.gradients import AllGatheredGradients, LocalGradients
+from jbag._mesh.gradient_placements import AllGatheredGradients, LocalGradients
 from jbag._mesh.row_layout import Lanes
 from jbag._mesh.strategies import ShardingType, Strategy
 from jbag.collection._stacking import Bag, Launch, Stack, size
-from jbag.ragged._bag_arrays import PAD_ID
 from jbag.ragged._concatenate import concatenate_bags, concatenate_slots, to_ragged
+from jbag.ragged._csr_arrays import PAD_ID
 
 Bags = Mapping[str, Bag]
 

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jbag._mesh.all_to_all import (
+from jbag._mesh.gradient_placements import AllToAllGradients
+from jbag._mesh.row_exchange import (
     deduplicate,
     default_rows_per_round,
     fetch,
     router,
     sum_counts,
 )
-from jbag._mesh.gradients import AllToAllGradients
 from jbag._mesh.strategies import ShardingType, Strategy, per_device
 from jbag.collection._bag_dist import Bags, bag_dist, own_block
 from jbag.collection._stacking import Bag, Launch, Stack, only_in_bags
@@ -35,7 +35,7 @@ from jbag.ops import _pooling
 from jbag.ops._pooling import CsrBags
 from jbag.ops._row_gather import accumulation_dtype, take
 from jbag.ops._sparse_marks import mark_pooled, mark_table
-from jbag.ragged._bag_arrays import OUT_OF_RANGE_ID, PAD_ID
+from jbag.ragged._csr_arrays import OUT_OF_RANGE_ID, PAD_ID
 
 Pooled = dict[str, Float[Array, "B D"]]
 

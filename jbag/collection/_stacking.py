@@ -19,9 +19,9 @@ from jbag.ops import _row_gather
 from jbag.ops._embedding_bag import check_padding_idx
 from jbag.ops._pooling import PoolingOptions
 from jbag.ops._row_gather import accumulation_dtype
-from jbag.ragged import _bag_arrays
-from jbag.ragged._bag_arrays import PAD_ID, Ids, Offsets, Slots
+from jbag.ragged import _csr_arrays
 from jbag.ragged._concatenate import concatenate_bags, concatenate_slots, num_bags
+from jbag.ragged._csr_arrays import PAD_ID, Ids, Offsets, Slots
 
 
 class Stack(NamedTuple):
@@ -151,8 +151,8 @@ class Launch(NamedTuple):
         """Return the array row of each slot; slots of other launches are padding."""
         assert bag.offsets is not None
         count = self.sizes({KEYED: bag})[self.features[0]]
-        bounds, _ = _bag_arrays.bag_bounds(bag.offsets, bag.ids.size)
-        key = _bag_arrays.segment_ids(bounds, bag.ids.size) // max(count, 1)
+        bounds, _ = _csr_arrays.bag_bounds(bag.offsets, bag.ids.size)
+        key = _csr_arrays.segment_ids(bounds, bag.ids.size) // max(count, 1)
         rows = jnp.full_like(bag.ids, PAD_ID)
         for feature, table in zip(self.features, self.tables, strict=True):
             own = stack.place(table, bag.ids)
@@ -194,8 +194,8 @@ def only_in_bags(ids: Ids, offsets: Offsets) -> Ids:
     """Return the ids; those outside every well-formed bag become `PAD_ID`."""
     if offsets is None:
         return ids
-    bounds, malformed = _bag_arrays.bag_bounds(offsets, ids.size)
-    bags = _bag_arrays.segment_ids(bounds, ids.size)
+    bounds, malformed = _csr_arrays.bag_bounds(offsets, ids.size)
+    bags = _csr_arrays.segment_ids(bounds, ids.size)
     return jnp.where(_row_gather.take(malformed, bags, True), PAD_ID, ids)
 
 

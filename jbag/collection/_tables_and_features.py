@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jbag._validation import TABLE_DTYPES, check_flag, check_integer
 from jbag.ops._embedding_bag import check_mode, check_padding_idx
-from jbag.ops._embedding_bag_module import Initializer, default_embedding_init
 from jbag.ops._max_norm import check_norm
+from jbag.ops._module_options import Initializer, default_embedding_init
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ them.
 """
 
 from jbag.data._batches import Batches, batches
-from jbag.data._collate import Collate, Example, Source
+from jbag.data._grain import Collate, Example, Source
 from jbag.data._selection import Batch
 
 __all__ = [

@@ -1,1 +1,4 @@
-"""Readers and writers of PyTorch, NumPy, safetensors and Flax formats."""
+"""Readers and writers of PyTorch, NumPy, safetensors and Flax formats.
+
+Private: `jbag` exports the public names.
+"""

@@ -14,7 +14,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jbag._validation import Floats, Integers
-from jbag.collection._collection_module import (
+from jbag.collection._lookup import Traffic
+from jbag.collection._module_options import (
     CollectionOptions,
     check_parts,
     collection_shardings,
@@ -25,10 +26,9 @@ from jbag.collection._collection_module import (
     pool_collection,
     validate_batch,
 )
-from jbag.collection._lookup import Traffic
 from jbag.interop import _flax_serialization as _flax_serialization  # registers types
 from jbag.interop import _torch
-from jbag.ops._embedding_bag_module import EmbeddingBagOptions, pretrained_options
+from jbag.ops._module_options import EmbeddingBagOptions, pretrained_options
 from jbag.ragged._bags import Bags
 
 if TYPE_CHECKING:

@@ -14,20 +14,20 @@ from jaxtyping import Array, Float, Int, Shaped
 from jbag.ops import _row_gather
 from jbag.ops._row_updates import coalesce, update_rows
 from jbag.ops._spmm import divided, spmm_transpose
-from jbag.ragged import _bag_arrays
-from jbag.ragged._bag_arrays import (
+from jbag.ragged import _csr_arrays
+from jbag.ragged._concatenate import (
+    concatenate_bags,
+    concatenate_slots,
+    merge_batches,
+    unit_weights,
+)
+from jbag.ragged._csr_arrays import (
     OUT_OF_RANGE_ID,
     PAD_ID,
     Ids,
     Offsets,
     Slots,
     merge_axes,
-)
-from jbag.ragged._concatenate import (
-    concatenate_bags,
-    concatenate_slots,
-    merge_batches,
-    unit_weights,
 )
 
 Shape = tuple[int, ...]
@@ -109,7 +109,7 @@ class OneDevice:
         if term.coefficients is not None:
             rows = term.coefficients[..., None] * rows
         kept &= (term.ids >= 0) & (term.ids < shape[0])
-        kept &= _bag_arrays.filled(term.ids, term.pad_id)
+        kept &= _csr_arrays.filled(term.ids, term.pad_id)
         indices = jnp.where(kept, term.ids, shape[0]).reshape(-1, 1)
         rows = jnp.where(kept[..., None], rows, 0).reshape(indices.size, shape[1])
         return FactoredGradient(rows, indices, implementation=term.implementation)
@@ -242,7 +242,7 @@ class FactoredGradient:
         if self.coefficients is not None:
             rows = rows * self.coefficients[..., None]
         ids = jnp.where(
-            kept & _bag_arrays.filled(self.ids, self.pad_id), self.ids, PAD_ID
+            kept & _csr_arrays.filled(self.ids, self.pad_id), self.ids, PAD_ID
         )
         return FactoredGradient(
             rows.reshape(ids.size, -1),

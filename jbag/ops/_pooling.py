@@ -16,7 +16,8 @@ mode            without weights                 with weights
 ==============  ==============================  =======================================
 
 The kernel divides in `spmm`, by its option `average`. Where the divisor of `finish` is
-zero, the bag is zero.
+zero, the bag is zero. `kernels/contract.py` defines what empty bags give. Derivatives
+are in `_spmm.py` and `_segment_max.py`.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from jbag.ops._max_norm import row_scale
 from jbag.ops._row_gather import accumulation_dtype, take
 from jbag.ops._segment_max import extremum
 from jbag.ops._sparse_marks import mark_pooled, mark_table
-from jbag.ragged import _bag_arrays
-from jbag.ragged._bag_arrays import OUT_OF_RANGE_ID, PAD_ID, Ids, Offsets, Size, Slots
+from jbag.ragged import _csr_arrays
 from jbag.ragged._concatenate import num_bags
+from jbag.ragged._csr_arrays import OUT_OF_RANGE_ID, PAD_ID, Ids, Offsets, Size, Slots
 
 
 class PoolingOptions(NamedTuple):
@@ -280,7 +281,7 @@ def _divide(
             implementation=pooling.implementation,
         )
 
-    filled = _bag_arrays.filled(ids, pad_id)
+    filled = _csr_arrays.filled(ids, pad_id)
     if pooling.mode == "mean":
         sums = sum_slots(filled, weights)
     else:

@@ -18,8 +18,8 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Int
 
 from jbag.ops.kernels import KERNELS, Kernel, choose, special_platforms
-from jbag.ragged import _bag_arrays
-from jbag.ragged._bag_arrays import (
+from jbag.ragged import _csr_arrays
+from jbag.ragged._csr_arrays import (
     PAD_ID,
     canonicalize_ids,
     concatenate_ragged,
@@ -30,9 +30,9 @@ from jbag.ragged._bag_arrays import (
 def bind(
     primitive: Primitive,
     dense: Sequence[Array],
-    ids: _bag_arrays.Ids,
-    offsets: _bag_arrays.Offsets,
-    coefficients: _bag_arrays.Slots | None,
+    ids: _csr_arrays.Ids,
+    offsets: _csr_arrays.Offsets,
+    coefficients: _csr_arrays.Slots | None,
     **params: Any,
 ) -> Any:
     """Bind a primitive to its operands; leave out optional operands that are None."""

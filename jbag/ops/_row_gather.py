@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
-from jbag.ragged._bag_arrays import Ids, Offsets, bag_bounds, segment_ids
+from jbag.ragged._csr_arrays import Ids, Offsets, bag_bounds, segment_ids
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:

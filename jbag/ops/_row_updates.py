@@ -16,7 +16,7 @@ from jbag.ops._primitive import bind, dispatch, equally_varying, layout
 from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels import Kernel
 from jbag.ops.kernels.update_rules import RULES
-from jbag.ragged._bag_arrays import Ids, Offsets, Size, Slots
+from jbag.ragged._csr_arrays import Ids, Offsets, Size, Slots
 
 
 def coalesce(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jbag.ops import _row_gather
 from jbag.ops._primitive import bind, define
 from jbag.ops._spmm import times, varies
-from jbag.ragged._bag_arrays import Ids, Offsets, Slots
+from jbag.ragged._csr_arrays import Ids, Offsets, Slots
 
 
 def extremum(

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from jbag.ops._factored_gradient import ONE_DEVICE, Placement
 from jbag.ops._primitive import equally_varying, layout
-from jbag.ragged._bag_arrays import PAD_ID, Ids, Offsets, Slots, merge_axes
 from jbag.ragged._concatenate import merge_batches
+from jbag.ragged._csr_arrays import PAD_ID, Ids, Offsets, Slots, merge_axes
 
 
 def mark_table(table: Float[Array, "V D"]) -> Float[Array, "V D"]:

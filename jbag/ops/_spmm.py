@@ -26,11 +26,11 @@ from jaxtyping import Array, Float
 from jbag.ops import _row_gather
 from jbag.ops._primitive import bind, define, equally_varying, layout
 from jbag.ops.kernels import xla
-from jbag.ragged import _bag_arrays
+from jbag.ragged import _csr_arrays
 
-Ids = _bag_arrays.Ids
-Offsets = _bag_arrays.Offsets
-Slots = _bag_arrays.Slots
+Ids = _csr_arrays.Ids
+Offsets = _csr_arrays.Offsets
+Slots = _csr_arrays.Slots
 
 
 def spmm_scaled(
@@ -128,7 +128,7 @@ def spmm_transpose(
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    num_embeddings: _bag_arrays.Size,
+    num_embeddings: _csr_arrays.Size,
     dtype: jnp.dtype,
     **options: Any,
 ) -> Float[Array, "V D"]:
@@ -270,7 +270,7 @@ def _spmm_transpose_to_cotangent(
     ct: Array,
     _: Any,
     *bags: Any,
-    num_embeddings: _bag_arrays.Size,
+    num_embeddings: _csr_arrays.Size,
     dtype: jnp.dtype,
     **options: Any,
 ) -> Array:
@@ -285,7 +285,7 @@ def _spmm_transpose_to_coefficients(
     offsets: Offsets,
     _: Any,
     *,
-    num_embeddings: _bag_arrays.Size,
+    num_embeddings: _csr_arrays.Size,
     dtype: jnp.dtype,
     **options: Any,
 ) -> Array:

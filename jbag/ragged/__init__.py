@@ -1,1 +1,4 @@
-"""Ragged batches: `Bags`, offsets, segment ids, padding, lists and concatenation."""
+"""Ragged batches: `Bags`, offsets, segment ids, padding, lists and concatenation.
+
+Private: `jbag` exports the public names.
+"""

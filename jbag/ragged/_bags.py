@@ -26,7 +26,7 @@ from jbag._validation import (
     on_host,
     to_index_dtype,
 )
-from jbag.ragged import _lists, _padded
+from jbag.ragged import _pack_lists, _padded
 from jbag.ragged._offsets import offsets_to_segment_ids, segment_ids_to_offsets
 
 
@@ -89,12 +89,12 @@ class Bags:
           >>> jbag.Bags.from_lists([[3, 1], [], [2]]).offsets
           array([0, 2, 2, 3], dtype=int32)
         """
-        indices, lengths = _lists.pack("ids", ids)
+        indices, lengths = _pack_lists.pack("ids", ids)
         packed = None
         if weights is not None:
-            packed, own = _lists.pack("weights", weights)
+            packed, own = _pack_lists.pack("weights", weights)
             if not np.array_equal(own, lengths):
-                raise ValueError(_lists.describe_mismatch(lengths, own))
+                raise ValueError(_pack_lists.describe_mismatch(lengths, own))
             if packed.dtype.kind != "f":
                 packed = packed.astype(np.float32)
         bags = cls.from_lengths(indices, lengths, packed)

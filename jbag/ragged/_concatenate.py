@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jbag.ragged import _bag_arrays
-from jbag.ragged._bag_arrays import (
+from jbag.ragged import _csr_arrays
+from jbag.ragged._csr_arrays import (
     OUT_OF_RANGE_ID,
     PAD_ID,
     Ids,
@@ -40,7 +40,7 @@ def concatenate_bags(parts: Sequence[tuple[Ids, Offsets]]) -> tuple[Ids, Offsets
         own, ends = to_ragged(*part)
         if ends.size == 1:  # no bags
             continue
-        bounds, _ = _bag_arrays.bag_bounds(ends, own.size)
+        bounds, _ = _csr_arrays.bag_bounds(ends, own.size)
         # Adjacent parts share a bound, so it can't be malformed for one of them alone.
         # Instead, a slot is added at each end of a part: it holds an id out of range if
         # the first or last bound is malformed, and else it is empty.

@@ -2,7 +2,7 @@
 
 Host offsets are checked by `check_offsets` in `jbag/_validation.py`, which has the
 error messages. Malformed offsets on a device are found by `bag_bounds` in
-`_bag_arrays.py`.
+`_csr_arrays.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jbag._validation import (
     on_host,
     to_index_dtype,
 )
-from jbag.ragged import _bag_arrays
+from jbag.ragged import _csr_arrays
 
 
 def offsets_to_segment_ids(offsets: Integers, capacity: int) -> Int[AnyArray, " N"]:
@@ -47,8 +47,8 @@ def offsets_to_segment_ids(offsets: Integers, capacity: int) -> Int[AnyArray, " 
     if on_host(offsets):
         lengths = np.diff(offsets, append=capacity)
         return np.repeat(np.arange(offsets.size, dtype=np.int32), lengths)
-    bounds, malformed = _bag_arrays.bag_bounds(jnp.asarray(offsets), capacity)
-    return jnp.where(malformed.any(), -1, _bag_arrays.segment_ids(bounds, capacity))
+    bounds, malformed = _csr_arrays.bag_bounds(jnp.asarray(offsets), capacity)
+    return jnp.where(malformed.any(), -1, _csr_arrays.segment_ids(bounds, capacity))
 
 
 def segment_ids_to_offsets(

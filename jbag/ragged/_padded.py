@@ -18,7 +18,7 @@ from jbag._validation import (
     on_host,
     to_index_dtype,
 )
-from jbag.ragged import _bag_arrays
+from jbag.ragged import _csr_arrays
 
 
 class Padded(NamedTuple):
@@ -108,7 +108,7 @@ def to_padded(
 
     ids = fill(indices)
     if numpy is jnp:
-        _, malformed = _bag_arrays.bag_bounds(jnp.asarray(offsets), capacity)
+        _, malformed = _csr_arrays.bag_bounds(jnp.asarray(offsets), capacity)
         invalid = (malformed | (lengths > length))[:, None]
         ids = jnp.where(invalid, jnp.iinfo(ids.dtype).max, ids)
         mask |= invalid

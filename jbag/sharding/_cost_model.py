@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jbag._mesh.all_to_all import default_rows_per_round
+from jbag._mesh.row_exchange import default_rows_per_round
 from jbag._mesh.row_layout import Lanes
 from jbag._mesh.strategies import ShardingType
 from jbag.ops._row_gather import accumulation_dtype

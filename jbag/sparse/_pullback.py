@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jbag.ops._factored_gradient import FactoredGradient
 from jbag.ops._row_gather import accumulation_dtype
-from jbag.ragged._bag_arrays import Ids, Offsets, Slots
+from jbag.ragged._csr_arrays import Ids, Offsets, Slots
 from jbag.sparse._row_sparse import RowSparse
 
 

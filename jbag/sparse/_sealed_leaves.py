@@ -28,7 +28,7 @@ from jax.extend import random
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jbag.ops._factored_gradient import FactoredGradient
-from jbag.ragged._bag_arrays import filled
+from jbag.ragged._csr_arrays import filled
 
 # Powers of two, whose proportions are exact under any scale; unsorted, of both signs
 # and not all integers, and of different norms per leaf, so that clips, sorts, roundings

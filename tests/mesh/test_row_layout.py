@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jbag._mesh.row_layout import GRID, Lanes, place
-from jbag.ragged._bag_arrays import OUT_OF_RANGE_ID
+from jbag.ragged._csr_arrays import OUT_OF_RANGE_ID
 from jbag.sharding import Layout
 
 SIZES = [(1, 1), (10, 1), (10, 4), (12, 4), (3, 7), (30_000, GRID), (7, GRID)]

@@ -9,7 +9,7 @@ import dataclasses
 
 from jbag.ops.kernels import cpu, xla
 from jbag.ops.kernels.contract import Operations
-from jbag.ragged._bag_arrays import Size
+from jbag.ragged._csr_arrays import Size
 
 
 @dataclasses.dataclass(frozen=True)

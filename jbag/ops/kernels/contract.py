@@ -1,7 +1,14 @@
 """The contract of the operations that every kernel implements.
 
-A kernel is a module with the six operations. `KERNELS` in
-`jbag/ops/kernels/__init__.py` registers it; `xla.py` is the reference.
+A kernel is a module with the six operations; `xla.py` is the reference. To add one:
+
+1. Write its module beside `xla.py`. Where it calls a library through XLA's FFI, the
+   module loads the library and registers the targets, as `cpu.py` does. `update_rows`
+   takes every rule of `update_rules.py`.
+2. Register it in `KERNELS` of `__init__.py`, before those that it is preferred to,
+   with its `platforms` and the reason where it is `missing`.
+3. Name it in `implementation` of `jbag.embedding_bag`. The tests with the fixture
+   `implementation` then run over it.
 
 The bags have one of two layouts:
 
@@ -11,7 +18,7 @@ The bags have one of two layouts:
 An id equal to `pad_id` marks an empty slot, which adds nothing; with `pad_id` None no
 slot is empty. Any other id outside [0, V) reads a row of NaN, and the table gets no
 gradient from it. Slots in no bag are empty. A bag with malformed offsets (see
-`jbag.ragged._bag_arrays.bag_bounds`) is NaN, and the table gets no gradient from it.
+`jbag.ragged._csr_arrays.bag_bounds`) is NaN, and the table gets no gradient from it.
 
 An empty bag, which has no slot or empty slots only, is zero in every mode: `spmm` sums
 nothing and divides by at least 1, and the winner of `extremum` is N, which is no slot.
@@ -27,7 +34,7 @@ from typing import Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from jbag.ragged._bag_arrays import Ids, Offsets, Size, Slots
+from jbag.ragged._csr_arrays import Ids, Offsets, Size, Slots
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from jbag.ops._row_gather import accumulation_dtype
-from jbag.ragged._bag_arrays import Ids, Offsets, Size, Slots
+from jbag.ragged._csr_arrays import Ids, Offsets, Size, Slots
 
 
 def spmm(

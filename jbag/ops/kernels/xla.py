@@ -15,7 +15,7 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int, UInt32
 
 from jbag.ops._row_gather import accumulation_dtype, bag_rows, take
 from jbag.ops.kernels import update_rules as rules
-from jbag.ragged._bag_arrays import (
+from jbag.ragged._csr_arrays import (
     Ids,
     Offsets,
     Size,

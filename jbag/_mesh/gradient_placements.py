@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
-from jbag._mesh.all_to_all import router
+from jbag._mesh.row_exchange import router
 from jbag._mesh.strategies import (
     SHARDED_BY_ROWS,
     ShardingType,
@@ -34,8 +34,8 @@ from jbag.ops._row_updates import coalesce, update_rows
 from jbag.ops._spmm import spmm_transpose
 from jbag.ops.kernels import update_rules as rules
 from jbag.ops.kernels import xla
-from jbag.ragged import _bag_arrays
-from jbag.ragged._bag_arrays import PAD_ID
+from jbag.ragged import _csr_arrays
+from jbag.ragged._csr_arrays import PAD_ID
 
 Receive = Callable[[Any, FactoredGradient], Any]
 
@@ -355,7 +355,7 @@ def _to_shard_ids(
 ) -> FactoredGradient:
     """Return the term with ids of the shard; other ids become padding."""
     own = term.ids - _first_row(strategy, rows).astype(term.ids.dtype)
-    kept = (own >= 0) & (own < rows) & _bag_arrays.filled(term.ids, term.pad_id)
+    kept = (own >= 0) & (own < rows) & _csr_arrays.filled(term.ids, term.pad_id)
     return dataclasses.replace(term, ids=jnp.where(kept, own, PAD_ID), pad_id=PAD_ID)
 
 

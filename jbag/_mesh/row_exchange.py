@@ -29,7 +29,7 @@ from jbag._mesh.strategies import Strategy, per_device
 from jbag.ops import _spmm
 from jbag.ops._primitive import evaluate_compiled
 from jbag.ops._row_gather import accumulation_dtype, take
-from jbag.ragged._bag_arrays import OUT_OF_RANGE_ID
+from jbag.ragged._csr_arrays import OUT_OF_RANGE_ID
 
 
 def default_rows_per_round(slots: int, owners: int) -> int:
