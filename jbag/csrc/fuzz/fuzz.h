@@ -157,13 +157,13 @@ struct Case {
     rows = OneIn(20) ? 0 : 1 + Below(OneIn(3) ? 5000 : 40);
     num_bags = OneIn(20) ? 0 : Below(OneIn(4) ? 200 : 12);
     has_empty = OneIn(2);
-    empty = OneIn(2) ? -1 : Below(rows + 1);
+    ids_64_bit = OneIn(2);
+    empty = OneIn(2) ? -1 : OneIn(8) ? Wrapping() : Below(rows + 1);
     rectangular = OneIn(3);
     length = Below(OneIn(6) ? 3000 / (width + 1) : 9);
     const int64_t most = OneIn(4) ? 6000 : 60;
     num_slots = rectangular ? num_bags * length : Below(most);
     hostile = OneIn(3);
-    ids_64_bit = OneIn(2);
     offsets_64_bit = OneIn(2);
     weighted = OneIn(2);
     for (int64_t i = 0; i < num_slots; ++i) ids.push_back(Id());
@@ -196,8 +196,14 @@ struct Case {
     const int64_t bits = static_cast<int64_t>(random());
     return ids_64_bit && offsets_64_bit ? bits : static_cast<int32_t>(bits);
   }
+  // What 32 bits don't tell from a row, or from no row.
+  int64_t Wrapping() {
+    const uint64_t low = OneIn(4) ? UINT32_MAX : static_cast<uint64_t>(Below(rows + 1));
+    return static_cast<int64_t>(random() << 32 | low);
+  }
   int64_t Id() {
     if (hostile && OneIn(10)) return Anything();
+    if (hostile && ids_64_bit && OneIn(10)) return Wrapping();
     if (has_empty && OneIn(5)) return empty;
     return rows == 0 ? -2 : OneIn(2) ? Below(rows) : Below(rows < 3 ? rows : 3);
   }
