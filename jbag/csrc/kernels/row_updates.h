@@ -120,7 +120,7 @@ struct RowMover {
     }
     const RowMover mover{rule,     divisor, hash, numbers, {states[0], states[1]},
                          gradient, scale};
-    mover.MoveColumns<kWidth<A>>(0, table.width);
+    mover.MoveColumns<kWidth<A>>(table.width);
   }
 
   static constexpr RuleShape kShape = ShapeOf(RuleOf<A>::kRule);
@@ -128,15 +128,32 @@ struct RowMover {
   static_assert(sizeof(RuleOf<A>) == kShape.numbers * sizeof(A), "all its numbers");
 
   template <int W>
-  void MoveVector(int64_t column) const {
-    using V = Vector<A, W>;
-    V vectors[kPerElement + 1];  // of the states
+  struct Columns {
+    Vector<A, W> row;
+    Vector<A, W> gradient;
+    Vector<A, W> states[kPerElement + 1];
+  };
+
+  template <int W>
+  Columns<W> Read(int64_t column) const {
+    Columns<W> columns;
+    columns.row = Load<W>(row + column);
+    columns.gradient = scale * Load<W>(gradient + column);
 #pragma GCC unroll 2
-    for (int i = 0; i < kPerElement; ++i) vectors[i] = Load<W>(states[i] + column);
-    const V g = scale * Load<W>(gradient + column);
-    const V moved = rule.Moved(Load<W>(row + column), g, vectors, divisor);
+    for (int i = 0; i < kPerElement; ++i) {
+      columns.states[i] = Load<W>(states[i] + column);
+    }
+    return columns;
+  }
+
+  template <int W>
+  void Write(int64_t column, Columns<W> columns) const {
+    const auto moved =
+        rule.Moved(columns.row, columns.gradient, columns.states, divisor);
 #pragma GCC unroll 2
-    for (int i = 0; i < kPerElement; ++i) Store<W>(states[i] + column, vectors[i]);
+    for (int i = 0; i < kPerElement; ++i) {
+      Store<W>(states[i] + column, columns.states[i]);
+    }
     if constexpr (kAtRandom) {
       StoreAtRandom<W>(row, column, hash, moved);
     } else {
@@ -144,17 +161,24 @@ struct RowMover {
     }
   }
 
-  // Moves the columns [column, width) by vectors of W and, what is left, by shorter
-  // ones.
+  // Where W doesn't divide the width the last vector overlaps the one before, so it is
+  // read before that is written.
   template <int W>
-  void MoveColumns(int64_t column, int64_t width) const {
-    const RowMover mover = *this;  // a copy, that what it holds stays in registers
-    for (; column + W <= width; column += W) {
-      mover.template MoveVector<W>(column);
-    }
+  void MoveColumns(int64_t width) const {
     if constexpr (W > 1) {
-      if (column < width) MoveColumns<W == 4 ? 1 : W / 2>(column, width);
+      if (width < W) {
+        MoveColumns<W == 4 ? 1 : W / 2>(width);
+        return;
+      }
     }
+    const int64_t last = width - W;
+    if (last < 0) return;
+    const RowMover mover = *this;  // a copy, that what it holds stays in registers
+    const auto tail = mover.template Read<W>(last);
+    for (int64_t column = 0; column < last; column += W) {
+      mover.template Write<W>(column, mover.template Read<W>(column));
+    }
+    mover.template Write<W>(last, tail);
   }
 };
 

@@ -55,7 +55,7 @@ inline V Ratio(const V& a, const V& b) {
 // Without a decay, what isn't finite in a row stays what it is.
 template <typename V, typename A>
 inline V Decayed(const V& w, const V& delta, A decay) {
-  return w + (delta - Choose(decay + V{} == V{}, V{}, decay * w));
+  return w + (decay == 0 ? delta : delta - decay * w);
 }
 
 template <typename A>

@@ -15,25 +15,31 @@
 namespace jbag {
 namespace {
 
+template <int kLanes>
 void Narrow(const int64_t* from, int64_t size, int64_t num_rows, bool has_empty,
             int64_t empty, int32_t* to) {
-  // Eight ids at a time, by the halves of each: the compiler's own vectors compare
-  // 64-bit numbers.
-  using V = Vector<int32_t, 8>;
+  // By the halves of each id: SSE2 does not compare 64-bit numbers.
+  using V = Vector<int32_t, kLanes>;
   const V rows = static_cast<int32_t>(num_rows) + V{};
   const V empty_low = static_cast<int32_t>(empty) + V{};
   const V empty_high = static_cast<int32_t>(empty >> 32) + V{};
   const V none = kNarrowOutOfRange + V{};
   int64_t i = 0;
-  for (; i + 8 <= size; i += 8) {
-    V first, second;
+  for (; i + kLanes <= size; i += kLanes) {
+    V first, second, low, high;
     memcpy(&first, from + i, sizeof(first));
-    memcpy(&second, from + i + 4, sizeof(second));
-    const V low = __builtin_shufflevector(first, second, 0, 2, 4, 6, 8, 10, 12, 14);
-    const V high = __builtin_shufflevector(first, second, 1, 3, 5, 7, 9, 11, 13, 15);
-    V named = (high == V{}) & (low >= V{}) & (low < rows) ? low : none;
+    memcpy(&second, from + i + kLanes / 2, sizeof(second));
+    if constexpr (kLanes == 4) {
+      low = __builtin_shufflevector(first, second, 0, 2, 4, 6);
+      high = __builtin_shufflevector(first, second, 1, 3, 5, 7);
+    } else {
+      low = __builtin_shufflevector(first, second, 0, 2, 4, 6, 8, 10, 12, 14);
+      high = __builtin_shufflevector(first, second, 1, 3, 5, 7, 9, 11, 13, 15);
+    }
+    V named = Choose((high == V{}) & (low >= V{}) & (low < rows), low, none);
     if (has_empty) {
-      named = (low == empty_low) & (high == empty_high) ? kNarrowEmpty + V{} : named;
+      named =
+          Choose((low == empty_low) & (high == empty_high), kNarrowEmpty + V{}, named);
     }
     memcpy(to + i, &named, sizeof(named));
   }
@@ -65,7 +71,7 @@ constexpr Loops kLoops = {
     kInstructionSet,
     {kRowLoops<float>, kRowLoops<double>, kRowLoops<BFloat16>, kRowLoops<Float16>},
     {kSumLoops<float>, kSumLoops<double>, {}, {}},
-    Narrow,
+    Narrow < kVectorBytes < 32 ? 4 : 8 >,
 };
 
 }  // namespace

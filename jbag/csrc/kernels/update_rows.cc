@@ -32,7 +32,7 @@ class MovingRows {
     ahead_ = Clamp(kBytesAhead / Max(bytes, 1), 8, 32);
   }
 
-  // Inlined by force: see Slots.
+  // Inlined by force: see Prefetch.
   __attribute__((always_inline)) void Fetch(int64_t row) const {
     for (int i = 0; i < size_; ++i) {
       const int64_t bytes = parts_[i].bytes;
@@ -81,8 +81,8 @@ struct RunMover {
 
   void gap(int64_t, int64_t) const {}
   void whole(int64_t row, int64_t start, int64_t end) {
+    FetchAhead(start, end);
     if (end - start == 1) {
-      FetchAhead(start, end);
       slots.FetchAhead(start);
       move(table, update, row, slots.row<char>(start),
            slots.coefficient(start, SizeOf(sums)));
@@ -91,10 +91,13 @@ struct RunMover {
       if (runs.count() == most) finish();
     }
   }
-  // Fetches the rows of the table that are named some slots after [start, end).
-  void FetchAhead(int64_t start, int64_t end) const {
-    for (int64_t slot = Max(start, end - rows.ahead()); slot < end; ++slot) {
-      rows.Fetch(sorted.row(Min(slot + rows.ahead(), sorted.size() - 1)));
+  // Fetches the rows of the table that are named some slots after [start, end). Inlined
+  // by force: see Prefetch.
+  __attribute__((always_inline)) void FetchAhead(int64_t start, int64_t end) const {
+    const int64_t last = Min(end + rows.ahead(), sorted.size());
+    for (int64_t slot = Max(start, end - rows.ahead()) + rows.ahead(); slot < last;
+         ++slot) {
+      if (sorted.row(slot) != sorted.row(slot - 1)) rows.Fetch(sorted.row(slot));
     }
   }
   void joined(int64_t row, const void* sum) const {
@@ -110,7 +113,6 @@ struct RunMover {
     if (some.count == 0) return;
     loops.sum(slots, some, Average::kNone, nullptr, sums, gradients);
     for (int64_t i = 0; i < some.count; ++i) {
-      FetchAhead(some.starts[i], some.ends[i]);
       joined(sorted.row(some.starts[i]), gradients + i * slots.stride);
     }
     runs.Clear();

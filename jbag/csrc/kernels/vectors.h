@@ -195,29 +195,9 @@ inline void Store(BFloat16* to, const Vector<float, W>& v) {
   memcpy(to, &narrow, sizeof(narrow));
 }
 
+// Not inlined: a vector whose lanes are taken one by one is in memory.
 template <int W>
-inline void Store(Float16* to, const Vector<float, W>& v) {
-#if defined(__AVX512F__)
-  if constexpr (W == 16) {
-    const __m256i half = _mm512_cvtps_ph(Bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
-    memcpy(to, &half, sizeof(half));
-    return;
-  }
-#endif
-#if defined(__F16C__)
-  if constexpr (W == 8) {
-    const __m128i half = _mm256_cvtps_ph(Bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
-    memcpy(to, &half, sizeof(half));
-    return;
-  }
-  if constexpr (W < 8) {
-    __m128 values = {};
-    memcpy(&values, &v, sizeof(v));
-    const __m128i half = _mm_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
-    memcpy(to, &half, W * sizeof(*to));
-    return;
-  }
-#endif
+__attribute__((noinline)) void StoreByIntegers(Float16* to, Vector<float, W> v) {
   for (int lane = 0; lane < W; ++lane) {
     const uint32_t bits = Bits<uint32_t>(static_cast<float>(v[lane]));
     const uint32_t magnitude = bits & 0x7fffffff;
@@ -243,6 +223,32 @@ inline void Store(Float16* to, const Vector<float, W>& v) {
     }
     to[lane].bits = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000));
   }
+}
+
+template <int W>
+inline void Store(Float16* to, const Vector<float, W>& v) {
+#if defined(__AVX512F__)
+  if constexpr (W == 16) {
+    const __m256i half = _mm512_cvtps_ph(Bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+    memcpy(to, &half, sizeof(half));
+    return;
+  }
+#endif
+#if defined(__F16C__)
+  if constexpr (W == 8) {
+    const __m128i half = _mm256_cvtps_ph(Bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+    memcpy(to, &half, sizeof(half));
+    return;
+  }
+  if constexpr (W < 8) {
+    __m128 values = {};
+    memcpy(&values, &v, sizeof(v));
+    const __m128i half = _mm_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
+    memcpy(to, &half, W * sizeof(*to));
+    return;
+  }
+#endif
+  StoreByIntegers<W>(to, v);
 }
 
 }  // namespace
