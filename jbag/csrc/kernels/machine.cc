@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -57,8 +58,11 @@ struct Work {
       __builtin_ia32_pause();
 #endif
     }
+    const auto all = [&] { return done.load(std::memory_order_acquire) == count; };
     std::unique_lock<std::mutex> lock(mutex);
-    finished.wait(lock, [&] { return done.load(std::memory_order_acquire) == count; });
+    // GCC 12 takes wait() from a libstdc++ that RHEL 9, with glibc 2.34, doesn't have.
+    while (!finished.wait_for(lock, std::chrono::hours(1), all)) {
+    }
   }
 };
 
