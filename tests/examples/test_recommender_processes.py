@@ -1,14 +1,18 @@
 """The recommender, trained by several processes that are really started."""
 
 import contextlib
+import io
 import re
 import signal
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from meshes import some_devices
 from processes import Processes, free_port, succeed
+from programs import load_program
 
 pytestmark = pytest.mark.standard_promotion
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_recommender.py"
@@ -22,6 +26,16 @@ def train(*options, processes=1, devices=1):
         return [run]
     run += ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", processes]
     return [[*run, "--process", process] for process in range(processes)]
+
+
+def train_here(*options, devices):
+    """Train in this process, on some of its devices; return what is printed."""
+    mesh = jax.make_mesh((devices,), ("x",), devices=some_devices(devices))
+    printed = io.StringIO()
+    with load_program(EXAMPLE) as example, contextlib.redirect_stdout(printed):
+        example.find_devices = lambda _: mesh
+        example.main([*TRAINING.split(), *map(str, options)])
+    return printed.getvalue()
 
 
 def read_losses(path):
@@ -38,7 +52,7 @@ def read_losses(path):
 def alone(tmp_path_factory):
     """The losses of the example on one device, and what it prints."""
     path = tmp_path_factory.mktemp("alone") / "losses.txt"
-    [output] = succeed(train("--losses", path))
+    output = train_here("--losses", path, devices=1)
     losses, _ = read_losses(path)
     assert list(losses) == list(range(1, 121))
     return losses, output
@@ -94,7 +108,7 @@ def test_example_goes_on_after_a_process_was_killed(alone, tmp_path):
     assert 20 <= last < 120
     assert "Process 0 of 2 stopped" in output
     assert f"The last checkpoint in {saved} is of step {last}." in output
-    [output] = succeed(train(*options, "--strategy", "column_wise", devices=8))
+    output = train_here(*options, "--strategy", "column_wise", devices=4)
     assert f"Resuming after step {last}, from {saved}" in output
     losses, counts = read_losses(path)
     assert_same_losses(losses, alone[0])
