@@ -10,7 +10,6 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
-from slow import slow
 
 import jbag
 
@@ -32,14 +31,17 @@ def pooled(table, ids=IDS, offsets=OFFSETS, **options):
 def check(loss, *args, sparse=True, **options):
     """Compare with the dense gradient that JAX takes; return the first one."""
     rows = functools.partial(jbag.value_and_grad, allow_dense=not sparse)
-    value, gradient = rows(loss, **options)(*args)
-    both = [f(loss, **options) for f in (rows, jax.value_and_grad)]
-    jitted, expected = jax.jit(lambda *args: [f(*args) for f in both])(*args)
+
+    @jax.jit
+    def both(*args):
+        value, gradient = rows(loss, **options)(*args)
+        dense = jax.tree.map(densify, gradient, is_leaf=is_rows)
+        return gradient, (value, dense), jax.value_and_grad(loss, **options)(*args)
+
+    gradient, found, expected = both(*args)
     assert any(map(is_rows, jax.tree.leaves(gradient, is_leaf=is_rows))) is sparse
-    for found in ((value, gradient), jitted):
-        dense = jax.tree.map(densify, found, is_leaf=is_rows)
-        assert jax.tree.structure(dense) == jax.tree.structure(expected)
-        jax.tree.map(oracle.assert_close, dense, expected)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(oracle.assert_close, found, expected)
     return gradient
 
 
@@ -53,12 +55,7 @@ def densify(x):
 
 @pytest.mark.parametrize(
     ("weighted", "options"),
-    [
-        (False, {}),
-        (True, {"padding_idx": 3}),
-        *slow((False, {"max_norm": 1.0}), (True, {})),
-        *slow((False, {"padding_idx": 3}), (True, {"max_norm": 1.0})),
-    ],
+    [(False, {"max_norm": 1.0}), (True, {"padding_idx": 3})],
     ids=str,
 )
 def test_the_gradient_is_that_of_the_oracle(weighted, options, implementation):
@@ -157,15 +154,19 @@ def test_two_tables_are_kept_apart():
     [jax.jit, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(jax.jit(f)))],
     ids=["jit", "checkpoint", "all"],
 )
-@pytest.mark.parametrize("mode", ["mean", *slow("max")])
-def test_calls_are_seen_through(wrap, mode):
-    inner = wrap(lambda t, w: jnp.sin(pooled(t, mode=mode, weights=w)))
-    check(lambda t: (inner(t, WEIGHTS) ** 2 + inner(t, WEIGHTS * 2)).sum(), TABLE)
-    check(wrap(lambda t: jnp.sin(pooled(t, mode=mode)).sum()), TABLE)
+def test_calls_are_seen_through(wrap):
+    inner = wrap(lambda t, w: jnp.sin(pooled(t, weights=w)))
+    outer = wrap(lambda t: jnp.sin(pooled(t, mode="max")).sum())
+
+    def loss(tables):
+        twice = inner(tables["a"], WEIGHTS) ** 2 + inner(tables["a"], WEIGHTS * 2)
+        return twice.sum() + outer(tables["b"])
+
+    check(loss, {"a": TABLE, "b": TABLE})
+    check(outer, TABLE)
 
 
-@pytest.mark.parametrize("mode", ["mean", *slow("max")])
-@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("mode", "ragged"), [("max", False), ("mean", True)])
 def test_batches_under_vmap(mode, ragged):
     ids = jnp.stack([jnp.asarray(IDS), jnp.asarray(IDS[::-1])])
     offsets = jnp.asarray(OFFSETS)
@@ -195,13 +196,13 @@ def test_bags_are_found_in_loops_and_branches():
         loss = lambda t: (pooled(t) ** 2).sum()
         return jax.lax.cond(table[0, 0] > -9, loss, lambda _: 0.0, table)
 
-    check(in_scan, TABLE)
-    check(in_cond, TABLE)
+    check(lambda t: in_scan(t["a"]) + in_cond(t["b"]), {"a": TABLE, "b": TABLE})
     check(lambda t: in_scan(t) + (pooled(t) ** 2).sum(), TABLE)
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("mode", ["mean", "max", *slow("sum", "sqrtn", "min")])
+@pytest.mark.parametrize(
+    ("mode", "first"), [("mean", True), ("mean", False), ("max", False)]
+)
 def test_the_bags_of_other_branches_name_no_row(mode, first):
     def loss(table):
         return jax.lax.cond(
@@ -245,10 +246,9 @@ def test_derivatives_of_the_gradient():
     loss = lambda t: (pooled(t, mode="sum") ** 3).sum()
     total = lambda vg: lambda t: sum(jnp.sum(densify(x) ** 2) for x in vg(loss)(t))
     for transform in (jax.grad, lambda f: lambda t: jax.jvp(f, (t,), (t,))[1]):
-        found = transform(total(jbag.value_and_grad))(jnp.asarray(TABLE))
-        oracle.assert_close(
-            found / 1e3, transform(total(jax.value_and_grad))(jnp.asarray(TABLE)) / 1e3
-        )
+        both = [transform(total(x)) for x in (jbag.value_and_grad, jax.value_and_grad)]
+        found, expected = jax.jit(lambda t, both=both: [f(t) for f in both])(TABLE)
+        oracle.assert_close(found / 1e3, expected / 1e3)
 
 
 def test_arguments_are_chosen_as_in_jax():
@@ -284,7 +284,7 @@ class Model(nn.Module):
 
 def test_linen_variables():
     bags = jbag.Bags.from_offsets(IDS, OFFSETS, include_last_offset=True)
-    variables = Model().init(jax.random.key(0), bags)
+    variables = jax.jit(Model().init)(jax.random.key(0), bags)
     gradient = check(lambda v: (Model().apply(v, bags) ** 2).sum(), variables)
     assert is_rows(gradient["params"]["items"]["embedding"])
     assert isinstance(gradient["params"]["Dense_0"]["kernel"], jax.Array)
@@ -305,7 +305,7 @@ class NnxModel(nnx.Module):
 def test_nnx_modules_and_states():
     model, ids = NnxModel(nnx.Rngs(0)), jnp.array([[1, 2], [2, 7]])
     loss = lambda model: (model(ids) ** 2).sum()
-    gradient = jbag.grad(loss)(model)
+    gradient = nnx.jit(jbag.grad(loss))(model)
     assert is_rows(gradient["items"]["embedding"][...])
     graph, state = nnx.split(model)
     check(lambda state: loss(nnx.merge(graph, state)), state)
@@ -358,12 +358,17 @@ def test_under_shard_map(varying):
         return jax.lax.psum(rows.todense(), "x")
 
     specs = {"mesh": mesh, "in_specs": (P(), P("x")), "out_specs": P()}
-    expected = jax.grad(loss)(TABLE, ids)
-    oracle.assert_close(jax.shard_map(local, **specs)(TABLE, ids), expected)
     total = jax.shard_map(lambda t, i: jax.lax.psum(loss(t, i), "x"), **specs)
-    oracle.assert_close(
-        densify(jbag.grad(total, allow_dense=True)(TABLE, ids)), expected
-    )
+
+    @jax.jit
+    def run(table, ids):
+        within = jax.shard_map(local, **specs)(table, ids)
+        around = jbag.grad(total, allow_dense=True)(table, ids)
+        return [within, densify(around)]
+
+    expected = jax.jit(jax.grad(loss))(TABLE, ids)
+    for found in run(TABLE, ids):
+        oracle.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

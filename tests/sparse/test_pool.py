@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from slow import slow
 
 import jbag
 from jbag.sparse import _jaxpr_analysis
@@ -20,12 +19,7 @@ COTANGENT = RNG.normal(size=(4, D)).astype(np.float32)
 
 @pytest.mark.parametrize(
     ("weighted", "options"),
-    [
-        (False, {}),
-        (True, {"padding_idx": 3}),
-        *slow((False, {"max_norm": 1.0}), (True, {})),
-        *slow((False, {"padding_idx": 3}), (True, {"max_norm": 1.0})),
-    ],
+    [(False, {"max_norm": 1.0}), (True, {"padding_idx": 3})],
     ids=str,
 )
 def test_pool_and_its_pullback_equal_the_oracle(weighted, options, implementation):
@@ -49,16 +43,7 @@ def test_pool_and_its_pullback_equal_the_oracle(weighted, options, implementatio
 
     found = jax.jit(lambda t: {mode: pooled(t, mode) for mode in oracle.MODES})(TABLE)
     for mode, (out, to_table) in found.items():
-        expected = jbag.embedding_bag(
-            TABLE,
-            IDS,
-            OFFSETS,
-            mode=mode,
-            weights=weights,
-            include_last_offset=True,
-            **options,
-        )
-        oracle.assert_close(out, expected)
+        oracle.assert_close(out, oracle.forward(TABLE, bags, mode, **options))
         own, _ = oracle.gradients(TABLE, bags, COTANGENT, mode, **options)
         oracle.assert_close(to_table, own)
 
@@ -98,8 +83,9 @@ def test_rows_are_summed_in_the_body_of_a_scan_and_after_it():
     expected, gradients = jax.jit(lambda t: jax.lax.scan(dense_step, t, batches))(TABLE)
     oracle.assert_close(table, expected)
     assert rows.batch_shape == (3,)
-    oracle.assert_close(rows.todense(), gradients)
-    oracle.assert_close(rows.sum().todense(), gradients.sum(0))
+    sums = jax.jit(lambda rows: (rows.todense(), rows.sum().todense()))(rows)
+    oracle.assert_close(sums[0], gradients)
+    oracle.assert_close(sums[1], np.asarray(gradients).sum(0))
     with pytest.raises(ValueError, match=r"batch of RowSparse, of shape \(3,\)"):
         expected + rows
 
@@ -119,7 +105,8 @@ def test_a_rule_of_the_users_own_takes_the_pullback():
     ids = jnp.asarray(IDS[:10].reshape(5, 2))
     loss = lambda pool: lambda t: (pool(t, ids) ** 2).sum()
     found = jax.jit(jax.grad(loss(pooled)))(jnp.asarray(TABLE))
-    oracle.assert_close(found, jax.grad(loss(jbag.embedding_bag))(jnp.asarray(TABLE)))
+    expected = jax.jit(jax.grad(loss(jbag.embedding_bag)))(jnp.asarray(TABLE))
+    oracle.assert_close(found, expected)
 
 
 def test_several_axes_of_a_batch_are_summed_one_or_all():
@@ -137,7 +124,7 @@ def test_several_axes_of_a_batch_are_summed_one_or_all():
     dense, found = sums(rows)
     assert dense.shape == (2, 3, V, D)
     for actual, axis in zip(found, ((0, 1), 0, 1, 1), strict=True):
-        oracle.assert_close(actual, dense.sum(axis))
+        oracle.assert_close(actual, np.asarray(dense).sum(axis))
     with pytest.raises(ValueError, match="`axis` must be one of the 2"):
         rows.sum(2)
 

@@ -39,9 +39,10 @@ def terms(implementation):
         (ids, np.array([0, 4, 3, 6], np.int32), [0, 0, 0, 0, None, None]),
         (ids.reshape(3, 2), None, [0, 0, 1, 1, 2, 2]),
     ]
-    for (own, offsets, bags), weighted, pad_id in itertools.product(
-        layouts, [False, True], [None, 1]
-    ):
+    # Every two together, of a layout, weights and padding.
+    for layout, weighted in itertools.product(range(3), [False, True]):
+        own, offsets, bags = layouts[layout]
+        pad_id = [None, 1][(layout + weighted) % 2]
         slots = [i for i in range(6) if bags[i] is not None and ids[i] != pad_id]
         scale = coefficients if weighted else np.ones(6)
         values = [scale[i] * cotangent[bags[i]] for i in slots]
@@ -61,35 +62,38 @@ def terms(implementation):
         )
 
 
-@jax.jit
 def sums(rows):
     """Return rows with distinct ids, the dense gradient, and rows added to a table."""
-    moved = jnp.asarray(TABLE) + rows
-    return rows.coalesce(), rows.todense(), rows.indices, rows.values, moved
+    unique = rows.coalesce()
+    return {
+        "unique": (unique.indices, unique.values, unique.todense()),
+        "counts": (rows.num_rows, unique.num_rows),
+        "whole": rows.todense(),
+        "rows": (rows.indices, rows.values),
+        "moved": jnp.asarray(TABLE) + rows,
+    }
 
 
 def test_rows_are_summed_in_order(implementation):
-    every, total = (), 0
-    for term, expected, named in terms(implementation):
-        rows = jbag.RowSparse((term,), (V, D), jnp.dtype("float32"))
-        every, total = (*every, term), total + expected
-        unique, whole, indices, values, moved = sums(rows)
-        assert unique.indices.shape == (6,)
-        assert unique.values.shape == (6, D)
-        padding = [V] * (6 - len(named))
-        assert unique.indices.tolist() == sorted(named) + padding
-        summed = dense(unique.indices, unique.values)
-        oracle.assert_close(summed, expected, "float32")
-        assert (unique.values[len(named) :] == 0).all()
-        oracle.assert_close(whole, expected)
-        oracle.assert_close(dense(indices, values), expected, "float32")
-        oracle.assert_close(moved, TABLE + expected)
-        assert rows.num_rows == unique.num_rows == len(named)
-    rows = jbag.RowSparse(every, (V, D), jnp.dtype("float32"))
-    unique, whole, *_ = sums(rows)
-    oracle.assert_close(whole, total)
-    oracle.assert_close(unique.todense(), total)
-    assert unique.indices.shape == (V,)
+    every, expected, named = zip(*terms(implementation), strict=True)
+    make = lambda *terms: jbag.RowSparse(terms, (V, D), jnp.dtype("float32"))
+    run = jax.jit(lambda each: list(map(sums, each)))
+    *each, together = run([*map(make, every), make(*every)])
+    for found, total, own in zip(each, expected, named, strict=True):
+        indices, values, _ = found["unique"]
+        assert indices.shape == (6,)
+        assert values.shape == (6, D)
+        assert indices.tolist() == sorted(own) + [V] * (6 - len(own))
+        oracle.assert_close(dense(indices, values), total, "float32")
+        assert (values[len(own) :] == 0).all()
+        oracle.assert_close(found["whole"], total)
+        oracle.assert_close(dense(*found["rows"]), total, "float32")
+        oracle.assert_close(found["moved"], TABLE + total)
+        assert set(map(int, found["counts"])) == {len(own)}
+    oracle.assert_close(together["whole"], sum(expected))
+    indices, _, unique = together["unique"]
+    oracle.assert_close(unique, sum(expected))
+    assert indices.shape == (V,)
 
 
 @pytest.mark.parametrize("indices", [[], [-1, 9], [5] * 2000, list(range(9)) * 2])
@@ -101,10 +105,12 @@ def test_corners_of_coalescing(indices, implementation):
     terms = (FactoredGradient(term.cotangent, term.ids, implementation=implementation),)
     rows = jbag.RowSparse(terms, rows.shape, rows.dtype)
     named = sorted({i for i in indices if 0 <= i < V})
-    assert rows.coalesce().indices.shape == (min(len(indices), V),)
-    assert rows.coalesce().indices.tolist()[: len(named)] == named
-    oracle.assert_close(rows.coalesce().todense(), dense(indices, values))
-    oracle.assert_close(jnp.asarray(TABLE) + rows, TABLE + dense(indices, values))
+    found = jax.jit(sums)(rows)
+    unique, _, coalesced = found["unique"]
+    assert unique.shape == (min(len(indices), V),)
+    assert unique.tolist()[: len(named)] == named
+    oracle.assert_close(coalesced, dense(indices, values))
+    oracle.assert_close(found["moved"], TABLE + dense(indices, values))
 
 
 def test_arithmetic():
@@ -174,21 +180,33 @@ def test_dtypes(dtype, implementation):
     terms = (FactoredGradient(term.cotangent, term.ids, implementation=implementation),)
     rows = jbag.RowSparse(terms, rows.shape, rows.dtype)
     expected = dense(values=jnp.asarray(VALUES, dtype))
-    assert rows.dtype == rows.todense().dtype == dtype
-    assert rows.values.dtype == accumulation_dtype(jnp.dtype(dtype))
-    assert rows.coalesce().indices.dtype == jnp.int64
-    oracle.assert_close(rows.todense(), expected)
-    oracle.assert_close(rows.coalesce().todense(), expected)
-    added = jnp.asarray(TABLE, dtype) + rows
-    assert added.dtype == dtype
-    oracle.assert_close(added, jnp.asarray(TABLE, dtype).astype("float64") + expected)
+    table = np.asarray(TABLE).astype(jnp.dtype(dtype))
+
+    @jax.jit
+    def run(rows):
+        unique = rows.coalesce()
+        dense = rows.todense(), unique.todense(), jnp.asarray(table) + rows
+        return rows.values, unique.indices, dense
+
+    values, indices, (whole, coalesced, added) = run(rows)
+    assert rows.dtype == whole.dtype == coalesced.dtype == added.dtype == dtype
+    assert values.dtype == accumulation_dtype(jnp.dtype(dtype))
+    assert indices.dtype == jnp.int64
+    oracle.assert_close(whole, expected)
+    oracle.assert_close(coalesced, expected)
+    oracle.assert_close(added, table.astype("float64") + expected)
 
 
 def test_it_is_a_pytree_with_static_shapes():
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), ROWS)
-    _, total = jax.lax.scan(lambda c, rows: (c, rows.todense()), 0, stacked)
-    oracle.assert_close(total, np.stack([dense(), dense()]))
-    oracle.assert_close(jax.vmap(lambda r: r.coalesce().todense())(stacked), total)
+
+    @jax.jit
+    def run(stacked):
+        _, total = jax.lax.scan(lambda c, rows: (c, rows.todense()), 0, stacked)
+        return total, jax.vmap(lambda r: r.coalesce().todense())(stacked)
+
+    for found in run(stacked):
+        oracle.assert_close(found, np.stack([dense(), dense()]))
     same = jax.tree.unflatten(*reversed(jax.tree.flatten(ROWS)))
     assert (same.shape, same.ndim, same.dtype) == ((V, D), 2, jnp.float32)
 
@@ -203,10 +221,10 @@ def test_adding_rows_is_differentiable():
         return (added**2).sum()
 
     args = jnp.asarray(TABLE), jnp.asarray(VALUES)
-    for found, expected in zip(
-        jax.grad(loss, (0, 1))(*args), jax.grad(plain, (0, 1))(*args), strict=True
-    ):
-        oracle.assert_close(found, expected)
+    gradients = jax.jit(
+        lambda *args: [jax.grad(f, (0, 1))(*args) for f in (loss, plain)]
+    )
+    jax.tree.map(oracle.assert_close, *gradients(*args))
 
 
 def test_the_way_to_bcoo_and_back():
