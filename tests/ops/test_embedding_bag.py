@@ -32,18 +32,21 @@ CASES = {
 
 # At XLA's best level, as users compile.
 OPTIMIZED = ("worked example", "duplicates")
+# Of the shapes with few slots or none, each with weights or without.
+WEIGHTED = {"all bags empty": (False,), "no bags and tail": (False,)}
+WEIGHTED |= {"no bags": (True,), "nothing but tail": (True,), "one huge bag": (True,)}
+EACH = [(case, w) for case in CASES for w in WEIGHTED.get(case, (False, True))]
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
-    ("case", "optimized"),
+    ("case", "weighted", "optimized"),
     [
-        *((case, case in OPTIMIZED) for case in CASES),
-        *slow(*((case, True) for case in CASES if case not in OPTIMIZED)),
+        *((case, weighted, case in OPTIMIZED) for case, weighted in EACH),
+        *slow(*((case, w, True) for case, w in EACH if case not in OPTIMIZED)),
     ],
 )
 def test_value_and_gradients_equal_the_oracle(
-    case, optimized, weighted, implementation
+    case, weighted, optimized, implementation
 ):
     ids, offsets = CASES[case]
     weights = make_weights(len(ids)) if weighted else None
@@ -51,18 +54,19 @@ def test_value_and_gradients_equal_the_oracle(
     check(make_table(), ids, offsets, weights, **options)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", ["bfloat16", *slow("float16")])
+# With weights of each dtype, 16-bit tables are in test_dtypes.py.
+@pytest.mark.parametrize(
+    ("dtype", "weighted"), [("bfloat16", False), *slow(("float16", True))]
+)
 def test_every_16_bit_dtype_equals_the_oracle(dtype, weighted, implementation):
     weights = make_weights(10, dtype) if weighted else None
     options = {"optimized": True, "implementation": implementation}
     check(make_table(dtype), WORKED_IDS, WORKED_OFFSETS, weights, **options)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.usefixtures("x64")
-def test_float64_equals_the_oracle(weighted, implementation):
-    weights = make_weights(10, "float64") if weighted else None
+def test_float64_equals_the_oracle(implementation):
+    weights = make_weights(10, "float64")
     options = {"optimized": True, "implementation": implementation}
     check(make_table("float64"), WORKED_IDS, WORKED_OFFSETS, weights, **options)
 
@@ -73,7 +77,7 @@ def test_every_width_equals_the_oracle(features, implementation):
     check(table, WORKED_IDS, WORKED_OFFSETS, implementation=implementation)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3, *slow(4, 5, 6, 7)])
+@pytest.mark.parametrize("seed", [1, 6, *slow(3, 4)])
 def test_random_bags_with_every_option_equal_the_oracle(seed, implementation):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, 6, size=rng.integers(1, 12))
@@ -139,8 +143,17 @@ def test_the_last_offset_is_read_in_both_ways(mode, implementation):
     np.testing.assert_array_equal(four_bags[3], 0)
 
 
-@pytest.mark.parametrize("weighted", [True, *slow(False)])
-@pytest.mark.parametrize("shape", [(4, 5), (1, 1), (3, 0), (0, 4), (0, 0)])
+@pytest.mark.parametrize(
+    ("shape", "weighted"),
+    [
+        ((4, 5), True),
+        ((1, 1), False),
+        ((3, 0), True),
+        ((0, 4), True),
+        ((0, 0), False),
+        *slow(((4, 5), False)),
+    ],
+)
 def test_rectangular_indices_are_bags_of_one_length(shape, weighted, implementation):
     check(
         make_table(),
@@ -155,32 +168,28 @@ def test_rectangular_indices_are_bags_of_one_length(shape, weighted, implementat
 
 
 def test_tail_slots_may_hold_anything(implementation):
-    table = make_table()
-    ids = jnp.array([1, 2, 99, -7, 2**31 - 1])
-    weights = jnp.array([1.0, 2.0, jnp.nan, jnp.inf, -jnp.inf])
-    options = {"max_norm": 1.0, "implementation": implementation}
+    table, limit = make_table(), {"max_norm": 1.0}
     results = every_mode(
         table,
-        weights,
-        ids,
+        jnp.array([1.0, 2.0, jnp.nan, jnp.inf, -jnp.inf]),
+        jnp.array([1, 2, 99, -7, 2**31 - 1]),
         jnp.array([0, 1, 2]),
         jnp.ones((2, 3)),
         include_last_offset=True,
         scale_grad_by_freq=True,
-        **options,
+        implementation=implementation,
+        **limit,
     )
-    short = every_mode(
-        table, weights[:2], ids[:2], jnp.array([0, 1]), jnp.ones((2, 3)), **options
-    )
+    bags = [[(1, 1.0)], [(2, 2.0)]]
     for mode, (value, to_table, to_weights) in results.items():
-        np.testing.assert_array_equal(value, short[mode][0])
-        np.testing.assert_array_equal(to_table, short[mode][1])
-        np.testing.assert_array_equal(to_weights[:2], short[mode][2])
+        assert_close(value, oracle.forward(table, bags, mode, **limit))
+        meant = oracle.gradients(table, bags, np.ones((2, 3)), mode, **limit)
+        assert_close(to_table, meant[0])
+        assert_close(to_weights[:2], np.concatenate(meant[1]))
         np.testing.assert_array_equal(to_weights[2:], 0)
 
 
-@pytest.mark.parametrize("padding_idx", [-8, *slow(2)])
-@pytest.mark.parametrize("weighted", [True, *slow(False)])
+@pytest.mark.parametrize(("weighted", "padding_idx"), [(True, -8), *slow((False, 2))])
 def test_padding_never_leaks(weighted, padding_idx, implementation):
     weights = jnp.array([jnp.nan, 1.0, jnp.inf, 2.0, 3.0, -1.0]) if weighted else None
     results = every_mode(
@@ -203,8 +212,9 @@ def test_padding_never_leaks(weighted, padding_idx, implementation):
             np.testing.assert_array_equal(np.asarray(to_weights)[[0, 2, 3]], 0)
 
 
-@pytest.mark.parametrize("padding_idx", [-1, *slow(2)])
-@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize(
+    ("rectangular", "padding_idx"), [(False, -1), (True, 2), *slow((True, -1))]
+)
 def test_negative_ids_on_a_device_are_no_padding(
     rectangular, padding_idx, implementation
 ):

@@ -9,12 +9,14 @@ import pytest
 from modes import every_mode
 from oracle import assert_close
 from pooling import make_table, make_weights
+from slow import slow
 
 import jbag
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize(
+    ("rectangular", "weighted"), [(False, False), (True, True), *slow((False, True))]
+)
 def test_an_unknown_id_on_a_device_makes_its_bag_nan(
     rectangular, weighted, implementation
 ):

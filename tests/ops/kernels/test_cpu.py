@@ -335,7 +335,7 @@ def test_64_bit_ids_never_wrap_to_rows_or_to_padding(pad_id):
     [
         ("int32", False, EVERYTHING),
         ("int64", True, PADDING),
-        *slow(("int32", False, NO_PADDING), ("int64", False, PADDING)),
+        *slow(("int64", False, NO_PADDING)),
     ],
 )
 @pytest.mark.usefixtures("x64")
@@ -524,8 +524,15 @@ def transposed_in_place(used, ids, offsets, cotangent):
     )
 
 
-@pytest.mark.parametrize("num_slots", [0, 300, 200_000])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("num_slots", "dtype"),
+    [
+        (0, jnp.float32),
+        (300, jnp.bfloat16),
+        (200_000, jnp.float32),
+        (200_000, jnp.bfloat16),
+    ],
+)
 def test_a_large_result_is_zero_where_no_slot_is_in_new_memory_and_in_used(
     dtype, num_slots
 ):
@@ -559,46 +566,43 @@ def test_a_large_result_is_zero_where_no_slot_is_in_new_memory_and_in_used(
 
 
 @pytest.mark.parametrize("layout", ["ragged", "rectangular"])
-@pytest.mark.parametrize("average", [None, "mean", "sqrtn"])
-@pytest.mark.parametrize("pad_id", [None, 3])
-@pytest.mark.parametrize("dtype", ["bfloat16", *slow("float32", "float16")])
-def test_averages_are_rounded_as_the_reference_rounds_them(
-    dtype, pad_id, average, layout
-):
+@pytest.mark.parametrize("dtype", ["bfloat16", *slow("float16")])
+def test_averages_are_rounded_as_the_reference_rounds_them(dtype, layout):
     rng = np.random.default_rng(5)
     table = jnp.asarray(rng.normal(size=(9, 70)), dtype)
     if layout == "ragged":
         offsets = jnp.asarray(offsets_of([0, 1, 7, 4000, 0, 30, 5]), jnp.int32)
-        ids = rng.integers(0, 9, 4047)
+        ids, bags = rng.integers(0, 9, 4047), 7
         ids[1:8] = 3  # a bag of nothing but empty slots, or of one row
     else:
-        offsets, ids = None, rng.integers(0, 9, (11, 13))
+        offsets, ids, bags = None, rng.integers(0, 9, (11, 13)), 11
         ids[4] = 3
+    ids = jnp.asarray(ids, jnp.int32)
     weights = jnp.asarray(rng.normal(size=ids.shape), jnp.float32)
-    cotangent = None
-    results = []
-    for implementation in ("cpu", "xla"):
-        pool = functools.partial(
-            _spmm.spmm,
-            ids=jnp.asarray(ids, jnp.int32),
-            offsets=offsets,
-            average=average,
-            dtype=jnp.dtype(dtype),
-            pad_id=pad_id,
-            implementation=implementation,
-        )
-        value, pullback = jax.vjp(
-            lambda t, w, pool=pool: pool(t, coefficients=w), table, weights
-        )
-        assert value.dtype == dtype
-        if cotangent is None:
-            cotangent = jnp.asarray(rng.normal(size=value.shape), dtype)
-        moved = jax.jvp(
-            lambda t, w, pool=pool: pool(t, coefficients=w),
-            (table, weights),
-            (table, weights),
-        )
-        results.append([value, *pullback(cotangent), *moved])
-    for ours, reference in zip(*results, strict=True):
+    cotangent = jnp.asarray(rng.normal(size=(bags, 70)), dtype)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, table, weights, cotangent):
+        def results(average, pad_id):
+            pool = lambda table, weights: _spmm.spmm(
+                table,
+                ids,
+                offsets,
+                weights,
+                average=average,
+                dtype=jnp.dtype(dtype),
+                pad_id=pad_id,
+                implementation=implementation,
+            )
+            value, pullback = jax.vjp(pool, table, weights)
+            moved = jax.jvp(pool, (table, weights), (table, weights))
+            return [value, *pullback(cotangent), *moved]
+
+        cases = itertools.product([None, "mean", "sqrtn"], [None, 3])
+        return [results(*case) for case in cases]
+
+    found = [run(name, table, weights, cotangent) for name in ("cpu", "xla")]
+    for ours, reference in zip(*map(jax.tree.leaves, found), strict=True):
         assert ours.dtype == reference.dtype
-        assert_close(ours, np.asarray(reference, np.float64), dtype)
+        assert_close(ours, np.asarray(reference, np.float64), ours.dtype)
+    assert {results[0].dtype for results in found[0]} == {jnp.dtype(dtype)}
