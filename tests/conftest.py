@@ -1,3 +1,4 @@
+import gc
 import importlib.metadata
 import itertools
 import os
@@ -28,6 +29,13 @@ if "JAX_NUM_CPU_DEVICES" not in os.environ:
 jax.config.update("jax_default_matmul_precision", "highest")
 
 from jbag.ops.kernels import KERNELS  # noqa: E402  (the devices come first)
+
+
+def pytest_collection_finish():
+    """Collect garbage rarely: to look for it in all that is compiled takes long."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(params=KERNELS)

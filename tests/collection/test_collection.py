@@ -36,7 +36,8 @@ def test_values_and_gradients_are_those_of_the_oracle(implementation):
 @pytest.mark.slow
 def test_values_and_gradients_of_many_features_are_those_of_the_oracle(implementation):
     options = {"sparse": True, "implementation": implementation}
-    cases.check(make(cases.TABLES, cases.FEATURES, **options))
+    others = cases.only(*(name for name in cases.FEATURES if name not in cases.SOME))
+    cases.check(make(*others, **options))
 
 
 @pytest.mark.parametrize("options", [{"grid": 20}, {"specs": {"embedding": P()}}])
@@ -57,14 +58,14 @@ def test_nnx_pools_and_differentiates_as_linen():
     def run(module):
         rows, out = jbag.grad(loss, has_aux=True)(module)
         dense, _ = jax.grad(loss, has_aux=True)(module)
-        return out, rows, dense
+        stacks = ("embedding_4", "embedding_8")
+        return out, {k: getattr(rows, k).get_value().todense() for k in stacks}, dense
 
     out, rows, dense = run(collection)
     for name in SOME[1]:
         oracle.assert_close(out[name], cases.pooled(name))
     expected = cases.to_tables(SOME[1])
-    linen, stacks = make(), ("embedding_4", "embedding_8")
-    rows = {k: getattr(rows, k).get_value().todense() for k in stacks}
+    linen = make()
     for name, x in linen.export_tables(rows).items():
         oracle.assert_close(x, expected[name])
     for name, x in dense.export_tables().items():
@@ -124,7 +125,8 @@ def test_features_lie_side_by_side_in_their_order():
     out = jax.jit(collection.apply)({"params": cases.start(collection)}, batch)
     expected = np.concatenate([cases.pooled(name) for name in features], axis=1)
     oracle.assert_close(out, expected)
-    out = make(tables, features).apply({"params": cases.start(collection)}, batch)
+    params = {"params": cases.start(collection)}
+    out = jax.eval_shape(make(tables, features).apply, params, batch)
     assert list(out) == list(features)
 
 

@@ -162,6 +162,7 @@ def test_plot_has_every_step_and_ten_evaluations(example, tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "stderr", Terminal())
     path = tmp_path / "plot.png"
     options = "--rows 300 --steps 20 --batch-size 64 --features 8 --test-examples 640"
+    options += " --optimizer adam"
     _, best = example.main([*options.split(), "--plot", str(path)])
     assert "examples/s, loss=" in sys.stderr.getvalue()
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -179,12 +180,6 @@ def test_bins_have_the_mean_prediction_and_the_observed_rate(example):
     np.testing.assert_allclose(predicted, [0.15, np.nan, np.nan, 0.9])
     np.testing.assert_allclose(observed, [0.5, np.nan, np.nan, 2 / 3])
     assert counts.tolist() == [2, 0, 0, 3]
-
-
-@pytest.mark.slow
-def test_tables_learn_by_other_optimizers(example):
-    reached, best = example.main([*TINY.split(), "--optimizer", "adam"])
-    assert 0.75 < reached < best
 
 
 @pytest.mark.slow

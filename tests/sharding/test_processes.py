@@ -40,9 +40,9 @@ def ran(tmp_path_factory):
     """The function that returns where so many processes left what they computed."""
 
     @functools.cache
-    def run(processes, devices):
+    def run(processes, devices, task="train"):
         folder = tmp_path_factory.mktemp("ran")
-        work("strategies", folder, processes, devices)
+        work(task, folder, processes, devices)
         return folder
 
     return run
@@ -116,24 +116,24 @@ def on_one_device():
     return out | {"['losses']": np.array(losses)}
 
 
-@pytest.mark.parametrize("strategy", worker.SPECS)
+@pytest.mark.parametrize("name", worker.RUNS)
 @by_shape
-def test_processes_compute_what_the_oracle_does(ran, shape, by_oracle, strategy):
-    found = np.load(ran(*shape) / f"{strategy}.npz")
+def test_processes_compute_what_the_oracle_does(ran, shape, by_oracle, name):
+    found = np.load(ran(*shape) / f"{name}.npz")
     assert by_oracle.keys() < set(found)
-    for name, expected in by_oracle.items():
+    for path, expected in by_oracle.items():
         np.testing.assert_allclose(
-            found[name], expected, rtol=1e-5, atol=1e-5, err_msg=name
+            found[path], expected, rtol=1e-5, atol=1e-5, err_msg=path
         )
 
 
-@pytest.mark.parametrize("strategy", worker.SPECS)
+@pytest.mark.parametrize("name", worker.RUNS)
 @by_shape
-def test_processes_train_as_one_device(ran, shape, on_one_device, strategy):
-    found = np.load(ran(*shape) / f"{strategy}.npz")
-    for name, expected in on_one_device.items():
+def test_processes_train_as_one_device(ran, shape, on_one_device, name):
+    found = np.load(ran(*shape) / f"{name}.npz")
+    for path, expected in on_one_device.items():
         np.testing.assert_allclose(
-            found[name], expected, rtol=1e-5, atol=1e-5, err_msg=name
+            found[path], expected, rtol=1e-5, atol=1e-5, err_msg=path
         )
 
 
@@ -176,5 +176,5 @@ def test_a_block_that_does_not_fit_is_found_by_the_process_that_has_it(ran, shap
 def test_checkpoints_go_on_with_other_devices(ran, processes, restored):
     """Bit by bit the same, and so are the losses that follow; see the worker."""
     devices = 8 if processes == 1 else 1
-    output = work("restore", ran(2, 2), processes, devices)
+    output = work("restore", ran(2, 2, "save"), processes, devices)
     assert dict(re.findall(r"(\d) devices, (\w+): restored", output[0])) == restored

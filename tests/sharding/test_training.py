@@ -48,12 +48,11 @@ def batch_of(step, blocks=None):
 
     def shift(name, bags):
         size = TABLES[cases.CASES[name][0]].num_embeddings
-        move = lambda ids: jnp.where(
-            (ids >= 0) & (ids < size), (ids + step) % size, ids
-        )
+        ids = np.asarray(bags if isinstance(bags, jax.Array) else bags.indices)
+        ids = jnp.asarray(np.where((ids >= 0) & (ids < size), (ids + step) % size, ids))
         if isinstance(bags, jax.Array):
-            return move(bags)
-        return jbag.Bags(move(bags.indices), bags.offsets, bags.weights)
+            return ids
+        return jbag.Bags(ids, bags.offsets, bags.weights)
 
     pack = cases.pack if blocks is None else lambda name: cases.in_blocks(name, blocks)
     return {name: shift(name, pack(name)) for name in FEATURES}
@@ -69,18 +68,15 @@ def decreasing(count):
     return 0.3 / (1 + count.astype(float))
 
 
+# Of each kind of state and of update; how each rule moves rows is tested in `optim`.
 OPTIMIZERS = {
     "sgd": optim.sgd(decreasing, weight_decay=0.1),
     "momentum": optim.sgd(0.1, 0.9, dampening=0.3, nesterov=True),
-    "adagrad": optim.adagrad(0.3, eps=1e-3),
-    "rowwise_adagrad": optim.rowwise_adagrad(0.3, eps=1e-3, weight_decay=0.1),
-    "adam": optim.adam(0.1, eps=1e-3),
     "rowwise_adam": optim.rowwise_adam(decreasing, eps=1e-3),
-    "rowwise_rmsprop": optim.rowwise_adam(0.1, b1=0, eps=1e-3),
     "ftrl": optim.ftrl(0.1, l1=0.01, l2=0.1, beta=0.5),
     "clipped": optax.chain(optim.clip_by_global_norm(0.5), optim.sgd(0.3)),
     "clipped rows": optax.chain(optim.clip_by_row_norm(0.1), optim.adagrad(0.3)),
-    "decayed": optax.chain(optim.add_decayed_weights(0.5), optim.sgd(0.1, 0.9)),
+    "decayed": optax.chain(optim.add_decayed_weights(0.5), optim.rowwise_adagrad(0.1)),
 }
 
 
@@ -119,7 +115,7 @@ def by_table(collection, tree):
     """Return a tree in which stacks are tables: each row in the order of its ids."""
     is_stacks = lambda x: isinstance(x, dict) and "embedding_4" in x
     export = lambda x: collection.export_tables(x) if is_stacks(x) else x
-    return jax.tree.map(export, tree, is_leaf=is_stacks)
+    return jax.tree.map(export, jax.device_get(tree), is_leaf=is_stacks)
 
 
 def close(actual, expected):
@@ -167,7 +163,7 @@ def accumulate(collection, blocks):
         updates, state = optimizer.update(gradient, state, params)
         return value, optax.apply_updates(params, updates), state
 
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), *batches)
     return by_table(collection, step(params, stacked))
 
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
@@ -25,6 +24,19 @@ SPECS = {
     "row_wise": P("x", None),
     "column_wise": P(None, "x"),
     "table_wise": jbag.sharding.TableWise("x", lanes=8),
+}
+# The strategy of each group's tables, by the name of the run.
+RUNS = {
+    "first": {
+        "sgd": "data_parallel",
+        "rowwise_adagrad": "column_wise",
+        "adam": "row_wise",
+    },
+    "second": {
+        "sgd": "row_wise",
+        "rowwise_adagrad": "table_wise",
+        "adam": "column_wise",
+    },
 }
 # The tables of a group are trained by the optimizer of that name. 56 columns, as 168
 # examples, can be shared by any of these numbers of devices but 3.
@@ -88,10 +100,10 @@ def cut(bags, own):
     return jbag.Bags.from_lengths(bags.indices[span], bags.lengths[own], weights)
 
 
-def make_collection(mesh, spec):
-    groups = {table.group for table in TABLES.values()}
+def make_collection(mesh, strategies):
+    specs = {group: SPECS[name] for group, name in strategies.items()}
     return jbag.EmbeddingBagCollection(
-        TABLES, FEATURES, specs=dict.fromkeys(groups, spec), mesh=mesh, sparse=True
+        TABLES, FEATURES, specs=specs, mesh=mesh, sparse=True
     )
 
 
@@ -173,12 +185,12 @@ def flat(tree):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def run_strategy(mesh, spec):
+def run_strategies(mesh, strategies):
     """Return a step, the state after some of them, and by name what is to be compared.
 
     That is values and gradients of the first step, the tables after all, and losses.
     """
-    collection = make_collection(mesh, spec)
+    collection = make_collection(mesh, strategies)
     first = first_state(collection)
     shardings = collection.shardings(jax.eval_shape(first))
     state = jax.jit(first, out_shardings=shardings)()
@@ -236,45 +248,54 @@ def check_blocks(mesh):
 
 
 def manager(folder):
+    import orbax.checkpoint as ocp  # which takes a second, where it is needed
+
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    return ocp.CheckpointManager(folder / "saved", options=options)
+    return ocp.CheckpointManager(folder / "saved", options=options), ocp.args
 
 
-def strategies(mesh, folder):
-    """Run every strategy; save one of them, and go on with it."""
-    for name, spec in SPECS.items():
-        step, state, out = run_strategy(mesh, spec)
+def train(mesh, folder):
+    """Train by every strategy."""
+    for name, strategies in RUNS.items():
+        *_, out = run_strategies(mesh, strategies)
         if jax.process_index() == 0:
             np.savez(folder / f"{name}.npz", **out)
-        if name == "row_wise":
-            manager(folder).save(STEPS, args=ocp.args.StandardSave(state))
-            saved = flat(gather(state))
-            _, losses, _ = take_steps(step, mesh, state, LATER)
-            if jax.process_index() == 0:
-                np.savez(folder / "state.npz", losses=losses, **saved)
     output = check_blocks(mesh)
     name = f"blocks{jax.process_index()}.json"
     (folder / name).write_text(json.dumps(output))
+
+
+def save(mesh, folder):
+    """Train, save the state, and go on with it."""
+    step, state, out = run_strategies(mesh, RUNS["first"])
+    saved_by, args = manager(folder)
+    saved_by.save(STEPS, args=args.StandardSave(state))
+    saved = flat(gather(state))
+    _, losses, _ = take_steps(step, mesh, state, LATER)
+    if jax.process_index() == 0:
+        np.savez(folder / "first.npz", **out)
+        np.savez(folder / "state.npz", losses=losses, **saved)
 
 
 def restore(devices, folder):
     """Restore what was saved on some of the devices, by some strategies, and go on."""
     saved = dict(np.load(folder / "state.npz"))
     expected = saved.pop("losses")
-    tables = dict(np.load(folder / "row_wise.npz"))
+    tables = dict(np.load(folder / "first.npz"))
+    saved_by, args = manager(folder)
     cases = [(len(devices), "column_wise"), (7, "row_wise"), (1, "data_parallel")]
     if jax.process_count() > 1:
         cases = [(len(devices), "row_wise")]
     for count, name in cases:
         mesh = jax.make_mesh((count,), ("x",), devices=devices[:count])
-        collection = make_collection(mesh, SPECS[name])
+        collection = make_collection(mesh, dict.fromkeys(OPTIMIZERS, name))
         shapes = jax.eval_shape(first_state(collection))
         empty = jax.tree.map(
             lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
             shapes,
             collection.shardings(shapes),
         )
-        state = manager(folder).restore(STEPS, args=ocp.args.StandardRestore(empty))
+        state = saved_by.restore(STEPS, args=args.StandardRestore(empty))
         whole = gather(state)
         assert flat(whole).keys() == saved.keys()
         for path, x in flat(whole).items():
@@ -299,8 +320,9 @@ def main(task, folder, processes, process, port, devices):
         )
     if task == "restore":
         restore(jax.devices(), Path(folder))
-    else:
-        strategies(jax.make_mesh((jax.device_count(),), ("x",)), Path(folder))
+        return
+    mesh = jax.make_mesh((jax.device_count(),), ("x",))
+    {"train": train, "save": save}[task](mesh, Path(folder))
 
 
 if __name__ == "__main__":
