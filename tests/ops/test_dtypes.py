@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from modes import TWO
+from oracle import MODES
 from pooling import WORKED_IDS, WORKED_OFFSETS, check, make_table, make_weights
 
 import jbag
@@ -48,7 +50,9 @@ def test_weight_gradients_of_16_bits_run_in_float32(implementation):
 def test_weights_of_another_dtype_keep_the_dtype_of_the_table(dtype, implementation):
     table = make_table("bfloat16")
     weights = make_weights(10, dtype)
-    check(table, WORKED_IDS, WORKED_OFFSETS, weights, implementation=implementation)
+    options = {"modes": MODES if dtype == "bfloat16" else TWO}
+    options["implementation"] = implementation
+    check(table, WORKED_IDS, WORKED_OFFSETS, weights, **options)
 
 
 @pytest.mark.parametrize(

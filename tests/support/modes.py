@@ -7,6 +7,10 @@ from oracle import MODES
 
 import jbag
 
+# Of sums and of extrema one each: enough where modes share what is tested.
+TWO = ("mean", "max")
+PAIRS = (TWO, ("sum", "min"), ("sqrtn", "max"))
+
 # What tests/conftest.py switches off.
 _AT_ITS_BEST = {
     "xla_backend_optimization_level": 3,
