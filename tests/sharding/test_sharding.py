@@ -325,7 +325,7 @@ def test_a_keyed_batch_gives_what_the_oracle_does(strategy):
             cases.lists(name)[b] for name in names for b in range(3 * p, 3 * p + 3)
         ]
         keyed.append(cases.pack(names[0], 90, pairs))
-    keyed = jax.tree.map(lambda *xs: np.stack(xs), *keyed)
+    keyed = jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs)), *keyed)
     if strategy == "table_wise":
         with pytest.raises(ValueError, match="take a dict of bags; got one keyed"):
             collection.apply(params, keyed)

@@ -48,13 +48,16 @@ def batch_of(step, blocks=None):
 
     def shift(name, bags):
         size = TABLES[cases.CASES[name][0]].num_embeddings
-        ids = np.asarray(bags if isinstance(bags, jax.Array) else bags.indices)
-        ids = jnp.asarray(np.where((ids >= 0) & (ids < size), (ids + step) % size, ids))
-        if isinstance(bags, jax.Array):
-            return ids
-        return jbag.Bags(ids, bags.offsets, bags.weights)
+        move = lambda ids: jnp.asarray(
+            np.where((ids >= 0) & (ids < size), (ids + step) % size, ids)
+        )
+        if isinstance(bags, np.ndarray):
+            return move(bags)
+        return jbag.Bags(move(bags.indices), bags.offsets, bags.weights)
 
-    pack = cases.pack if blocks is None else lambda name: cases.in_blocks(name, blocks)
+    pack = cases.pack_on_host
+    if blocks is not None:
+        pack = functools.partial(cases.in_blocks_on_host, blocks=blocks)
     return {name: shift(name, pack(name)) for name in FEATURES}
 
 

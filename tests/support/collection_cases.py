@@ -95,30 +95,40 @@ def lists(name):
     return [list(zip(*x, strict=True)) for x in zip(ids, weights, strict=True)]
 
 
-def pack(name, capacity=CAPACITY, bags=None):
-    """Return bags on a device, with ids and NaNs in slots of none."""
+def pack_on_host(name, capacity=CAPACITY, bags=None):
+    """Return bags of NumPy's arrays, with ids and NaNs in slots of none."""
     bags = lists(name) if bags is None else bags
     table, _, kind = CASES[name]
     if kind == "rectangle":
-        return jnp.asarray([[i for i, _ in bag] for bag in bags], jnp.int32)
+        return np.array([[i for i, _ in bag] for bag in bags], np.int32)
     pairs = [pair for bag in bags for pair in bag]
     size = TABLES[table].num_embeddings
-    ids = np.resize([1, size + 9, -7, 2], capacity)
+    ids = np.resize([1, size + 9, -7, 2], capacity).astype(np.int32)
     ids[: len(pairs)] = [i for i, _ in pairs]
     weights = np.full(capacity, np.nan, np.float32)
     weights[: len(pairs)] = [w for _, w in pairs]
-    ends = np.cumsum([0] + [len(bag) for bag in bags])
-    arrays = jnp.asarray(ids, jnp.int32), jnp.asarray(ends, jnp.int32)
-    return jbag.Bags(*arrays, jnp.asarray(weights) if kind == "weighted" else None)
+    ends = np.cumsum([0] + [len(bag) for bag in bags]).astype(np.int32)
+    return jbag.Bags(ids, ends, weights if kind == "weighted" else None)
+
+
+def pack(name, capacity=CAPACITY, bags=None):
+    """Return bags on a device."""
+    return jax.tree.map(jnp.asarray, pack_on_host(name, capacity, bags))
+
+
+def in_blocks_on_host(name, blocks, capacity=CAPACITY):
+    """Return a stack of bags, a block for each device, of NumPy's arrays."""
+    bags, own = lists(name), B // blocks
+    if CASES[name][2] == "rectangle":
+        return pack_on_host(name)
+    each = [bags[p * own : (p + 1) * own] for p in range(blocks)]
+    stack = [pack_on_host(name, capacity, block) for block in each]
+    return jax.tree.map(lambda *xs: np.stack(xs), *stack)
 
 
 def in_blocks(name, blocks, capacity=CAPACITY):
-    """Return a stack of bags, a block for each device."""
-    bags, own = lists(name), B // blocks
-    if CASES[name][2] == "rectangle":
-        return pack(name)
-    stack = [pack(name, capacity, bags[p * own : (p + 1) * own]) for p in range(blocks)]
-    return jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs)), *stack)
+    """Return a stack of bags on a device."""
+    return jax.tree.map(jnp.asarray, in_blocks_on_host(name, blocks, capacity))
 
 
 def batch_of(features, blocks=None):
