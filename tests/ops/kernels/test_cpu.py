@@ -598,7 +598,7 @@ def test_averages_are_rounded_as_the_reference_rounds_them(dtype, layout):
             moved = jax.jvp(pool, (table, weights), (table, weights))
             return [value, *pullback(cotangent), *moved]
 
-        cases = itertools.product([None, "mean", "sqrtn"], [None, 3])
+        cases = [(None, 3), ("mean", None), ("mean", 3), ("sqrtn", None)]
         return [results(*case) for case in cases]
 
     found = [run(name, table, weights, cotangent) for name in ("cpu", "xla")]
