@@ -157,7 +157,7 @@ def test_example_ends_where_the_first_process_is_killed_early(delays):
 @pytest.mark.slow
 def test_example_refuses_the_checkpoint_of_another_run(tmp_path):
     options = ["--checkpoint", tmp_path / "saved", "--steps", 3]
-    succeed(train(*options))
+    train_here(*options, devices=1)
     with Processes(train(*options, "--seed", 1)) as processes:
         code, output = processes.wait(0, 60), processes.output(0)
     assert code == 1

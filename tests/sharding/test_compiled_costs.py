@@ -32,9 +32,13 @@ def make_block(rng, weighted):
     return jbag.Bags.from_lengths(ids, lengths, weights).pad_to(SLOTS)
 
 
-@pytest.mark.parametrize("weighted", [False, *slow(True)], ids=["", "weighted"])
 @pytest.mark.parametrize(
-    "strategy", ["row_wise", *slow("column_wise", "data_parallel", "table_wise")]
+    ("strategy", "weighted"),
+    [
+        ("row_wise", False),
+        *slow(("row_wise", True), ("column_wise", True), ("table_wise", True)),
+        *slow(("data_parallel", False)),
+    ],
 )
 def test_a_step_sends_what_is_planned(strategy, weighted):
     mesh = make_mesh(sizes=(DEVICES,))

@@ -169,7 +169,7 @@ def test_a_block_that_does_not_fit_is_found_by_the_process_that_has_it(ran, shap
 @pytest.mark.parametrize(
     ("processes", "restored"),
     [
-        (1, {"8": "column_wise", "7": "row_wise", "1": "data_parallel"}),
+        (1, {"8": "column_wise", "1": "data_parallel"}),
         (3, {"3": "row_wise"}),
     ],
 )

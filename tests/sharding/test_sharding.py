@@ -139,7 +139,7 @@ def expected_traffic(features, grid, rows_per_round, blocks=4):
     ("rows_per_round", "kind"),
     [
         (2, "explicit"),
-        *slow((1, "auto"), (4, "auto")),
+        *slow((4, "auto")),
     ],
 )
 def test_more_rounds_change_nothing(rows_per_round, kind):
@@ -573,7 +573,6 @@ def test_what_does_not_fit_one_table_is_named():
     [
         ("row_wise", "bfloat16", "int32"),
         *slow(
-            ("row_wise", "float64", "int64"),
             ("column_wise", "bfloat16", "uint8"),
             ("table_wise", "float64", "int64"),
         ),
