@@ -28,6 +28,9 @@ if "JAX_NUM_CPU_DEVICES" not in os.environ:
 # GPUs and TPUs multiply matrices in fewer bits than float32 has, unless told otherwise.
 jax.config.update("jax_default_matmul_precision", "highest")
 
+# A program that is lowered needn't name the lines that it comes from.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
 from jbag.ops.kernels import KERNELS  # noqa: E402  (the devices come first)
 
 
