@@ -62,16 +62,12 @@ def test_row_sparse_gradients_and_dense_tables_do_not_warn(allow_dense):
     both = functools.partial(jbag.value_and_grad, allow_dense=allow_dense)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for loss in (untied, in_scan):
-            value, gradient = both(functools.partial(loss, sparse=True))(random_table())
-            assert is_rows(gradient)
-            expected = jax.value_and_grad(functools.partial(loss, sparse=False))(
-                random_table()
-            )
-            assert_equal((value, gradient.todense()), expected)
-        for loss in (untied, tied, computed, in_scan):
-            gradient = both(functools.partial(loss, sparse=False))(random_table())[1]
-            assert isinstance(gradient, jax.Array)
+        cases = [(True, untied), (True, in_scan)]
+        cases += [(False, loss) for loss in (untied, tied, computed, in_scan)]
+        for sparse, loss in cases:
+            gradient = both(functools.partial(loss, sparse=sparse))
+            _, found = jax.eval_shape(gradient, random_table())
+            assert is_rows(found) is sparse
 
 
 def test_allow_dense_is_a_flag():
