@@ -252,7 +252,7 @@ def squares_gradient(table, ids, implementation=None):
 @pytest.mark.parametrize(
     "case",
     [
-        *(LOWERED := ["sgd", "rowwise_adagrad", "adam"]),
+        *(LOWERED := ["rowwise_adagrad", "adam"]),
         *slow(*(case for case in CASES if case not in LOWERED)),
     ],
 )

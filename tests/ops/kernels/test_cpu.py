@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import some_devices
 from modes import every_mode
-from oracle import MODES, assert_close
+from oracle import assert_close
 from slow import slow
 
 import jbag
@@ -27,8 +27,8 @@ from jbag.ops import _row_updates, _segment_max, _spmm
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 # Below, at and past the vectors of every instruction set, and a tile of eight.
-WIDTHS = (1, 7, 10, 16, 33, 64, 129, 300)
-WIDTHS += tuple(slow(2, 3, 8, 15, 17, 31, 100, 127, 128, 144, 513, 1030))
+WIDTHS = (1, 7, 16, 33, 129, 300)
+WIDTHS += tuple(slow(2, 3, 8, 10, 15, 17, 31, 64, 100, 127, 128, 144, 513, 1030))
 
 
 @pytest.fixture(autouse=True)
@@ -143,8 +143,17 @@ def test_one_huge_bag_among_many_small_equals_the_oracle(weighted):
     check_every_mode(eighths(rng, (1000, 20)), weights, ids, offsets, cotangent)
 
 
-@pytest.mark.parametrize("width", [20, 1030])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [
+        ("float32", 20),
+        ("float32", 1030),
+        ("float64", 20),
+        ("bfloat16", 1030),
+        ("bfloat16", 20),
+        ("float16", 1030),
+    ],
+)
 @pytest.mark.usefixtures("x64")
 def test_a_row_that_20000_slots_name_gets_the_gradient_of_all(dtype, width):
     rng = np.random.default_rng(0)
@@ -400,8 +409,17 @@ def test_under_jit_the_compiled_program_calls_the_kernel():
             assert f'custom_call_target="jbag_cpu_{name}"' in text
 
 
-@pytest.mark.parametrize("rectangular", [False, True])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "rectangular"),
+    [
+        ("sum", False),
+        ("sum", True),
+        ("mean", False),
+        ("sqrtn", True),
+        ("max", False),
+        ("min", True),
+    ],
+)
 def test_no_array_of_slots_by_features_is_ever_made(mode, rectangular):
     bags, length, width = 100, 500, 128
     shape = (bags, length) if rectangular else (bags * length,)
