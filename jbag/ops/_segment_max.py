@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jbag.ops import _row_gather
 from jbag.ops._primitive import bind, define
-from jbag.ops._spmm import times, varies
+from jbag.ops._spmm import spmm, times, varies
 from jbag.ragged._csr_arrays import Ids, Offsets, Slots
 
 
@@ -70,18 +70,66 @@ def _differentiable_jvp(
 ) -> tuple[Array, Array]:
     _, slots, table, ids, coefficients, value_scale, gradient_scale = primals
     values = _differentiable(*primals)
-    # A negative id is out of range like V; an empty bag, without a winner, gets -1.
-    non_negative = jnp.where(ids < 0, table.shape[0], ids)
-    rows = _gather_slots(non_negative, slots, fill=-1)
     tangent = jnp.zeros_like(values)
     if varies(tangents[2]):
         scale = times(coefficients, gradient_scale)
-        won = _gather_elements(tangents[2], rows)
-        tangent += won if scale is None else _gather_slots(scale, slots) * won
+        tangent += _winning(tangents[2], ids, slots, scale)
     if coefficients is not None and varies(tangents[4]):
         scaled = tangents[4] if value_scale is None else tangents[4] * value_scale
-        tangent += _gather_slots(scaled, slots) * _gather_elements(table, rows)
+        tangent += _winning(table, ids, slots, scaled)
     return values, tangent
+
+
+def _winning(
+    table: Float[Array, "V D"],
+    ids: Ids,
+    slots: Int[Array, "B D"],
+    scale: Slots | None,
+) -> Float[Array, "B D"]:
+    """Return the elements c[i] * table[ids[i], d] of the winning slots i of each d."""
+    is_empty = any(isinstance(size, int) and size == 0 for size in ids.shape)
+    on_gpus = _winning_elements if is_empty else _winning_by_slots
+    return jax.lax.platform_dependent(
+        table, ids, slots, scale, cuda=on_gpus, rocm=on_gpus, default=_winning_elements
+    )
+
+
+def _winning_elements(
+    table: Float[Array, "V D"],
+    ids: Ids,
+    slots: Int[Array, "B D"],
+    scale: Slots | None,
+) -> Float[Array, "B D"]:
+    """Gather elements of the table; the transpose adds to its elements."""
+    # A negative id is out of range like V; an empty bag, without a winner, gets -1.
+    non_negative = jnp.where(ids < 0, table.shape[0], ids)
+    elements = _gather_elements(table, _gather_slots(non_negative, slots, fill=-1))
+    return elements if scale is None else _gather_slots(scale, slots) * elements
+
+
+def _winning_by_slots(
+    table: Float[Array, "V D"],
+    ids: Ids,
+    slots: Int[Array, "B D"],
+    scale: Slots | None,
+) -> Float[Array, "B D"]:
+    """Gather elements from the rows of all slots.
+
+    The transpose stores each slot's elements once, and sums the slots of each row in
+    `spmm_transpose`: without atomic additions, at the cost of an [N, D] array.
+    """
+    num_slots, width = ids.size, table.shape[1]
+    rows = spmm(
+        table, ids.reshape(-1, 1), None, None, pad_id=None, implementation=None
+    )
+    if scale is not None:
+        rows = scale.reshape(-1, 1) * rows
+    # Distinct where there is no winner, too.
+    none = num_slots + jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
+    distinct = jnp.where(slots < num_slots, slots, none)
+    return rows.at[distinct, jnp.arange(width)].get(
+        mode="fill", fill_value=0, unique_indices=True
+    )
 
 
 def _gather_elements(

@@ -41,7 +41,8 @@ def bag_bounds(
 def segment_ids(bounds: Int[Array, " ends"], capacity: Size) -> Int[Array, " N"]:
     """Return the bag of each slot; B in the tail."""
     ends = jnp.zeros(capacity + 1, jnp.int32).at[bounds[1:]].add(1)
-    return jnp.cumsum(ends[:capacity])
+    # Without a barrier XLA computes the sums again for each slot that reads them.
+    return jax.lax.optimization_barrier(jnp.cumsum(ends[:capacity]))
 
 
 def merge_axes(x: Shaped[Array, "K first ..."]) -> Shaped[Array, "K*first ..."]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jbag.ops.kernels import cpu, xla
+from jbag.ops.kernels import cpu, xla, xla_gpu
 from jbag.ops.kernels.contract import Operations
 from jbag.ragged._csr_arrays import Size
 
@@ -19,6 +19,7 @@ class Kernel:
     Attributes:
       operations: a module with the six operations.
       platforms: the platforms that it runs on; None means all.
+      preferred_on: the platforms that get it by default; None means all of `platforms`.
       missing: why the kernel is not installed, or None.
       portable: whether an exported program runs without jbag.
       max_rows: the largest number of rows of a table; None means any.
@@ -26,6 +27,7 @@ class Kernel:
 
     operations: Operations
     platforms: tuple[str, ...] | None = None
+    preferred_on: tuple[str, ...] | None = None
     missing: str | None = None
     portable: bool = False
     max_rows: int | None = None
@@ -37,6 +39,11 @@ class Kernel:
         """
         return self.platforms is None or platform in self.platforms
 
+    def is_preferred_on(self, platform: str | None) -> bool:
+        """Return whether a platform may get the kernel by default."""
+        preferred = self.preferred_on is None or platform in self.preferred_on
+        return preferred and self.runs_on(platform)
+
     def holds(self, rows: Size) -> bool:
         """Return whether a table may have so many rows; a symbolic number may."""
         fits = self.max_rows is None or not isinstance(rows, int)
@@ -46,6 +53,7 @@ class Kernel:
 # In order of preference.
 KERNELS: dict[str, Kernel] = {
     "cpu": Kernel(cpu, platforms=("cpu",), missing=cpu.MISSING, max_rows=cpu.MAX_ROWS),
+    "xla_gpu": Kernel(xla_gpu, preferred_on=("cuda", "rocm"), portable=True),
     "xla": Kernel(xla, portable=True),
 }
 
@@ -86,7 +94,7 @@ def choose(
         return next(
             kernel
             for kernel in KERNELS.values()
-            if kernel.runs_on(platform)
+            if kernel.is_preferred_on(platform)
             and kernel.missing is None
             and (kernel.portable or not exported)
             and kernel.holds(rows)
@@ -107,4 +115,8 @@ def choose(
 
 def special_platforms() -> set[str]:
     """Return the platforms that the kernels list."""
-    return {p for kernel in KERNELS.values() for p in kernel.platforms or ()}
+    return {
+        platform
+        for kernel in KERNELS.values()
+        for platform in (*(kernel.platforms or ()), *(kernel.preferred_on or ()))
+    }

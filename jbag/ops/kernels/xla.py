@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Float32, Int, UInt32
+from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int, Shaped, UInt32
 
 from jbag.ops._row_gather import accumulation_dtype, bag_rows, take
 from jbag.ops.kernels import update_rules as rules
@@ -195,9 +195,7 @@ def coalesce(
     rows, kept = bag_rows(cotangent, ids, offsets)
     if coefficients is not None:
         rows = coefficients[..., None] * rows
-    kept &= (ids >= 0) & filled(ids, pad_id)
-    kept_ids = jnp.where(kept, jnp.minimum(ids, num_embeddings), num_embeddings)
-    kept_ids = kept_ids.reshape(-1)
+    kept_ids = sort_keys(ids, kept & filled(ids, pad_id), num_embeddings).reshape(-1)
     order = jnp.argsort(kept_ids, stable=True)
     kept_ids = kept_ids[order]
     is_first = jnp.diff(kept_ids, prepend=-1) > 0
@@ -206,7 +204,17 @@ def coalesce(
     rows = rows.reshape(ids.size, cotangent.shape[1])[order]
     sums = jax.ops.segment_sum(rows, position, max_unique_ids, indices_are_sorted=True)
     indices = jnp.full(max_unique_ids, num_embeddings, ids.dtype)
-    return indices.at[position].set(kept_ids, mode="drop"), sums
+    return indices.at[position].set(kept_ids.astype(ids.dtype), mode="drop"), sums
+
+
+def sort_keys(
+    ids: Ids, kept: Bool[Array, "*slots"], num_embeddings: Size
+) -> Int[Array, "*slots"]:
+    """Return the ids of rows, V elsewhere; in 32 bits where V fits, to sort faster."""
+    is_row = kept & (ids >= 0) & (ids < num_embeddings)
+    keys = jnp.where(is_row, ids, num_embeddings)
+    narrow = isinstance(num_embeddings, int) and num_embeddings < 2**31
+    return keys.astype(jnp.int32) if narrow else keys
 
 
 def update_rows(
@@ -267,8 +275,25 @@ def update_unique_rows(
     else:
         rows = _round_stochastically(rows, seed, indices)
     return tuple(
-        x.at[indices].set(new, mode="drop", indices_are_sorted=True)
+        set_rows(x, indices, new)
         for x, new in zip((table, *states), (rows, *after), strict=True)
+    )
+
+
+def set_rows(
+    x: Shaped[Array, "V ..."], indices: Int[Array, " U"], rows: Shaped[Array, "U ..."]
+) -> Shaped[Array, "V ..."]:
+    """Set rows at distinct, sorted indices; those out of range come last, and are V."""
+    # With `unique_indices` GPUs store, where XLA would compare and swap 16-bit numbers.
+    # Indices out of range have to be distinct, too, and must not overflow.
+    num_rows, num_indices = x.shape[0], indices.size
+    is_static = isinstance(num_rows, int) and isinstance(num_indices, int)
+    unique = is_static and num_rows + num_indices <= jnp.iinfo(indices.dtype).max
+    if unique:
+        positions = jnp.arange(num_indices, dtype=indices.dtype)
+        indices += jnp.where(indices < num_rows, 0, positions)
+    return x.at[indices].set(
+        rows, mode="drop", indices_are_sorted=True, unique_indices=unique
     )
 
 
