@@ -11,7 +11,8 @@ import pytest
 # tests take. What XLA makes of a program at its best is held by the tests with
 # `optimized`. The C++ kernel is the same either way. Elsewhere the portable kernel is
 # tested as users have it.
-if not importlib.metadata.entry_points(group="jax_plugins"):
+only_cpus = os.environ.get("JAX_PLATFORMS") == "cpu"
+if only_cpus or not importlib.metadata.entry_points(group="jax_plugins"):
     quickly = {
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": "true",

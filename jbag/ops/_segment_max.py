@@ -119,9 +119,7 @@ def _winning_by_slots(
     `spmm_transpose`: without atomic additions, at the cost of an [N, D] array.
     """
     num_slots, width = ids.size, table.shape[1]
-    rows = spmm(
-        table, ids.reshape(-1, 1), None, None, pad_id=None, implementation=None
-    )
+    rows = spmm(table, ids.reshape(-1, 1), None, None, pad_id=None, implementation=None)
     if scale is not None:
         rows = scale.reshape(-1, 1) * rows
     # Distinct where there is no winner, too.

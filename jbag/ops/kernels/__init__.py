@@ -19,7 +19,8 @@ class Kernel:
     Attributes:
       operations: a module with the six operations.
       platforms: the platforms that it runs on; None means all.
-      preferred_on: the platforms that get it by default; None means all of `platforms`.
+      preferred_on: the platforms that get it by default: none of them if empty, all of
+        `platforms` if None.
       missing: why the kernel is not installed, or None.
       portable: whether an exported program runs without jbag.
       max_rows: the largest number of rows of a table; None means any.

@@ -6,7 +6,8 @@ A kernel is a module with the six operations; `xla.py` is the reference. To add 
    module loads the library and registers the targets, as `cpu.py` does. `update_rows`
    takes every rule of `update_rules.py`.
 2. Register it in `KERNELS` of `__init__.py`, before those that it is preferred to,
-   with its `platforms` and the reason where it is `missing`.
+   with its `platforms` and the reason where it is `missing`. One that its platform has
+   not run yet is `preferred_on` no platform.
 3. Name it in `implementation` of `jbag.embedding_bag`. The tests with the fixture
    `implementation` then run over it.
 

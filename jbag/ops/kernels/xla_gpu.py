@@ -35,19 +35,22 @@ from jbag.ragged._csr_arrays import (
 Terms = tuple[Array, ...]
 Read = Callable[[Int[Array, "*slots"]], Terms]
 
-# XLA reduces an axis of up to 31 in the loop of one thread, with many loads in flight. A
-# longer one it transposes first, which needs an [N, D] array.
+# XLA reduces an axis of up to 31 in the loop of one thread, with many loads in flight.
+# It transposes a longer one first, which needs an [N, D] array.
 _PIECE = 16
 # The number of slots that aren't divided into pieces.
 _FEW = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class _Reduction:
+class Reduction:
     """A commutative monoid over terms: its identity, and the combination of two."""
 
     identity: tuple[Any, ...]
     combine: Callable[[Terms, Terms], Terms]
+
+
+SUM = Reduction((0.0,), lambda a, b: (a[0] + b[0],))
 
 
 def spmm(
@@ -65,8 +68,7 @@ def spmm(
     if not _is_static(ids, offsets):
         return xla.spmm(table, ids, offsets, coefficients, dtype=dtype, **options)
     read = _weighted_rows(table, ids, coefficients, pad_id, 0.0)
-    total = _Reduction((0.0,), lambda a, b: (a[0] + b[0],))
-    (out,), malformed = _reduce_bags(lambda i: (read(i),), ids, offsets, total)
+    (out,), malformed = _reduce_bags(lambda i: (read(i),), ids, offsets, SUM)
     if malformed is not None:
         out = jnp.where(malformed[:, None], jnp.nan, out)
     if average is not None:
@@ -128,7 +130,7 @@ def extremum(
         is_first |= is_equal & (i < j)
         return jnp.where(is_first, x, y), jnp.where(is_first, i, j)
 
-    best = _Reduction((worst, none), better)
+    best = Reduction((worst, none), better)
     (values, winners), malformed = _reduce_bags(candidates, ids, offsets, best)
     values = jnp.where(winners == none, 0, values)
     if malformed is not None:
@@ -179,10 +181,11 @@ def coalesce(
     rank = jnp.where(is_first, jnp.cumsum(is_first) - 1, max_unique_ids + 1)
     num_slots = (keys < num_embeddings).sum(dtype=jnp.int32)
     starts = jnp.full(max_unique_ids + 1, num_slots).at[rank].set(slots, mode="drop")
-    indices = take(keys, jnp.where(starts < num_slots, starts, ids.size), num_embeddings)
+    indices = take(
+        keys, jnp.where(starts < num_slots, starts, ids.size), num_embeddings
+    )
     indices = indices[:-1].astype(ids.dtype)
-    total = _Reduction((0.0,), lambda a, b: (a[0] + b[0],))
-    (sums,) = _reduce_segments(terms, starts, ids.size, total)
+    (sums,) = reduce_segments(terms, starts, ids.size, SUM)
     return indices, sums
 
 
@@ -249,7 +252,7 @@ def _weighted_rows(
 
 
 def _reduce_bags(
-    read: Read, ids: Ids, offsets: Offsets, reduction: _Reduction
+    read: Read, ids: Ids, offsets: Offsets, reduction: Reduction
 ) -> tuple[Terms, Bool[Array, " B"] | None]:
     """Reduce the terms of each bag; mask malformed bags."""
     if offsets is None:
@@ -258,11 +261,11 @@ def _reduce_bags(
         return _reduce_few(read, starts, None, length, ids.size, reduction), None
     bounds, malformed = bag_bounds(offsets, ids.size)
     bounds = bounds.astype(jnp.int32)
-    return _reduce_segments(read, bounds, ids.size, reduction), malformed
+    return reduce_segments(read, bounds, ids.size, reduction), malformed
 
 
-def _reduce_segments(
-    read: Read, bounds: Int[Array, " ends"], capacity: int, reduction: _Reduction
+def reduce_segments(
+    read: Read, bounds: Int[Array, " ends"], capacity: int, reduction: Reduction
 ) -> Terms:
     """Reduce the terms read(bounds[m]), ..., read(bounds[m + 1] - 1) for each m.
 
@@ -308,7 +311,10 @@ def _reduce_segments(
         return out
     very_long = jnp.minimum(_count_up_to(ranks, max_very_long), num_segments - 1)
     rest = _reduce_ranges(
-        pieces, _at(first_pieces, very_long) + piece_head, _at(ends, very_long), reduction
+        pieces,
+        _at(first_pieces, very_long) + piece_head,
+        _at(ends, very_long),
+        reduction,
     )
     rank = jnp.where(is_very_long, ranks - 1, 0)
     rest = tuple(
@@ -334,7 +340,7 @@ def _count_up_to(ends: Int[Array, " M"], size: int) -> Int[Array, " size"]:
 
 
 def _reduce_ranges(
-    terms: Terms, starts: Int[Array, " M"], ends: Int[Array, " M"], reduction: _Reduction
+    terms: Terms, starts: Int[Array, " M"], ends: Int[Array, " M"], reduction: Reduction
 ) -> Terms:
     """Reduce the terms starts[m], ..., ends[m] - 1 for each m, by a tree of blocks."""
     size = terms[0].shape[0]
@@ -366,7 +372,7 @@ def _reduce_few(
     counts: Int[Array, " M"] | None,
     length: int,
     capacity: int,
-    reduction: _Reduction,
+    reduction: Reduction,
 ) -> Terms:
     """Reduce the first min(counts[m], length) terms from starts[m] on for each m.
 
@@ -396,7 +402,7 @@ def _reduce_few(
     return _reduce_axis(terms, 1, reduction)
 
 
-def _reduce_axis(terms: Terms, axis: int, reduction: _Reduction) -> Terms:
+def _reduce_axis(terms: Terms, axis: int, reduction: Reduction) -> Terms:
     identity = tuple(
         jnp.asarray(value, x.dtype)
         for x, value in zip(terms, reduction.identity, strict=True)

@@ -36,9 +36,20 @@ def test_a_platform_gets_the_first_that_runs_on_it(monkeypatch):
     native = Kernel(xla, platforms=("tpu",))
     monkeypatch.setattr(kernels, "KERNELS", {"native": native, **KERNELS})
     assert choose(None, "tpu") is native
-    assert choose(None, "cuda") is KERNELS["xla"]
+    assert choose(None, "another") is KERNELS["xla"]
     assert choose("xla", "tpu") is KERNELS["xla"]
-    assert kernels.special_platforms() == {"cpu", "tpu"}
+    assert kernels.special_platforms() >= {"cpu", "tpu"}
+
+
+def test_a_kernel_is_the_default_where_it_is_preferred(monkeypatch):
+    for platform in ("cuda", "rocm"):
+        assert choose(None, platform) is KERNELS["xla_gpu"]
+    assert choose(None, "tpu") is KERNELS["xla"]
+    assert choose("xla_gpu", "tpu") is KERNELS["xla_gpu"]
+    by_name = Kernel(xla, platforms=("tpu",), preferred_on=())
+    monkeypatch.setattr(kernels, "KERNELS", {"native": by_name, **KERNELS})
+    assert choose(None, "tpu") is KERNELS["xla"]
+    assert choose("native", "tpu") is by_name
 
 
 def test_a_cpu_gets_its_own_kernel(require):
@@ -50,8 +61,9 @@ def test_a_cpu_gets_its_own_kernel(require):
 def test_an_exported_program_gets_a_portable_kernel_unless_it_names_one(monkeypatch):
     native = Kernel(xla, platforms=("tpu",))
     monkeypatch.setattr(kernels, "KERNELS", {"native": native, **KERNELS})
-    for platform in (*PLATFORMS, None):
+    for platform in ("cpu", "tpu", None):
         assert choose(None, platform, exported=True) is KERNELS["xla"]
+    assert choose(None, "cuda", exported=True) is KERNELS["xla_gpu"]
     assert choose("native", "tpu", exported=True) is native
     portable = Kernel(xla, platforms=("tpu",), portable=True)
     monkeypatch.setattr(kernels, "KERNELS", {"native": portable, **KERNELS})
@@ -131,7 +143,7 @@ def test_none_does_without_a_missing_kernel():
 
 def test_an_unknown_name_is_an_error_that_lists_the_known():
     for name in ("triton", ""):
-        message = f"must be None or one of 'cpu', 'xla'; got {name!r}"
+        message = f"must be None or one of 'cpu', 'xla_gpu', 'xla'; got {name!r}"
         with pytest.raises(ValueError, match=message):
             check_implementation(name)
 
