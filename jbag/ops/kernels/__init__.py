@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jbag.ops.kernels import cpu, xla, xla_gpu
+from jbag.ops.kernels import cpu, cuda, xla, xla_gpu
 from jbag.ops.kernels.contract import Operations
 from jbag.ragged._csr_arrays import Size
 
@@ -54,6 +54,14 @@ class Kernel:
 # In order of preference.
 KERNELS: dict[str, Kernel] = {
     "cpu": Kernel(cpu, platforms=("cpu",), missing=cpu.MISSING, max_rows=cpu.MAX_ROWS),
+    # No GPU has run it yet.
+    "cuda": Kernel(
+        cuda,
+        platforms=("cuda",),
+        missing=cuda.MISSING,
+        max_rows=cuda.MAX_ROWS,
+        preferred_on=(),
+    ),
     "xla_gpu": Kernel(xla_gpu, preferred_on=("cuda", "rocm"), portable=True),
     "xla": Kernel(xla, portable=True),
 }
@@ -84,9 +92,9 @@ def choose(
 ) -> Kernel:
     """Return the named kernel, or by default the first of `KERNELS` that fits.
 
-    A kernel fits if it is installed, runs on `platform`, takes a table with `rows` rows
-    and, for an `exported` program, is portable. A `platform` of None stands for all
-    platforms that no kernel lists.
+    A kernel fits if it is installed, is preferred on `platform`, takes a table with
+    `rows` rows and, for an `exported` program, is portable. A `platform` of None stands
+    for all platforms that no kernel lists.
 
     Raises:
       ValueError: the named kernel doesn't run on `platform`, or takes fewer rows.

@@ -1,0 +1,57 @@
+// Sampled dots: out[i] = <table[ids[i]], cotangent[bag of i]>.
+//
+// Traffic: each slot's id and row once; the bag's row, mostly from cache.
+
+namespace jbag {
+namespace cuda {
+
+// A group computes the dots of kInFlight slots that follow each other.
+template <typename T, int W, typename Id>
+__global__ void Dots(Dense table, Slots slots, const Sum<T>* cotangent, Sum<T>* out,
+                     Division division) {
+  using A = Sum<T>;
+  const Part part = PartOf(division);
+  const int64 first = part.item * kInFlight;
+  if (first >= slots.num_slots) return;
+  const int64 end =
+      first + kInFlight < slots.num_slots ? first + kInFlight : slots.num_slots;
+
+  int64 bags[kInFlight];  // -1: the slot is in no bag
+  int64 bag = BagOf(slots, first);
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) {
+    while (bag < slots.num_bags && RangeOf(slots, bag).end <= first + i) ++bag;
+    const bool inside = bag < slots.num_bags && !RangeOf(slots, bag).malformed;
+    bags[i] = inside ? bag : -1;
+  }
+
+  A sums[kInFlight];
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) sums[i] = 0;
+  const int lanes = 1 << division.lanes_log2;
+  for (int64 vector = part.vector; vector * W < table.width; vector += lanes) {
+    RowVectors<T, W, Id> vectors;
+    vectors.Load(table, slots, first, end, vector * W);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (!vectors.filled[i] || bags[i] < 0) continue;
+      Sums<A, W> row;
+      row.Load(cotangent + bags[i] * table.width + vector * W);
+#pragma unroll
+      for (int k = 0; k < W; ++k) sums[i] += Widen(vectors.rows[i].x[k]) * row.x[k];
+    }
+  }
+  const uint32 lane = threadIdx.x % 32;
+  const uint32 group = lane >> division.lanes_log2 << division.lanes_log2;
+  const uint32 mask = (lanes == 32 ? 0xffffffffu : (1u << lanes) - 1) << group;
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) {
+    for (int step = lanes / 2; step > 0; step /= 2) {
+      sums[i] += __shfl_xor_sync(mask, sums[i], step);
+    }
+    if (part.vector == 0 && first + i < end) out[first + i] = sums[i];
+  }
+}
+
+}  // namespace cuda
+}  // namespace jbag

@@ -1,0 +1,669 @@
+// The CUDA kernels as XLA FFI handlers.
+//
+// Operands: as those of ffi/handlers.cc; the operations on sorted slots take the sorted
+// keys, the bag of each key's slot and its coefficient. The last results are scratch.
+// Each operation has a handler for two stages: initialize, which compiles its kernels,
+// and execute.
+
+#include <stdint.h>
+
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "cuda/device/arguments.h"
+#include "cuda/driver.h"
+#include "cuda/launcher.h"
+#include "ffi/buffers.h"
+#include "kernels/kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jbag {
+namespace cuda {
+
+template <bool kLaunches>
+struct OnDevice {};
+
+}  // namespace cuda
+}  // namespace jbag
+
+namespace xla::ffi {
+
+// The device and the stream; no stream on a CPU, where the tests run.
+template <bool kLaunches>
+struct CtxDecoding<jbag::cuda::OnDevice<kLaunches>> {
+  using Type = jbag::cuda::Device;
+
+  static std::optional<Type> Decode(const XLA_FFI_Api* api,
+                                    XLA_FFI_ExecutionContext* context,
+                                    DiagnosticEngine& diagnostic) {
+    const auto ordinal = CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
+    if (!ordinal.has_value()) return std::nullopt;
+    XLA_FFI_Stream_Get_Args args;
+    args.struct_size = XLA_FFI_Stream_Get_Args_STRUCT_SIZE;
+    args.extension_start = nullptr;
+    args.ctx = context;
+    args.stream = nullptr;
+    if (XLA_FFI_Error* error = api->XLA_FFI_Stream_Get(&args)) {
+      internal::DestroyError(api, error);
+      args.stream = nullptr;
+    }
+    return Type{*ordinal, static_cast<jbag::cuda::CUstream>(args.stream), kLaunches};
+  }
+};
+
+}  // namespace xla::ffi
+
+namespace jbag {
+namespace cuda {
+namespace {
+
+ffi::Error Ran(const Launcher& launcher, const Device& device) {
+  const std::string error = launcher.Run(device);
+  return error.empty() ? ffi::Error::Success() : ffi::Error::Internal(error);
+}
+
+const char* NameOf(Type type) {
+  switch (type) {
+    case Type::kFloat32:
+      return "float";
+    case Type::kFloat64:
+      return "double";
+    case Type::kBFloat16:
+      return "jbag::cuda::BFloat16";
+    case Type::kFloat16:
+      return "jbag::cuda::Half";
+  }
+  return "";
+}
+const char* NameOf(const Integers& integers) {
+  return integers.is_64_bit ? "long long" : "int";
+}
+int64_t SizeOf(Type type) {
+  return type == Type::kFloat64 ? 8 : type == Type::kFloat32 ? 4 : 2;
+}
+
+// The C++ name of an instance of a kernel.
+template <typename... Arguments>
+std::string Instance(const char* kernel, const Arguments&... arguments) {
+  std::string list;
+  ((list += list.empty() ? "" : ", ", list += arguments), ...);
+  return std::string("jbag::cuda::") + kernel + "<" + list + ">";
+}
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The numbers that a thread reads at once of a row: of up to 16 bytes, whole vectors in
+// a row, and aligned, as XLA's buffers are.
+int64_t VectorWidth(const Matrix& matrix) {
+  int64_t width = 16 / SizeOf(matrix.type);
+  const auto address = reinterpret_cast<uintptr_t>(matrix.data);
+  while (width > 1 &&
+         (matrix.width % width != 0 ||
+          address % static_cast<uintptr_t>(width * SizeOf(matrix.type)) != 0)) {
+    width /= 2;
+  }
+  return width;
+}
+
+// Groups of threads, one for each item, that divide a row in vectors.
+struct Groups {
+  int64_t width;  // of a vector
+  Division division;
+  int64_t parts;  // of a row
+
+  explicit Groups(const Matrix& matrix) : width(VectorWidth(matrix)), division{0} {
+    const int64_t vectors = matrix.width / width;
+    while (division.lanes_log2 < 5 && (1 << division.lanes_log2) < vectors) {
+      ++division.lanes_log2;
+    }
+    parts = CeilDiv(vectors, 1 << division.lanes_log2);
+  }
+  int64_t Blocks(int64_t items) const {
+    return CeilDiv(items, kBlock >> division.lanes_log2);
+  }
+  std::string vector() const { return std::to_string(width); }
+};
+
+int* IntegersOf(ffi::Result<ffi::AnyBuffer>& buffer) {
+  return static_cast<int*>(buffer->untyped_data());
+}
+int64_t SizeOf(ffi::Result<ffi::AnyBuffer>& buffer) {
+  return static_cast<int64_t>(buffer->element_count());
+}
+
+Dense DenseOf(const Matrix& matrix) { return {matrix.data, matrix.rows, matrix.width}; }
+
+// The pieces that slots may have, of bags of up to `longest` slots.
+int64_t MaxPieces(int64_t num_slots, int64_t longest) {
+  return longest > kPiece ? 2 * CeilDiv(num_slots, kPiece) : 0;
+}
+
+// Bags for the kernels. The bounds of ragged ones are B + 2 integers of scratch.
+struct BagsOnDevice {
+  Slots slots;
+  int64_t max_pieces;
+  int64_t num_integers;
+
+  BagsOnDevice(const Bags& bags, bool ragged, int* integers, Launcher* launcher) {
+    slots = {bags.ids.data, nullptr,        bags.coefficients,
+             bags.num_bags, bags.ids.size,  bags.length,
+             bags.empty,    bags.has_empty, 0};
+    num_integers = 0;
+    max_pieces = MaxPieces(bags.ids.size, bags.length);
+    if (!ragged) return;
+    max_pieces = MaxPieces(bags.ids.size, bags.ids.size);
+    slots.bounds = integers;
+    num_integers = bags.num_bags + 2;
+    const int64_t count = bags.num_bags + 1;
+    int* flag = integers + count;
+    const char* offset = NameOf(bags.offsets);
+    launcher->Zero(flag, sizeof(int));
+    launcher->Launch(Instance("CheckBounds", offset), CeilDiv(count, kBlock), 1, kBlock,
+                     bags.offsets.data, count, bags.ids.size, integers, flag);
+    launcher->Launch(Instance("RepairBounds", offset), 1, 1, 32, bags.offsets.data,
+                     count, bags.ids.size, integers, flag);
+  }
+};
+
+bool IsRagged(const ffi::AnyBuffer& ids) { return ids.dimensions().size() == 1; }
+
+const char* const kScratch = "scratch is too small";
+
+// Whether scratch has room for partial sums of the type of sums over `matrix`.
+bool HasRoom(const ffi::AnyBuffer& partials, const Matrix& matrix, int64_t pieces) {
+  return partials.element_type() == SumDataType(matrix.type) &&
+         static_cast<int64_t>(partials.element_count()) >= pieces * matrix.width;
+}
+
+ffi::Error BindSpmm(Device device, ffi::AnyBuffer table, ffi::AnyBuffer ids,
+                    ffi::AnyBuffer offsets, ffi::AnyBuffer coefficients, bool has_empty,
+                    int64_t empty, std::string_view average,
+                    ffi::Result<ffi::AnyBuffer> out,
+                    ffi::Result<ffi::AnyBuffer> integers,
+                    ffi::Result<ffi::AnyBuffer> partials) {
+  Matrix rows;
+  Matrix sums;
+  Average kind;
+  if (!ReadMatrix(table, &rows)) return Invalid("table must be [V, D], floating");
+  if (!ReadMatrix(*out, &sums) || sums.width != rows.width ||
+      (sums.type != rows.type && sums.type != SumType(rows.type))) {
+    return Invalid("out must be [B, D] of the table's type or that of sums");
+  }
+  if (!ReadAverage(average, &kind)) {
+    return Invalid("average must be none, mean or sqrtn");
+  }
+  Bags read;
+  if (const char* wrong = ReadBags(ids, offsets, &coefficients, has_empty, empty,
+                                   rows.type, sums.rows, &read)) {
+    return Invalid(wrong);
+  }
+  Launcher launcher;
+  BagsOnDevice bags(read, IsRagged(ids), IntegersOf(integers), &launcher);
+  bags.slots.average = static_cast<int>(kind);
+  if (!HasRoom(*partials, rows, bags.max_pieces) ||
+      SizeOf(integers) < bags.num_integers + bags.max_pieces) {
+    return Invalid(kScratch);
+  }
+  const Partials pieces{partials->untyped_data(),
+                        IntegersOf(integers) + bags.num_integers};
+  const Groups groups(rows);
+  const std::string types =
+      std::string(NameOf(rows.type)) + ", " + groups.vector() + ", " + NameOf(read.ids);
+  if (bags.max_pieces > 0) {
+    launcher.Launch(Instance("SumPieces", types), groups.Blocks(bags.max_pieces),
+                    groups.parts, kBlock, DenseOf(rows), bags.slots, pieces,
+                    bags.max_pieces, groups.division);
+  }
+  const int* const no_rows = nullptr;
+  launcher.Launch(Instance("SumBags", types, NameOf(sums.type)),
+                  groups.Blocks(read.num_bags), groups.parts, kBlock, DenseOf(rows),
+                  bags.slots, pieces, no_rows, sums.data, groups.division);
+  return Ran(launcher, device);
+}
+
+ffi::Error BindExtremum(Device device, ffi::AnyBuffer table, ffi::AnyBuffer ids,
+                        ffi::AnyBuffer offsets, ffi::AnyBuffer coefficients,
+                        bool has_empty, int64_t empty, bool largest,
+                        ffi::Result<ffi::AnyBuffer> values,
+                        ffi::Result<ffi::BufferR2<ffi::S32>> winners,
+                        ffi::Result<ffi::AnyBuffer> integers,
+                        ffi::Result<ffi::AnyBuffer> partials,
+                        ffi::Result<ffi::AnyBuffer> partial_winners) {
+  Matrix rows;
+  Matrix best;
+  if (!ReadMatrix(table, &rows)) return Invalid("table must be [V, D], floating");
+  if (!ReadMatrix(*values, &best) || best.width != rows.width ||
+      best.type != SumType(rows.type) ||
+      winners->element_count() != values->element_count()) {
+    return Invalid("values and winners must be [B, D], of the type of sums and int32");
+  }
+  Bags read;
+  if (const char* wrong = ReadBags(ids, offsets, &coefficients, has_empty, empty,
+                                   rows.type, best.rows, &read)) {
+    return Invalid(wrong);
+  }
+  Launcher launcher;
+  const BagsOnDevice bags(read, IsRagged(ids), IntegersOf(integers), &launcher);
+  if (!HasRoom(*partials, rows, bags.max_pieces) ||
+      SizeOf(integers) < bags.num_integers ||
+      SizeOf(partial_winners) < bags.max_pieces * rows.width) {
+    return Invalid(kScratch);
+  }
+  const Partials pieces{partials->untyped_data(), IntegersOf(partial_winners)};
+  const Groups groups(rows);
+  const std::string types = std::string(NameOf(rows.type)) + ", " + groups.vector() +
+                            ", " + NameOf(read.ids) + ", " +
+                            (largest ? "true" : "false");
+  if (bags.max_pieces > 0) {
+    launcher.Launch(Instance("ExtremumOfPieces", types), groups.Blocks(bags.max_pieces),
+                    groups.parts, kBlock, DenseOf(rows), bags.slots, pieces,
+                    bags.max_pieces, groups.division);
+  }
+  launcher.Launch(Instance("ExtremumOfBags", types), groups.Blocks(read.num_bags),
+                  groups.parts, kBlock, DenseOf(rows), bags.slots, pieces, best.data,
+                  winners->untyped_data(), groups.division);
+  return Ran(launcher, device);
+}
+
+ffi::Error BindSddmm(Device device, ffi::AnyBuffer table, ffi::AnyBuffer cotangent,
+                     ffi::AnyBuffer ids, ffi::AnyBuffer offsets, bool has_empty,
+                     int64_t empty, ffi::Result<ffi::AnyBuffer> out,
+                     ffi::Result<ffi::AnyBuffer> integers) {
+  Matrix rows;
+  Matrix bag_rows;
+  if (!ReadMatrix(table, &rows) || !ReadMatrix(cotangent, &bag_rows) ||
+      rows.width != bag_rows.width || bag_rows.type != SumType(rows.type)) {
+    return Invalid("table must be [V, D], cotangent [B, D] of the type of sums");
+  }
+  Bags read;
+  if (const char* wrong = ReadBags(ids, offsets, nullptr, has_empty, empty, rows.type,
+                                   bag_rows.rows, &read)) {
+    return Invalid(wrong);
+  }
+  if (out->element_type() != SumDataType(rows.type) ||
+      static_cast<int64_t>(out->element_count()) != read.ids.size) {
+    return Invalid("out must have the shape of ids and the type of sums");
+  }
+  Launcher launcher;
+  const BagsOnDevice bags(read, IsRagged(ids), IntegersOf(integers), &launcher);
+  if (SizeOf(integers) < bags.num_integers) return Invalid(kScratch);
+  const Groups groups(rows);
+  launcher.Launch(
+      Instance("Dots", NameOf(rows.type), groups.vector(), NameOf(read.ids)),
+      groups.Blocks(CeilDiv(read.ids.size, kInFlight)), 1, kBlock, DenseOf(rows),
+      bags.slots, bag_rows.data, out->untyped_data(), groups.division);
+  return Ran(launcher, device);
+}
+
+ffi::Error BindSlotKeys(Device device, ffi::AnyBuffer ids, ffi::AnyBuffer offsets,
+                        ffi::AnyBuffer num_rows, bool has_empty, int64_t empty,
+                        ffi::Result<ffi::AnyBuffer> keys,
+                        ffi::Result<ffi::AnyBuffer> slot_bags,
+                        ffi::Result<ffi::AnyBuffer> integers) {
+  const ffi::AnyBuffer& counted = IsRagged(ids) ? offsets : ids;
+  if (counted.dimensions().size() == 0) return Invalid("offsets must be [B + 1]");
+  const int64_t num_bags = counted.dimensions()[0] - (IsRagged(ids) ? 1 : 0);
+  Bags read;
+  if (const char* wrong = ReadBags(ids, offsets, nullptr, has_empty, empty,
+                                   Type::kFloat32, num_bags, &read)) {
+    return Invalid(wrong);
+  }
+  Launcher launcher;
+  const BagsOnDevice bags(read, IsRagged(ids), IntegersOf(integers), &launcher);
+  if (SizeOf(keys) < read.ids.size || SizeOf(slot_bags) < read.ids.size ||
+      SizeOf(integers) < bags.num_integers) {
+    return Invalid(kScratch);
+  }
+  launcher.Launch(Instance("SlotKeys", NameOf(read.ids)),
+                  CeilDiv(read.ids.size, kBlock), 1, kBlock, bags.slots,
+                  num_rows.untyped_data(), keys->untyped_data(),
+                  slot_bags->untyped_data());
+  return Ran(launcher, device);
+}
+
+// The segments of sorted slots, as bags. Scratch: bounds, counts of chunks and, unless
+// the rows go elsewhere, the row of each segment.
+struct Segments {
+  Slots slots;
+  Partials pieces;
+  int64_t max_pieces;
+  int* rows;
+};
+
+// Null, or what is wrong.
+const char* ReadSegments(const Matrix& cotangent, const ffi::AnyBuffer& keys,
+                         const ffi::AnyBuffer& bags, const ffi::AnyBuffer& coefficients,
+                         const ffi::AnyBuffer& num_rows, int64_t capacity,
+                         ffi::Result<ffi::AnyBuffer>& integers,
+                         ffi::Result<ffi::AnyBuffer>& partials,
+                         ffi::AnyBuffer* own_rows, Launcher* launcher, Segments* out) {
+  const int64_t size = static_cast<int64_t>(keys.element_count());
+  if (keys.element_type() != ffi::S32 || bags.element_type() != ffi::S32 ||
+      num_rows.element_type() != ffi::S32 || num_rows.element_count() != 1 ||
+      static_cast<int64_t>(bags.element_count()) != size || size > INT32_MAX) {
+    return "keys and bags must be [N], and num_embeddings one number, int32";
+  }
+  if (coefficients.element_count() > 0 &&
+      (coefficients.element_type() != SumDataType(cotangent.type) ||
+       static_cast<int64_t>(coefficients.element_count()) != size)) {
+    return "coefficients must be [N], of the type of sums";
+  }
+  const int64_t num_chunks = size > kChunk ? CeilDiv(size, kChunk) : 1;
+  int* const starts = IntegersOf(integers);
+  int* const counts = starts + capacity + 1;
+  const int64_t before_rows = capacity + 1 + num_chunks + 1;
+  out->max_pieces = MaxPieces(size, size);
+  if (SizeOf(integers) < before_rows + (own_rows == nullptr ? capacity : 0) ||
+      !HasRoom(*partials, cotangent, out->max_pieces)) {
+    return kScratch;
+  }
+  out->rows = starts + before_rows;
+  void* rows = out->rows;
+  const char* row = "int";
+  if (own_rows != nullptr) {
+    rows = own_rows->untyped_data();
+    if (own_rows->element_type() == ffi::S64) row = "long long";
+  }
+  const bool weighted = coefficients.element_count() > 0;
+  out->slots = {bags.untyped_data(),
+                starts,
+                weighted ? coefficients.untyped_data() : nullptr,
+                capacity,
+                size,
+                0,
+                0,
+                0,
+                0};
+  out->pieces = {partials->untyped_data(), nullptr};
+  const void* const sorted = keys.untyped_data();
+  const void* const count = num_rows.untyped_data();
+  launcher->Launch("jbag::cuda::CountSegments", num_chunks, 1, 32, sorted, size, count,
+                   counts);
+  launcher->Launch("jbag::cuda::AccumulateCounts", 1, 1, 32, counts, num_chunks);
+  launcher->Launch(Instance("WriteSegments", row), num_chunks, 1, 32, sorted, size,
+                   count, counts, capacity, starts, rows);
+  return nullptr;
+}
+
+// Sums the pieces of the rows that many slots name.
+void LaunchPieces(const Segments& segments, const Matrix& cotangent,
+                  const Groups& groups, Launcher* launcher) {
+  if (segments.max_pieces == 0) return;
+  launcher->Launch(
+      Instance("SumPieces", NameOf(cotangent.type), groups.vector(), "int"),
+      groups.Blocks(segments.max_pieces), groups.parts, kBlock, DenseOf(cotangent),
+      segments.slots, segments.pieces, segments.max_pieces, groups.division);
+}
+
+void LaunchSums(const Segments& segments, const Matrix& cotangent, const int* rows,
+                const Matrix& out, Launcher* launcher) {
+  const Groups groups(cotangent);
+  LaunchPieces(segments, cotangent, groups, launcher);
+  launcher->Launch(Instance("SumBags", NameOf(cotangent.type), groups.vector(), "int",
+                            NameOf(out.type)),
+                   groups.Blocks(segments.slots.num_bags), groups.parts, kBlock,
+                   DenseOf(cotangent), segments.slots, segments.pieces, rows, out.data,
+                   groups.division);
+}
+
+ffi::Error BindSpmmTranspose(Device device, ffi::AnyBuffer cotangent,
+                             ffi::AnyBuffer keys, ffi::AnyBuffer bags,
+                             ffi::AnyBuffer coefficients, ffi::AnyBuffer num_embeddings,
+                             ffi::Result<ffi::AnyBuffer> out,
+                             ffi::Result<ffi::AnyBuffer> integers,
+                             ffi::Result<ffi::AnyBuffer> partials) {
+  Matrix bag_rows;
+  Matrix rows;
+  if (!ReadMatrix(cotangent, &bag_rows) || !ReadMatrix(*out, &rows) ||
+      rows.width != bag_rows.width || bag_rows.type != SumType(rows.type)) {
+    return Invalid("cotangent must be [B, D] of the type of sums, out [V, D]");
+  }
+  const int64_t size = static_cast<int64_t>(keys.element_count());
+  Launcher launcher;
+  Segments segments;
+  if (const char* wrong =
+          ReadSegments(bag_rows, keys, bags, coefficients, num_embeddings,
+                       size < rows.rows ? size : rows.rows, integers, partials, nullptr,
+                       &launcher, &segments)) {
+    return Invalid(wrong);
+  }
+  launcher.Zero(rows.data, static_cast<int64_t>(out->size_bytes()));
+  LaunchSums(segments, bag_rows, segments.rows, rows, &launcher);
+  return Ran(launcher, device);
+}
+
+ffi::Error BindCoalesce(Device device, ffi::AnyBuffer cotangent, ffi::AnyBuffer keys,
+                        ffi::AnyBuffer bags, ffi::AnyBuffer coefficients,
+                        ffi::AnyBuffer num_embeddings,
+                        ffi::Result<ffi::AnyBuffer> indices,
+                        ffi::Result<ffi::AnyBuffer> sums,
+                        ffi::Result<ffi::AnyBuffer> integers,
+                        ffi::Result<ffi::AnyBuffer> partials) {
+  Matrix bag_rows;
+  Matrix rows;
+  if (!ReadMatrix(cotangent, &bag_rows) || !ReadMatrix(*sums, &rows) ||
+      rows.width != bag_rows.width || rows.type != bag_rows.type ||
+      bag_rows.type != SumType(bag_rows.type)) {
+    return Invalid("cotangent must be [B, D] of the type of sums, sums [U, D] like it");
+  }
+  Integers numbers;
+  if (!ReadIntegers(*indices, &numbers) || numbers.size != rows.rows) {
+    return Invalid("indices must be [U], int32 or int64");
+  }
+  ffi::AnyBuffer own_rows = *indices;
+  Launcher launcher;
+  Segments segments;
+  if (const char* wrong =
+          ReadSegments(bag_rows, keys, bags, coefficients, num_embeddings, rows.rows,
+                       integers, partials, &own_rows, &launcher, &segments)) {
+    return Invalid(wrong);
+  }
+  LaunchSums(segments, bag_rows, nullptr, rows, &launcher);
+  return Ran(launcher, device);
+}
+
+// The name of a rule's struct in device/updates.cuh.
+const char* NameOf(Rule rule) {
+  switch (rule) {
+    case Rule::kSgd:
+      return "jbag::cuda::Sgd";
+    case Rule::kMomentum:
+      return "jbag::cuda::Momentum";
+    case Rule::kAdagrad:
+      return "jbag::cuda::Adagrad";
+    case Rule::kRowwiseAdagrad:
+      return "jbag::cuda::RowwiseAdagrad";
+    case Rule::kAdam:
+      return "jbag::cuda::Adam";
+    case Rule::kRowwiseAdam:
+      return "jbag::cuda::RowwiseAdam";
+    case Rule::kRowwiseRmsprop:
+      return "jbag::cuda::RowwiseRmsprop";
+    case Rule::kFtrl:
+      return "jbag::cuda::Ftrl";
+  }
+  return "";
+}
+
+bool SameShape(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
+  return a.element_type() == b.element_type() && a.dimensions() == b.dimensions();
+}
+
+ffi::Error BindUpdateRows(Device device, ffi::AnyBuffer table, ffi::AnyBuffer scalars,
+                          ffi::AnyBuffer seed, ffi::AnyBuffer cotangent,
+                          ffi::AnyBuffer keys, ffi::AnyBuffer bags,
+                          ffi::AnyBuffer coefficients, ffi::AnyBuffer num_embeddings,
+                          ffi::RemainingArgs states, std::string_view rule,
+                          ffi::Result<ffi::AnyBuffer> moved_table,
+                          ffi::Result<ffi::AnyBuffer> integers,
+                          ffi::Result<ffi::AnyBuffer> partials,
+                          ffi::RemainingRets moved_states) {
+  Matrix rows;
+  Matrix bag_rows;
+  if (!ReadMatrix(*moved_table, &rows) || !ReadMatrix(cotangent, &bag_rows) ||
+      !SameShape(table, *moved_table) || rows.width != bag_rows.width ||
+      bag_rows.type != SumType(rows.type)) {
+    return Invalid("table must be [V, D], cotangent [B, D] of the type of sums");
+  }
+  const RuleShape* shape = nullptr;
+  for (const RuleShape& known : kRules) {
+    if (rule == known.name) shape = &known;
+  }
+  if (shape == nullptr) return Invalid("no rule has that name");
+  if (scalars.element_type() != SumDataType(rows.type) ||
+      static_cast<int64_t>(scalars.element_count()) != shape->numbers) {
+    return Invalid("scalars must be those of the rule, of the type of sums");
+  }
+  const bool at_random = seed.element_count() > 0;
+  if (at_random && (seed.element_type() != ffi::U32 || seed.element_count() != 2 ||
+                    rows.type != Type::kBFloat16)) {
+    return Invalid("seed must be uint32 [2], for a table in bfloat16");
+  }
+  const size_t num_states = static_cast<size_t>(shape->per_element + shape->per_row);
+  if (states.size() != num_states || moved_states.size() != num_states) {
+    return Invalid("states must be those of the rule");
+  }
+  Table on_device{rows.data,
+                  {nullptr, nullptr},
+                  scalars.untyped_data(),
+                  static_cast<const uint32_t*>(seed.untyped_data())};
+  // An output is where its operand is, unless XLA could not alias them.
+  Launcher launcher;
+  launcher.Copy(table.untyped_data(), rows.data,
+                static_cast<int64_t>(table.size_bytes()));
+  for (size_t i = 0; i < num_states; ++i) {
+    const auto state = states.get<ffi::AnyBuffer>(i);
+    auto moved = moved_states.get<ffi::AnyBuffer>(i);
+    const int64_t width = static_cast<int>(i) < shape->per_element ? rows.width : 1;
+    if (!state.has_value() || !moved.has_value() || !SameShape(*state, **moved) ||
+        state->element_type() != SumDataType(rows.type) ||
+        static_cast<int64_t>(state->element_count()) != rows.rows * width) {
+      return Invalid("states must be [V, D] or [V], of the type of sums");
+    }
+    on_device.states[i] = (*moved)->untyped_data();
+    launcher.Copy(state->untyped_data(), on_device.states[i],
+                  static_cast<int64_t>(state->size_bytes()));
+  }
+  const int64_t size = static_cast<int64_t>(keys.element_count());
+  Segments segments;
+  if (const char* wrong =
+          ReadSegments(bag_rows, keys, bags, coefficients, num_embeddings,
+                       size < rows.rows ? size : rows.rows, integers, partials, nullptr,
+                       &launcher, &segments)) {
+    return Invalid(wrong);
+  }
+  const Groups groups(bag_rows);
+  LaunchPieces(segments, bag_rows, groups, &launcher);
+  launcher.Launch(Instance("UpdateRows", NameOf(rows.type), groups.vector(),
+                           NameOf(shape->rule), at_random ? "true" : "false"),
+                  groups.Blocks(segments.slots.num_bags), 1, kBlock, DenseOf(bag_rows),
+                  segments.slots, segments.pieces, segments.rows, on_device,
+                  groups.division);
+  return Ran(launcher, device);
+}
+
+// Defines the handlers of an operation for both stages.
+#define JBAG_CUDA_HANDLERS(name, function, operands)                             \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                 \
+      name##_initialize, function,                                               \
+      ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().Ctx<OnDevice<false>>()  \
+          operands);                                                             \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function,                                  \
+                                ffi::Ffi::Bind().Ctx<OnDevice<true>>() operands, \
+                                {ffi::Traits::kCmdBufferCompatible})
+
+}  // namespace
+
+// The library hides all the rest.
+#pragma GCC visibility push(default)
+extern "C" {
+
+JBAG_CUDA_HANDLERS(jbag_cuda_spmm, BindSpmm,
+                   .Arg<ffi::AnyBuffer>()      // table
+                       .Arg<ffi::AnyBuffer>()  // ids
+                       .Arg<ffi::AnyBuffer>()  // offsets
+                       .Arg<ffi::AnyBuffer>()  // coefficients
+                       .Attr<bool>("has_empty")
+                       .Attr<int64_t>("empty")
+                       .Attr<std::string_view>("average")
+                       .Ret<ffi::AnyBuffer>()    // out
+                       .Ret<ffi::AnyBuffer>()    // integers
+                       .Ret<ffi::AnyBuffer>());  // partials
+
+JBAG_CUDA_HANDLERS(jbag_cuda_extremum, BindExtremum,
+                   .Arg<ffi::AnyBuffer>()      // table
+                       .Arg<ffi::AnyBuffer>()  // ids
+                       .Arg<ffi::AnyBuffer>()  // offsets
+                       .Arg<ffi::AnyBuffer>()  // coefficients
+                       .Attr<bool>("has_empty")
+                       .Attr<int64_t>("empty")
+                       .Attr<bool>("largest")
+                       .Ret<ffi::AnyBuffer>()           // values
+                       .Ret<ffi::BufferR2<ffi::S32>>()  // winners
+                       .Ret<ffi::AnyBuffer>()           // integers
+                       .Ret<ffi::AnyBuffer>()           // partials
+                       .Ret<ffi::AnyBuffer>());         // partial winners
+
+JBAG_CUDA_HANDLERS(jbag_cuda_sddmm, BindSddmm,
+                   .Arg<ffi::AnyBuffer>()      // table
+                       .Arg<ffi::AnyBuffer>()  // cotangent
+                       .Arg<ffi::AnyBuffer>()  // ids
+                       .Arg<ffi::AnyBuffer>()  // offsets
+                       .Attr<bool>("has_empty")
+                       .Attr<int64_t>("empty")
+                       .Ret<ffi::AnyBuffer>()    // out
+                       .Ret<ffi::AnyBuffer>());  // integers
+
+JBAG_CUDA_HANDLERS(jbag_cuda_slot_keys, BindSlotKeys,
+                   .Arg<ffi::AnyBuffer>()      // ids
+                       .Arg<ffi::AnyBuffer>()  // offsets
+                       .Arg<ffi::AnyBuffer>()  // num_embeddings
+                       .Attr<bool>("has_empty")
+                       .Attr<int64_t>("empty")
+                       .Ret<ffi::AnyBuffer>()    // keys
+                       .Ret<ffi::AnyBuffer>()    // bags
+                       .Ret<ffi::AnyBuffer>());  // integers
+
+JBAG_CUDA_HANDLERS(jbag_cuda_spmm_transpose, BindSpmmTranspose,
+                   .Arg<ffi::AnyBuffer>()        // cotangent
+                       .Arg<ffi::AnyBuffer>()    // keys
+                       .Arg<ffi::AnyBuffer>()    // bags
+                       .Arg<ffi::AnyBuffer>()    // coefficients
+                       .Arg<ffi::AnyBuffer>()    // num_embeddings
+                       .Ret<ffi::AnyBuffer>()    // out
+                       .Ret<ffi::AnyBuffer>()    // integers
+                       .Ret<ffi::AnyBuffer>());  // partials
+
+JBAG_CUDA_HANDLERS(jbag_cuda_coalesce, BindCoalesce,
+                   .Arg<ffi::AnyBuffer>()        // cotangent
+                       .Arg<ffi::AnyBuffer>()    // keys
+                       .Arg<ffi::AnyBuffer>()    // bags
+                       .Arg<ffi::AnyBuffer>()    // coefficients
+                       .Arg<ffi::AnyBuffer>()    // num_embeddings
+                       .Ret<ffi::AnyBuffer>()    // indices
+                       .Ret<ffi::AnyBuffer>()    // sums
+                       .Ret<ffi::AnyBuffer>()    // integers
+                       .Ret<ffi::AnyBuffer>());  // partials
+
+JBAG_CUDA_HANDLERS(jbag_cuda_update_rows, BindUpdateRows,
+                   .Arg<ffi::AnyBuffer>()      // table
+                       .Arg<ffi::AnyBuffer>()  // scalars
+                       .Arg<ffi::AnyBuffer>()  // seed, [0] for none
+                       .Arg<ffi::AnyBuffer>()  // cotangent
+                       .Arg<ffi::AnyBuffer>()  // keys
+                       .Arg<ffi::AnyBuffer>()  // bags
+                       .Arg<ffi::AnyBuffer>()  // coefficients
+                       .Arg<ffi::AnyBuffer>()  // num_embeddings
+                       .RemainingArgs()        // states
+                       .Attr<std::string_view>("rule")
+                       .Ret<ffi::AnyBuffer>()  // table
+                       .Ret<ffi::AnyBuffer>()  // integers
+                       .Ret<ffi::AnyBuffer>()  // partials
+                       .RemainingRets());      // states
+
+}  // extern "C"
+#pragma GCC visibility pop
+
+}  // namespace cuda
+}  // namespace jbag
