@@ -132,7 +132,14 @@ int64_t SizeOf(ffi::Result<ffi::AnyBuffer>& buffer) {
   return static_cast<int64_t>(buffer->element_count());
 }
 
-Dense DenseOf(const Matrix& matrix) { return {matrix.data, matrix.rows, matrix.width}; }
+// The kernels number rows and columns in 32 bits.
+bool IsTooLarge(const Matrix& matrix) {
+  return matrix.rows > INT32_MAX || matrix.width > INT32_MAX;
+}
+
+Dense DenseOf(const Matrix& matrix) {
+  return {matrix.data, matrix.rows, static_cast<int>(matrix.width)};
+}
 
 // The pieces that slots may have, of bags of up to `longest` slots.
 int64_t MaxPieces(int64_t num_slots, int64_t longest) {
@@ -186,6 +193,7 @@ ffi::Error BindSpmm(Device device, ffi::AnyBuffer table, ffi::AnyBuffer ids,
   Matrix sums;
   Average kind;
   if (!ReadMatrix(table, &rows)) return Invalid("table must be [V, D], floating");
+  if (IsTooLarge(rows)) return Returned(kTooManyRows);
   if (!ReadMatrix(*out, &sums) || sums.width != rows.width ||
       (sums.type != rows.type && sums.type != SumType(rows.type))) {
     return Invalid("out must be [B, D] of the table's type or that of sums");
@@ -233,6 +241,7 @@ ffi::Error BindExtremum(Device device, ffi::AnyBuffer table, ffi::AnyBuffer ids,
   Matrix rows;
   Matrix best;
   if (!ReadMatrix(table, &rows)) return Invalid("table must be [V, D], floating");
+  if (IsTooLarge(rows)) return Returned(kTooManyRows);
   if (!ReadMatrix(*values, &best) || best.width != rows.width ||
       best.type != SumType(rows.type) ||
       winners->element_count() != values->element_count()) {
@@ -276,6 +285,7 @@ ffi::Error BindSddmm(Device device, ffi::AnyBuffer table, ffi::AnyBuffer cotange
       rows.width != bag_rows.width || bag_rows.type != SumType(rows.type)) {
     return Invalid("table must be [V, D], cotangent [B, D] of the type of sums");
   }
+  if (IsTooLarge(rows)) return Returned(kTooManyRows);
   Bags read;
   if (const char* wrong = ReadBags(ids, offsets, nullptr, has_empty, empty, rows.type,
                                    bag_rows.rows, &read)) {
@@ -419,6 +429,7 @@ ffi::Error BindSpmmTranspose(Device device, ffi::AnyBuffer cotangent,
       rows.width != bag_rows.width || bag_rows.type != SumType(rows.type)) {
     return Invalid("cotangent must be [B, D] of the type of sums, out [V, D]");
   }
+  if (IsTooLarge(rows)) return Returned(kTooManyRows);
   const int64_t size = static_cast<int64_t>(keys.element_count());
   Launcher launcher;
   Segments segments;
@@ -506,6 +517,7 @@ ffi::Error BindUpdateRows(Device device, ffi::AnyBuffer table, ffi::AnyBuffer sc
       bag_rows.type != SumType(rows.type)) {
     return Invalid("table must be [V, D], cotangent [B, D] of the type of sums");
   }
+  if (IsTooLarge(rows)) return Returned(kTooManyRows);
   const RuleShape* shape = nullptr;
   for (const RuleShape& known : kRules) {
     if (rule == known.name) shape = &known;

@@ -8,9 +8,6 @@
 namespace jbag {
 namespace cuda {
 
-// The device code as text: CMake joins the files in device/.
-extern const char kDeviceSource[];
-
 namespace {
 
 struct Loaded {
@@ -225,3 +222,8 @@ std::string Launcher::Run(const Device& device) const {
 
 }  // namespace cuda
 }  // namespace jbag
+
+// What NVRTC compiles, for those who compile it without a device.
+extern "C" __attribute__((visibility("default"))) const char* jbag_cuda_source() {
+  return jbag::cuda::kDeviceSource;
+}

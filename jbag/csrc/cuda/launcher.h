@@ -19,6 +19,9 @@
 namespace jbag {
 namespace cuda {
 
+// The device code as text: CMake joins the files in device/.
+extern const char kDeviceSource[];
+
 struct Device {
   int ordinal;
   CUstream stream;

@@ -263,7 +263,7 @@ def _call(
 
 MAX_ROWS = 2**31 - 1  # keys are 32-bit integers
 
-TARGETS = (
+OPERATIONS = (
     "spmm",
     "spmm_transpose",
     "sddmm",
@@ -295,7 +295,7 @@ def load(driver: str, nvrtc: str, platform: str) -> str | None:
     error = handlers.jbag_cuda_open(driver.encode(), nvrtc.encode())
     if error is not None:
         return str(error.decode())
-    for name in TARGETS:
+    for name in OPERATIONS:
         stages = {"execute": name, "initialize": f"{name}_initialize"}
         bundle = {
             stage: jax.ffi.pycapsule(getattr(handlers, f"jbag_cuda_{symbol}"))

@@ -38,7 +38,7 @@ struct Slots {
 struct Dense {
   const void* data;
   long long rows;
-  long long width;
+  int width;
 };
 
 // How threads divide a row: a group of 2^lanes_log2 threads, one vector each; the

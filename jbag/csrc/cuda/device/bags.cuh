@@ -78,39 +78,72 @@ __device__ inline Part PartOf(const Division& division) {
           (static_cast<int64>(blockIdx.y) << division.lanes_log2) + lane};
 }
 
-// The vectors at one column of the rows that kInFlight slots name, from `first` on.
-// Slots from `end` on and empty ones have zeros, unknown ids NaN.
+// Whether an id names a row; there are fewer than 2^31.
+__device__ inline bool Names(int id, int64 num_rows) {
+  return static_cast<uint32>(id) < static_cast<uint32>(num_rows);
+}
+__device__ inline bool Names(int64 id, int64 num_rows) {
+  return id >= 0 && id < num_rows;
+}
+
+// The vectors at one column of the rows that kInFlight slots name, from `first` on, and
+// the factors to multiply them by. Slots from `end` on and empty ones have zeros,
+// unknown ids zeros by NaN.
 template <typename T, int W, typename Id>
 struct RowVectors {
   using A = Sum<T>;
   using V = Vector<T, W>;
   V rows[kInFlight];
-  A scales[kInFlight];
+  A factors[kInFlight];
   bool filled[kInFlight];
 
   __device__ void Load(const Dense& dense, const Slots& slots, int64 first, int64 end,
                        int64 column) {
     const Id* ids = static_cast<const Id*>(slots.ids) + first;
-    const A* coefficients = static_cast<const A*>(slots.coefficients);
+    const A* coefficients = static_cast<const A*>(slots.coefficients) + first;
     const T* data = static_cast<const T*>(dense.data) + column;
     const int64 left = end - first;
-    Id names[kInFlight];
+    if (left >= kInFlight) {
+      Id names[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) names[i] = i < left ? __ldg(ids + i) : Id(0);
+      for (int i = 0; i < kInFlight; ++i) names[i] = __ldg(ids + i);
+      bool plain = true;
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      filled[i] = i < left && !(slots.has_empty && names[i] == slots.empty);
-      scales[i] =
-          filled[i] && coefficients != nullptr ? __ldg(coefficients + first + i) : A(1);
+      for (int i = 0; i < kInFlight; ++i) {
+        plain &= Names(names[i], dense.rows);
+        plain &= !(slots.has_empty && names[i] == slots.empty);
+      }
+      // Without conditions, so that all loads are issued before a result is used.
+      if (plain) {
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+          rows[i].words = LoadRow(data, names[i], dense.width);
+          filled[i] = true;
+        }
+        if (slots.coefficients != nullptr) {
+#pragma unroll
+          for (int i = 0; i < kInFlight; ++i) factors[i] = __ldg(coefficients + i);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kInFlight; ++i) factors[i] = 1;
+        }
+        return;
+      }
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const bool known = names[i] >= 0 && names[i] < dense.rows;
-      using Words = typename V::Words::Type;
-      const T* row = data + names[i] * dense.width;
-      rows[i].words = filled[i] && known ? __ldg(reinterpret_cast<const Words*>(row))
-                                         : V::Words::Filled(filled[i] ? 0x7fff7fff : 0);
+      const Id name = i < left ? __ldg(ids + i) : Id(0);
+      filled[i] = i < left && !(slots.has_empty && name == slots.empty);
+      const bool known = filled[i] && Names(name, dense.rows);
+      rows[i].words = known ? LoadRow(data, name, dense.width) : V::Words::Zeros();
+      factors[i] = filled[i] && !known ? NaN<A>() : A(1);
+      if (known && slots.coefficients != nullptr) factors[i] = __ldg(coefficients + i);
     }
+  }
+
+  static __device__ typename V::Words::Type LoadRow(const T* data, Id name, int width) {
+    const T* row = data + static_cast<int64>(static_cast<int>(name)) * width;
+    return __ldg(reinterpret_cast<const typename V::Words::Type*>(row));
   }
 };
 

@@ -30,7 +30,7 @@ __device__ inline void ImproveBySlots(const Dense& dense, const Slots& slots,
       if (!vectors.filled[i]) continue;
 #pragma unroll
       for (int k = 0; k < W; ++k) {
-        Improve<Sum<T>, kLargest>(vectors.scales[i] * Widen(vectors.rows[i].x[k]),
+        Improve<Sum<T>, kLargest>(vectors.factors[i] * Widen(vectors.rows[i].x[k]),
                                   static_cast<int>(first) + i, none, &values->x[k],
                                   &winners[k]);
       }

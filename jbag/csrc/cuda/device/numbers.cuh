@@ -69,25 +69,22 @@ struct WordsOf;
 template <>
 struct WordsOf<16> {
   using Type = uint4;
-  // A word of 0x7fff7fff is NaN in every type.
-  static __device__ Type Filled(uint32 word) {
-    return make_uint4(word, word, word, word);
-  }
+  static __device__ Type Zeros() { return make_uint4(0, 0, 0, 0); }
 };
 template <>
 struct WordsOf<8> {
   using Type = uint2;
-  static __device__ Type Filled(uint32 word) { return make_uint2(word, word); }
+  static __device__ Type Zeros() { return make_uint2(0, 0); }
 };
 template <>
 struct WordsOf<4> {
   using Type = uint32;
-  static __device__ Type Filled(uint32 word) { return word; }
+  static __device__ Type Zeros() { return 0; }
 };
 template <>
 struct WordsOf<2> {
   using Type = uint16;
-  static __device__ Type Filled(uint32 word) { return static_cast<uint16>(word); }
+  static __device__ Type Zeros() { return 0; }
 };
 
 // W numbers that one instruction reads.

@@ -20,7 +20,7 @@ __device__ inline int AddSlots(const Dense& dense, const Slots& slots,
       filled += vectors.filled[i] ? 1 : 0;
 #pragma unroll
       for (int k = 0; k < W; ++k) {
-        sums->x[k] += vectors.scales[i] * Widen(vectors.rows[i].x[k]);
+        sums->x[k] += vectors.factors[i] * Widen(vectors.rows[i].x[k]);
       }
     }
   }
@@ -34,14 +34,21 @@ __device__ inline int AddPartials(const Partials& partials, const Range& range,
   const A* from = static_cast<const A*>(partials.sums) + column;
   const int64 pieces = NumPieces(range);
   int filled = 0;
-#pragma unroll 8
-  for (int64 piece = 0; piece < pieces; ++piece) {
-    const int64 index = PieceOf(range.start, piece);
-    Sums<A, W> part;
-    part.Load(from + index * width);
-    if (partials.integers != nullptr) filled += partials.integers[index];
+  for (int64 first = 0; first < pieces; first += kInFlight) {
+    Sums<A, W> parts[kInFlight];
 #pragma unroll
-    for (int k = 0; k < W; ++k) sums->x[k] += part.x[k];
+    for (int i = 0; i < kInFlight; ++i) {
+      parts[i].Fill(0);
+      if (first + i >= pieces) continue;
+      const int64 piece = PieceOf(range.start, first + i);
+      parts[i].Load(from + piece * width);
+      if (partials.integers != nullptr) filled += partials.integers[piece];
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+#pragma unroll
+      for (int k = 0; k < W; ++k) sums->x[k] += parts[i].x[k];
+    }
   }
   return filled;
 }
