@@ -66,9 +66,7 @@ def compile_kernels(nvrtc, source, names, architecture):
         symbols = {}
         for name in names:
             symbol = ctypes.c_char_p()
-            call(
-                "nvrtcGetLoweredName", program, name.encode(), ctypes.byref(symbol)
-            )
+            call("nvrtcGetLoweredName", program, name.encode(), ctypes.byref(symbol))
             symbols[name] = symbol.value.decode()
         return text("CUBIN"), text("ProgramLog").decode(errors="replace"), symbols
     finally:

@@ -4,11 +4,21 @@ What it shares with the other kernels is tested beside them.
 """
 
 import ctypes
+import functools
 import importlib.resources
+import itertools
 
 import cuda_code
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from oracle import assert_close
 from slow import slow
+
+import jbag
+from jbag.ops import _row_updates
+from jbag.ops.kernels.update_rules import RULES as RULES_BY_NAME
 
 ARCHITECTURES = ("sm_90", *slow("sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120"))
 TYPES = {
@@ -18,16 +28,7 @@ TYPES = {
     "jbag::cuda::Half": "float",
 }
 WIDTHS = {"float": 4, "double": 2, "jbag::cuda::BFloat16": 8, "jbag::cuda::Half": 8}
-RULES = (
-    "Sgd",
-    "Momentum",
-    "Adagrad",
-    "RowwiseAdagrad",
-    "Adam",
-    "RowwiseAdam",
-    "RowwiseRmsprop",
-    "Ftrl",
-)
+RULES = ["".join(map(str.capitalize, name.split("_"))) for name in RULES_BY_NAME]
 
 
 def kernels():
@@ -84,3 +85,102 @@ def test_machine_code_has_no_spills_and_eight_loads_in_flight(architecture, tmp_
     assert {name: code for name, code in codes.items() if code.spills} == {}
     few = {name: codes[name] for name in gathering if codes[name].loads_in_flight < 8}
     assert few == {}
+
+
+@pytest.fixture
+def _cuda_kernel(require):
+    require("cuda")
+
+
+@pytest.mark.usefixtures("_cuda_kernel")
+@pytest.mark.parametrize("length", [255, 256, 257, 511, 512, 513, 1024])
+@pytest.mark.parametrize("start", [0, 1, 255, 256])
+def test_bags_are_cut_in_pieces_wherever_they_start(start, length):
+    # Bags before, of the length, and after; then slots in no bag.
+    offsets = np.cumsum([0, start, length, 300, 0, 3]).astype(np.int32)
+    rng = np.random.default_rng(length)
+    ids = rng.integers(0, 9, offsets[-1] + 5).astype(np.int32)
+    table = rng.integers(-4, 5, (9, 4)).astype(np.float32)
+    bags = [ids[a:b] for a, b in itertools.pairwise(offsets)]
+    pool = functools.partial(
+        jbag.embedding_bag,
+        indices=ids,
+        offsets=offsets,
+        include_last_offset=True,
+        implementation="cuda",
+    )
+    sums, pullback = jax.vjp(lambda t: pool(t, mode="sum"), jnp.asarray(table))
+    np.testing.assert_array_equal(sums, [table[bag].sum(0) for bag in bags])
+    means = [table[bag].sum(0) / np.float32(max(len(bag), 1)) for bag in bags]
+    np.testing.assert_array_equal(pool(table, mode="mean"), means)
+    least = [table[bag].min(0, initial=9) if len(bag) else np.zeros(4) for bag in bags]
+    np.testing.assert_array_equal(pool(table, mode="min"), least)
+    cotangent = rng.integers(-4, 5, sums.shape).astype(np.float32)
+    expected = np.zeros_like(table)
+    flat = np.repeat(cotangent, np.diff(offsets), axis=0)
+    np.add.at(expected, ids[: offsets[-1]], flat)
+    np.testing.assert_array_equal(pullback(jnp.asarray(cotangent))[0], expected)
+
+
+@pytest.mark.usefixtures("_cuda_kernel")
+@pytest.mark.parametrize("num_slots", [1, 1023, 1024, 1025, 40_000])
+@pytest.mark.parametrize("num_embeddings", [3, 2000, 100_000])
+def test_segments_are_found_in_chunks_of_sorted_keys(num_slots, num_embeddings):
+    rng = np.random.default_rng(num_slots)
+    ids = rng.integers(-1, num_embeddings + 1, num_slots).astype(np.int32)
+    cotangent = rng.integers(-4, 5, (num_slots, 2)).astype(np.float32)
+    indices, sums = _row_updates.coalesce(
+        jnp.asarray(cotangent),
+        jnp.asarray(ids)[:, None],
+        None,
+        None,
+        num_embeddings=num_embeddings,
+        pad_id=None,
+        implementation="cuda",
+    )
+    kept = (ids >= 0) & (ids < num_embeddings)
+    expected = np.full(min(num_slots, num_embeddings), num_embeddings)
+    unique, inverse = np.unique(ids[kept], return_inverse=True)
+    expected[: len(unique)] = unique
+    np.testing.assert_array_equal(indices, expected)
+    expected = np.zeros((len(expected), 2))
+    np.add.at(expected, inverse, cotangent[kept])
+    np.testing.assert_array_equal(sums, expected)
+
+
+@pytest.mark.usefixtures("_cuda_kernel", "x64")
+@pytest.mark.parametrize("rule", RULES_BY_NAME)
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [("float32", 4), ("bfloat16", 260), *slow(("float64", 130), ("float16", 1))],
+)
+def test_rows_of_many_slots_move_as_in_xla(rule, dtype, width):
+    # Beyond 32 vectors a group of threads takes several turns.
+    rng = np.random.default_rng(0)
+    sums = jnp.dtype("float64" if dtype == "float64" else "float32")
+    kind = RULES_BY_NAME[rule]
+    ids = rng.integers(0, 50, 3000)
+    ids[::3] = 7
+    numbers = lambda *shape: jnp.asarray(rng.uniform(0.1, 1, shape), sums)
+    states = [numbers(50, width) for _ in kind.per_element]
+    states += [numbers(50) for _ in kind.per_row]
+    table, cotangent = numbers(50, width).astype(dtype), numbers(300, width) - 0.5
+    scalars = [0.01 * (i + 1) for i in range(len(kind.scalars))]
+    seed = jnp.array([3, 4], jnp.uint32) if dtype == "bfloat16" else None
+    bags = jnp.asarray(ids.reshape(300, 10)), None, numbers(300, 10)
+    results = [
+        _row_updates.update_rows(
+            table,
+            states,
+            scalars,
+            seed,
+            cotangent,
+            *bags,
+            rule=rule,
+            pad_id=None,
+            implementation=implementation,
+        )
+        for implementation in ("cuda", "xla")
+    ]
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, actual.dtype)

@@ -37,8 +37,10 @@ __global__ void Dots(Dense table, Slots slots, const Sum<T>* cotangent, Sum<T>* 
       if (!vectors.filled[i] || bags[i] < 0) continue;
       Sums<A, W> row;
       row.Load(cotangent + bags[i] * table.width + vector * W);
+      A dot = 0;
 #pragma unroll
-      for (int k = 0; k < W; ++k) sums[i] += Widen(vectors.rows[i].x[k]) * row.x[k];
+      for (int k = 0; k < W; ++k) dot += Widen(vectors.rows[i].x[k]) * row.x[k];
+      sums[i] += vectors.factors[i] * dot;  // NaN for unknown ids
     }
   }
   const uint32 lane = threadIdx.x % 32;
