@@ -282,9 +282,9 @@ def load(driver: str, nvrtc: str, platform: str) -> str | None:
     package = importlib.resources.files("jbag") / "ops" / "kernels"
     library = package / "libjbag_cuda.so"
     if not library.is_file():
-        reason = package / "cpu_missing.txt"
-        if reason.is_file():
-            return reason.read_text().strip()
+        no_compiler = package / "cpu_missing.txt"
+        if no_compiler.is_file():
+            return no_compiler.read_text().strip()
         return "`pip install` builds it, and this copy of jbag is not installed"
     with importlib.resources.as_file(library) as path:
         try:
@@ -292,9 +292,9 @@ def load(driver: str, nvrtc: str, platform: str) -> str | None:
         except OSError as error:
             return f"its library can't be loaded: {error}"
     handlers.jbag_cuda_open.restype = ctypes.c_char_p
-    error = handlers.jbag_cuda_open(driver.encode(), nvrtc.encode())
-    if error is not None:
-        return str(error.decode())
+    reason = handlers.jbag_cuda_open(driver.encode(), nvrtc.encode())
+    if reason is not None:
+        return str(reason.decode())
     for name in OPERATIONS:
         stages = {"execute": name, "initialize": f"{name}_initialize"}
         bundle = {

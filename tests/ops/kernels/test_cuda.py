@@ -7,6 +7,9 @@ import ctypes
 import functools
 import importlib.resources
 import itertools
+import os
+import subprocess
+import sys
 
 import cuda_code
 import jax
@@ -18,6 +21,7 @@ from slow import slow
 
 import jbag
 from jbag.ops import _row_updates
+from jbag.ops.kernels import cuda
 from jbag.ops.kernels.update_rules import RULES as RULES_BY_NAME
 
 ARCHITECTURES = ("sm_90", *slow("sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120"))
@@ -85,6 +89,90 @@ def test_machine_code_has_no_spills_and_eight_loads_in_flight(architecture, tmp_
     assert {name: code for name, code in codes.items() if code.spills} == {}
     few = {name: codes[name] for name in gathering if codes[name].loads_in_flight < 8}
     assert few == {}
+
+
+# XLA has no initialize stage on a CPU. Handlers that call those of both stages, and
+# print how many modules each stage of each operation has loaded.
+CHILD = """
+import ctypes, dataclasses, functools, os
+import jax, jax.numpy as jnp
+import jbag
+from jbag import optim
+from jbag.ops import kernels
+from jbag.ops.kernels import cuda
+
+stand_in = os.environ["JBAG_CUDA_STAND_IN"]
+assert cuda.load(stand_in, stand_in, platform="cpu") is None
+kernels.KERNELS["cuda"] = dataclasses.replace(
+    kernels.KERNELS["cuda"], platforms=("cpu",), missing=None
+)
+modules = ctypes.CDLL(stand_in).jbag_cuda_stand_in_modules
+library = ctypes.CDLL(os.path.join(os.path.dirname(cuda.__file__), "libjbag_cuda.so"))
+Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t))
+EXTENSION, STAGE, INITIALIZE = 1, 4, 2  # of XLA_FFI_CallFrame; its stages
+
+def staged(name):
+    execute = Handler((f"jbag_cuda_{name}", library))
+    initialize = Handler((f"jbag_cuda_{name}_initialize", library))
+
+    @Handler
+    def both(frame):
+        if frame[EXTENSION]:  # XLA reads the handler's metadata
+            return execute(frame)
+        stage, counts = frame[STAGE], [modules()]
+        frame[STAGE] = INITIALIZE
+        error = initialize(frame)
+        frame[STAGE] = stage
+        counts.append(modules())
+        error = error or execute(frame)
+        counts.append(modules())
+        print(name, counts[1] - counts[0], counts[2] - counts[1])
+        return error
+
+    return both
+
+handlers = {name: staged(name) for name in cuda.OPERATIONS}
+for name, handler in handlers.items():
+    jax.ffi.register_ffi_target(f"staged_{name}", jax.ffi.pycapsule(handler))
+call = jax.ffi.ffi_call
+jax.ffi.ffi_call = lambda name, *args, **options: call(
+    name.replace("jbag_cuda", "staged"), *args, **options
+)
+ids = jnp.zeros(600, jnp.int32)
+offsets = jnp.array([0, 500, 600], jnp.int32)
+pool = functools.partial(
+    jbag.embedding_bag, indices=ids, offsets=offsets, include_last_offset=True,
+    implementation="cuda",
+)
+table = jnp.ones((5, 3))
+for mode in ("mean", "max"):
+    loss = lambda t, w: jnp.sin(pool(t, weights=w, mode=mode)).sum()
+    jax.block_until_ready(jax.jit(jax.grad(loss, (0, 1)))(table, jnp.ones(600)))
+options = {"pad_id": None, "implementation": "cuda"}
+bags = jnp.ones((2, 3)), ids, offsets, None
+jax.block_until_ready(
+    jbag.ops._row_updates.coalesce(*bags, num_embeddings=5, **options)
+)
+jax.block_until_ready(
+    jbag.ops._row_updates.update_rows(
+        table, [table], [0.1, 0.1, 0.1], None, *bags, rule="adagrad", **options
+    )
+)
+"""
+
+
+@pytest.mark.usefixtures("_cuda_kernel")
+def test_the_initialize_stage_loads_all_that_the_execute_stage_needs():
+    if "JBAG_CUDA_STAND_IN" not in os.environ:
+        pytest.skip("the stand-in counts what is loaded")
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD], capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    lines = [line.split() for line in child.stdout.splitlines()]
+    assert {name for name, *_ in lines} == set(cuda.OPERATIONS)
+    assert {executed for *_, executed in lines} == {"0"}
+    assert sum(int(loaded) for _, loaded, _ in lines) > 4
 
 
 @pytest.fixture
