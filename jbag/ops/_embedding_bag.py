@@ -85,8 +85,8 @@ def embedding_bag(
         in the batch that hold its id.
       sparse: whether `jbag.value_and_grad` returns a row-sparse gradient for the table.
         `jax.grad` always returns a dense array.
-      implementation: the kernel: "cpu" (C++), "xla" (JAX's own operations), or None for
-        the best one of the platform.
+      implementation: the kernel: "cpu" (C++), "cuda" (experimental: no GPU has run it),
+        "xla" (JAX's own operations), or None for the best one of the platform.
 
     Returns:
       [B, D], the dtype of `table`. Data on a device is not checked by value. A bag with

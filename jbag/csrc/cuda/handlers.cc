@@ -474,27 +474,18 @@ ffi::Error BindCoalesce(Device device, ffi::AnyBuffer cotangent, ffi::AnyBuffer 
   return Ran(launcher, device);
 }
 
-// The name of a rule's struct in device/updates.cuh.
-const char* NameOf(Rule rule) {
-  switch (rule) {
-    case Rule::kSgd:
-      return "jbag::cuda::Sgd";
-    case Rule::kMomentum:
-      return "jbag::cuda::Momentum";
-    case Rule::kAdagrad:
-      return "jbag::cuda::Adagrad";
-    case Rule::kRowwiseAdagrad:
-      return "jbag::cuda::RowwiseAdagrad";
-    case Rule::kAdam:
-      return "jbag::cuda::Adam";
-    case Rule::kRowwiseAdam:
-      return "jbag::cuda::RowwiseAdam";
-    case Rule::kRowwiseRmsprop:
-      return "jbag::cuda::RowwiseRmsprop";
-    case Rule::kFtrl:
-      return "jbag::cuda::Ftrl";
+// The name of a rule's struct in device/updates.cuh: of rowwise_adam, RowwiseAdam.
+std::string NameOf(const RuleShape& rule) {
+  std::string name = "jbag::cuda::";
+  bool starts_word = true;
+  for (const char* letter = rule.name; *letter != '\0'; ++letter) {
+    const bool is_gap = *letter == '_';
+    if (!is_gap) {
+      name += static_cast<char>(starts_word ? *letter - 'a' + 'A' : *letter);
+    }
+    starts_word = is_gap;
   }
-  return "";
+  return name;
 }
 
 bool SameShape(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
@@ -568,7 +559,7 @@ ffi::Error BindUpdateRows(Device device, ffi::AnyBuffer table, ffi::AnyBuffer sc
   const Groups groups(bag_rows);
   LaunchPieces(segments, bag_rows, groups, &launcher);
   launcher.Launch(Instance("UpdateRows", NameOf(rows.type), groups.vector(),
-                           NameOf(shape->rule), at_random ? "true" : "false"),
+                           NameOf(*shape), at_random ? "true" : "false"),
                   groups.Blocks(segments.slots.num_bags), 1, kBlock, DenseOf(bag_rows),
                   segments.slots, segments.pieces, segments.rows, on_device,
                   groups.division);

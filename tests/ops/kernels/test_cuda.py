@@ -181,6 +181,12 @@ def _cuda_kernel(require):
 
 
 @pytest.mark.usefixtures("_cuda_kernel")
+def test_a_missing_library_is_a_reason():
+    missing = cuda.load("/nonexistent/libcuda.so.1", "libnvrtc.so.13", "cpu")
+    assert missing.startswith("/nonexistent/libcuda.so.1: cannot open")
+
+
+@pytest.mark.usefixtures("_cuda_kernel")
 @pytest.mark.parametrize("length", [255, 256, 257, 511, 512, 513, 1024])
 @pytest.mark.parametrize("start", [0, 1, 255, 256])
 def test_bags_are_cut_in_pieces_wherever_they_start(start, length):
