@@ -14,8 +14,8 @@ To add a rule, with `csrc/` for `jbag/csrc/`:
 4. `csrc/kernels/row_updates.h`: its case in `MoverOf`.
 5. `csrc/fuzz/fuzz_updates.cc`: its formula in `Moved`, and in `MovedRow` if it has a
    state per row.
-6. `csrc/cuda/device/updates.cuh`: its struct, like that of 3.; that of `rowwise_adam` is
-   `RowwiseAdam`.
+6. `csrc/cuda/device/updates.cuh`: its struct, like that of 3. The name follows from
+   the rule's: `rowwise_adam` is `RowwiseAdam`.
 7. `jbag/optim/_optimizers.py`: the optimizer, exported by `jbag/optim/__init__.py`.
    `_scalars` in `_rule_optimizer.py` computes the scalars that change with the step.
 8. `tests/support/optimizer_oracle.py`: its formula. `tests/optim/test_optim.py`: its
