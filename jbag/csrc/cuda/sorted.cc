@@ -1,18 +1,14 @@
-// The CUDA kernels as XLA FFI handlers.
-//
-// Operands: as those of ffi/handlers.cc; the operations on sorted slots take the sorted
-// keys, the bag of each key's slot and its coefficient. The last results are scratch.
-// Each operation has a handler for two stages: initialize, which compiles its kernels,
-// and execute.
+// The operations on sorted slots as XLA FFI handlers: the keys to sort by and, over the
+// sorted keys, the bag of each key's slot and its coefficient, sums and updates of
+// rows. The last results are scratch.
 
 #include <stdint.h>
 
-#include <optional>
 #include <string>
 #include <string_view>
 
+#include "cuda/binding.h"
 #include "cuda/device/arguments.h"
-#include "cuda/driver.h"
 #include "cuda/launcher.h"
 #include "ffi/buffers.h"
 #include "kernels/kernels.h"
@@ -20,291 +16,7 @@
 
 namespace jbag {
 namespace cuda {
-
-template <bool kLaunches>
-struct OnDevice {};
-
-}  // namespace cuda
-}  // namespace jbag
-
-namespace xla::ffi {
-
-// The device and the stream; no stream on a CPU, where the tests run.
-template <bool kLaunches>
-struct CtxDecoding<jbag::cuda::OnDevice<kLaunches>> {
-  using Type = jbag::cuda::Device;
-
-  static std::optional<Type> Decode(const XLA_FFI_Api* api,
-                                    XLA_FFI_ExecutionContext* context,
-                                    DiagnosticEngine& diagnostic) {
-    const auto ordinal = CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
-    if (!ordinal.has_value()) return std::nullopt;
-    XLA_FFI_Stream_Get_Args args;
-    args.struct_size = XLA_FFI_Stream_Get_Args_STRUCT_SIZE;
-    args.extension_start = nullptr;
-    args.ctx = context;
-    args.stream = nullptr;
-    if (XLA_FFI_Error* error = api->XLA_FFI_Stream_Get(&args)) {
-      internal::DestroyError(api, error);
-      args.stream = nullptr;
-    }
-    return Type{*ordinal, static_cast<jbag::cuda::CUstream>(args.stream), kLaunches};
-  }
-};
-
-}  // namespace xla::ffi
-
-namespace jbag {
-namespace cuda {
 namespace {
-
-ffi::Error Ran(const Launcher& launcher, const Device& device) {
-  const std::string error = launcher.Run(device);
-  return error.empty() ? ffi::Error::Success() : ffi::Error::Internal(error);
-}
-
-const char* NameOf(Type type) {
-  switch (type) {
-    case Type::kFloat32:
-      return "float";
-    case Type::kFloat64:
-      return "double";
-    case Type::kBFloat16:
-      return "jbag::cuda::BFloat16";
-    case Type::kFloat16:
-      return "jbag::cuda::Half";
-  }
-  return "";
-}
-const char* NameOf(const Integers& integers) {
-  return integers.is_64_bit ? "long long" : "int";
-}
-int64_t SizeOf(Type type) {
-  return type == Type::kFloat64 ? 8 : type == Type::kFloat32 ? 4 : 2;
-}
-
-// The C++ name of an instance of a kernel.
-template <typename... Arguments>
-std::string Instance(const char* kernel, const Arguments&... arguments) {
-  std::string list;
-  ((list += list.empty() ? "" : ", ", list += arguments), ...);
-  return std::string("jbag::cuda::") + kernel + "<" + list + ">";
-}
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The numbers that a thread reads at once of a row: of up to 16 bytes, whole vectors in
-// a row, and aligned, as XLA's buffers are.
-int64_t VectorWidth(const Matrix& matrix) {
-  int64_t width = 16 / SizeOf(matrix.type);
-  const auto address = reinterpret_cast<uintptr_t>(matrix.data);
-  while (width > 1 &&
-         (matrix.width % width != 0 ||
-          address % static_cast<uintptr_t>(width * SizeOf(matrix.type)) != 0)) {
-    width /= 2;
-  }
-  return width;
-}
-
-// Groups of threads, one for each item, that divide a row in vectors.
-struct Groups {
-  int64_t width;  // of a vector
-  Division division;
-  int64_t parts;  // of a row
-
-  explicit Groups(const Matrix& matrix) : width(VectorWidth(matrix)), division{0} {
-    const int64_t vectors = matrix.width / width;
-    while (division.lanes_log2 < 5 && (1 << division.lanes_log2) < vectors) {
-      ++division.lanes_log2;
-    }
-    parts = CeilDiv(vectors, 1 << division.lanes_log2);
-  }
-  int64_t Blocks(int64_t items) const {
-    return CeilDiv(items, kBlock >> division.lanes_log2);
-  }
-  std::string vector() const { return std::to_string(width); }
-};
-
-int* IntegersOf(ffi::Result<ffi::AnyBuffer>& buffer) {
-  return static_cast<int*>(buffer->untyped_data());
-}
-int64_t SizeOf(ffi::Result<ffi::AnyBuffer>& buffer) {
-  return static_cast<int64_t>(buffer->element_count());
-}
-
-// The kernels number rows and columns in 32 bits.
-bool IsTooLarge(const Matrix& matrix) {
-  return matrix.rows > INT32_MAX || matrix.width > INT32_MAX;
-}
-
-Dense DenseOf(const Matrix& matrix) {
-  return {matrix.data, matrix.rows, static_cast<int>(matrix.width)};
-}
-
-// The pieces that slots may have, of bags of up to `longest` slots.
-int64_t MaxPieces(int64_t num_slots, int64_t longest) {
-  return longest > kPiece ? 2 * CeilDiv(num_slots, kPiece) : 0;
-}
-
-// Bags for the kernels. The bounds of ragged ones are B + 2 integers of scratch.
-struct BagsOnDevice {
-  Slots slots;
-  int64_t max_pieces;
-  int64_t num_integers;
-
-  BagsOnDevice(const Bags& bags, bool ragged, int* integers, Launcher* launcher) {
-    slots = {bags.ids.data, nullptr,        bags.coefficients,
-             bags.num_bags, bags.ids.size,  bags.length,
-             bags.empty,    bags.has_empty, 0};
-    num_integers = 0;
-    max_pieces = MaxPieces(bags.ids.size, bags.length);
-    if (!ragged) return;
-    max_pieces = MaxPieces(bags.ids.size, bags.ids.size);
-    slots.bounds = integers;
-    num_integers = bags.num_bags + 2;
-    const int64_t count = bags.num_bags + 1;
-    int* flag = integers + count;
-    const char* offset = NameOf(bags.offsets);
-    launcher->Zero(flag, sizeof(int));
-    launcher->Launch(Instance("CheckBounds", offset), CeilDiv(count, kBlock), 1, kBlock,
-                     bags.offsets.data, count, bags.ids.size, integers, flag);
-    launcher->Launch(Instance("RepairBounds", offset), 1, 1, 32, bags.offsets.data,
-                     count, bags.ids.size, integers, flag);
-  }
-};
-
-bool IsRagged(const ffi::AnyBuffer& ids) { return ids.dimensions().size() == 1; }
-
-const char* const kScratch = "scratch is too small";
-
-// Whether scratch has room for partial sums of the type of sums over `matrix`.
-bool HasRoom(const ffi::AnyBuffer& partials, const Matrix& matrix, int64_t pieces) {
-  return partials.element_type() == SumDataType(matrix.type) &&
-         static_cast<int64_t>(partials.element_count()) >= pieces * matrix.width;
-}
-
-ffi::Error BindSpmm(Device device, ffi::AnyBuffer table, ffi::AnyBuffer ids,
-                    ffi::AnyBuffer offsets, ffi::AnyBuffer coefficients, bool has_empty,
-                    int64_t empty, std::string_view average,
-                    ffi::Result<ffi::AnyBuffer> out,
-                    ffi::Result<ffi::AnyBuffer> integers,
-                    ffi::Result<ffi::AnyBuffer> partials) {
-  Matrix rows;
-  Matrix sums;
-  Average kind;
-  if (!ReadMatrix(table, &rows)) return Invalid("table must be [V, D], floating");
-  if (IsTooLarge(rows)) return Returned(kTooManyRows);
-  if (!ReadMatrix(*out, &sums) || sums.width != rows.width ||
-      (sums.type != rows.type && sums.type != SumType(rows.type))) {
-    return Invalid("out must be [B, D] of the table's type or that of sums");
-  }
-  if (!ReadAverage(average, &kind)) {
-    return Invalid("average must be none, mean or sqrtn");
-  }
-  Bags read;
-  if (const char* wrong = ReadBags(ids, offsets, &coefficients, has_empty, empty,
-                                   rows.type, sums.rows, &read)) {
-    return Invalid(wrong);
-  }
-  Launcher launcher;
-  BagsOnDevice bags(read, IsRagged(ids), IntegersOf(integers), &launcher);
-  bags.slots.average = static_cast<int>(kind);
-  if (!HasRoom(*partials, rows, bags.max_pieces) ||
-      SizeOf(integers) < bags.num_integers + bags.max_pieces) {
-    return Invalid(kScratch);
-  }
-  const Partials pieces{partials->untyped_data(),
-                        IntegersOf(integers) + bags.num_integers};
-  const Groups groups(rows);
-  const std::string types =
-      std::string(NameOf(rows.type)) + ", " + groups.vector() + ", " + NameOf(read.ids);
-  if (bags.max_pieces > 0) {
-    launcher.Launch(Instance("SumPieces", types), groups.Blocks(bags.max_pieces),
-                    groups.parts, kBlock, DenseOf(rows), bags.slots, pieces,
-                    bags.max_pieces, groups.division);
-  }
-  const int* const no_rows = nullptr;
-  launcher.Launch(Instance("SumBags", types, NameOf(sums.type)),
-                  groups.Blocks(read.num_bags), groups.parts, kBlock, DenseOf(rows),
-                  bags.slots, pieces, no_rows, sums.data, groups.division);
-  return Ran(launcher, device);
-}
-
-ffi::Error BindExtremum(Device device, ffi::AnyBuffer table, ffi::AnyBuffer ids,
-                        ffi::AnyBuffer offsets, ffi::AnyBuffer coefficients,
-                        bool has_empty, int64_t empty, bool largest,
-                        ffi::Result<ffi::AnyBuffer> values,
-                        ffi::Result<ffi::BufferR2<ffi::S32>> winners,
-                        ffi::Result<ffi::AnyBuffer> integers,
-                        ffi::Result<ffi::AnyBuffer> partials,
-                        ffi::Result<ffi::AnyBuffer> partial_winners) {
-  Matrix rows;
-  Matrix best;
-  if (!ReadMatrix(table, &rows)) return Invalid("table must be [V, D], floating");
-  if (IsTooLarge(rows)) return Returned(kTooManyRows);
-  if (!ReadMatrix(*values, &best) || best.width != rows.width ||
-      best.type != SumType(rows.type) ||
-      winners->element_count() != values->element_count()) {
-    return Invalid("values and winners must be [B, D], of the type of sums and int32");
-  }
-  Bags read;
-  if (const char* wrong = ReadBags(ids, offsets, &coefficients, has_empty, empty,
-                                   rows.type, best.rows, &read)) {
-    return Invalid(wrong);
-  }
-  Launcher launcher;
-  const BagsOnDevice bags(read, IsRagged(ids), IntegersOf(integers), &launcher);
-  if (!HasRoom(*partials, rows, bags.max_pieces) ||
-      SizeOf(integers) < bags.num_integers ||
-      SizeOf(partial_winners) < bags.max_pieces * rows.width) {
-    return Invalid(kScratch);
-  }
-  const Partials pieces{partials->untyped_data(), IntegersOf(partial_winners)};
-  const Groups groups(rows);
-  const std::string types = std::string(NameOf(rows.type)) + ", " + groups.vector() +
-                            ", " + NameOf(read.ids) + ", " +
-                            (largest ? "true" : "false");
-  if (bags.max_pieces > 0) {
-    launcher.Launch(Instance("ExtremumOfPieces", types), groups.Blocks(bags.max_pieces),
-                    groups.parts, kBlock, DenseOf(rows), bags.slots, pieces,
-                    bags.max_pieces, groups.division);
-  }
-  launcher.Launch(Instance("ExtremumOfBags", types), groups.Blocks(read.num_bags),
-                  groups.parts, kBlock, DenseOf(rows), bags.slots, pieces, best.data,
-                  winners->untyped_data(), groups.division);
-  return Ran(launcher, device);
-}
-
-ffi::Error BindSddmm(Device device, ffi::AnyBuffer table, ffi::AnyBuffer cotangent,
-                     ffi::AnyBuffer ids, ffi::AnyBuffer offsets, bool has_empty,
-                     int64_t empty, ffi::Result<ffi::AnyBuffer> out,
-                     ffi::Result<ffi::AnyBuffer> integers) {
-  Matrix rows;
-  Matrix bag_rows;
-  if (!ReadMatrix(table, &rows) || !ReadMatrix(cotangent, &bag_rows) ||
-      rows.width != bag_rows.width || bag_rows.type != SumType(rows.type)) {
-    return Invalid("table must be [V, D], cotangent [B, D] of the type of sums");
-  }
-  if (IsTooLarge(rows)) return Returned(kTooManyRows);
-  Bags read;
-  if (const char* wrong = ReadBags(ids, offsets, nullptr, has_empty, empty, rows.type,
-                                   bag_rows.rows, &read)) {
-    return Invalid(wrong);
-  }
-  if (out->element_type() != SumDataType(rows.type) ||
-      static_cast<int64_t>(out->element_count()) != read.ids.size) {
-    return Invalid("out must have the shape of ids and the type of sums");
-  }
-  Launcher launcher;
-  const BagsOnDevice bags(read, IsRagged(ids), IntegersOf(integers), &launcher);
-  if (SizeOf(integers) < bags.num_integers) return Invalid(kScratch);
-  const Groups groups(rows);
-  launcher.Launch(
-      Instance("Dots", NameOf(rows.type), groups.vector(), NameOf(read.ids)),
-      groups.Blocks(CeilDiv(read.ids.size, kInFlight)), 1, kBlock, DenseOf(rows),
-      bags.slots, bag_rows.data, out->untyped_data(), groups.division);
-  return Ran(launcher, device);
-}
 
 ffi::Error BindSlotKeys(Device device, ffi::AnyBuffer ids, ffi::AnyBuffer offsets,
                         ffi::AnyBuffer num_rows, bool has_empty, int64_t empty,
@@ -408,7 +120,7 @@ void LaunchPieces(const Segments& segments, const Matrix& cotangent,
 
 void LaunchSums(const Segments& segments, const Matrix& cotangent, const int* rows,
                 const Matrix& out, Launcher* launcher) {
-  const Groups groups(cotangent);
+  const Groups groups(cotangent, {out});
   LaunchPieces(segments, cotangent, groups, launcher);
   launcher->Launch(Instance("SumBags", NameOf(cotangent.type), groups.vector(), "int",
                             NameOf(out.type)),
@@ -475,7 +187,7 @@ ffi::Error BindCoalesce(Device device, ffi::AnyBuffer cotangent, ffi::AnyBuffer 
 }
 
 // The name of a rule's struct in device/updates.cuh: of rowwise_adam, RowwiseAdam.
-std::string NameOf(const RuleShape& rule) {
+std::string StructOf(const RuleShape& rule) {
   std::string name = "jbag::cuda::";
   bool starts_word = true;
   for (const char* letter = rule.name; *letter != '\0'; ++letter) {
@@ -531,6 +243,7 @@ ffi::Error BindUpdateRows(Device device, ffi::AnyBuffer table, ffi::AnyBuffer sc
                   {nullptr, nullptr},
                   scalars.untyped_data(),
                   static_cast<const uint32_t*>(seed.untyped_data())};
+  Matrix per_element[2] = {rows, rows};
   // An output is where its operand is, unless XLA could not alias them.
   Launcher launcher;
   launcher.Copy(table.untyped_data(), rows.data,
@@ -545,6 +258,9 @@ ffi::Error BindUpdateRows(Device device, ffi::AnyBuffer table, ffi::AnyBuffer sc
       return Invalid("states must be [V, D] or [V], of the type of sums");
     }
     on_device.states[i] = (*moved)->untyped_data();
+    if (width == rows.width) {
+      per_element[i] = {on_device.states[i], bag_rows.type, rows.rows, rows.width};
+    }
     launcher.Copy(state->untyped_data(), on_device.states[i],
                   static_cast<int64_t>(state->size_bytes()));
   }
@@ -556,67 +272,21 @@ ffi::Error BindUpdateRows(Device device, ffi::AnyBuffer table, ffi::AnyBuffer sc
                        &launcher, &segments)) {
     return Invalid(wrong);
   }
-  const Groups groups(bag_rows);
+  const Groups groups(bag_rows, {rows, per_element[0], per_element[1]});
   LaunchPieces(segments, bag_rows, groups, &launcher);
   launcher.Launch(Instance("UpdateRows", NameOf(rows.type), groups.vector(),
-                           NameOf(*shape), at_random ? "true" : "false"),
+                           StructOf(*shape), at_random ? "true" : "false"),
                   groups.Blocks(segments.slots.num_bags), 1, kBlock, DenseOf(bag_rows),
                   segments.slots, segments.pieces, segments.rows, on_device,
                   groups.division);
   return Ran(launcher, device);
 }
 
-// Defines the handlers of an operation for both stages.
-#define JBAG_CUDA_HANDLERS(name, function, operands)                             \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                 \
-      name##_initialize, function,                                               \
-      ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().Ctx<OnDevice<false>>()  \
-          operands);                                                             \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function,                                  \
-                                ffi::Ffi::Bind().Ctx<OnDevice<true>>() operands, \
-                                {ffi::Traits::kCmdBufferCompatible})
-
 }  // namespace
 
 // The library hides all the rest.
 #pragma GCC visibility push(default)
 extern "C" {
-
-JBAG_CUDA_HANDLERS(jbag_cuda_spmm, BindSpmm,
-                   .Arg<ffi::AnyBuffer>()      // table
-                       .Arg<ffi::AnyBuffer>()  // ids
-                       .Arg<ffi::AnyBuffer>()  // offsets
-                       .Arg<ffi::AnyBuffer>()  // coefficients
-                       .Attr<bool>("has_empty")
-                       .Attr<int64_t>("empty")
-                       .Attr<std::string_view>("average")
-                       .Ret<ffi::AnyBuffer>()    // out
-                       .Ret<ffi::AnyBuffer>()    // integers
-                       .Ret<ffi::AnyBuffer>());  // partials
-
-JBAG_CUDA_HANDLERS(jbag_cuda_extremum, BindExtremum,
-                   .Arg<ffi::AnyBuffer>()      // table
-                       .Arg<ffi::AnyBuffer>()  // ids
-                       .Arg<ffi::AnyBuffer>()  // offsets
-                       .Arg<ffi::AnyBuffer>()  // coefficients
-                       .Attr<bool>("has_empty")
-                       .Attr<int64_t>("empty")
-                       .Attr<bool>("largest")
-                       .Ret<ffi::AnyBuffer>()           // values
-                       .Ret<ffi::BufferR2<ffi::S32>>()  // winners
-                       .Ret<ffi::AnyBuffer>()           // integers
-                       .Ret<ffi::AnyBuffer>()           // partials
-                       .Ret<ffi::AnyBuffer>());         // partial winners
-
-JBAG_CUDA_HANDLERS(jbag_cuda_sddmm, BindSddmm,
-                   .Arg<ffi::AnyBuffer>()      // table
-                       .Arg<ffi::AnyBuffer>()  // cotangent
-                       .Arg<ffi::AnyBuffer>()  // ids
-                       .Arg<ffi::AnyBuffer>()  // offsets
-                       .Attr<bool>("has_empty")
-                       .Attr<int64_t>("empty")
-                       .Ret<ffi::AnyBuffer>()    // out
-                       .Ret<ffi::AnyBuffer>());  // integers
 
 JBAG_CUDA_HANDLERS(jbag_cuda_slot_keys, BindSlotKeys,
                    .Arg<ffi::AnyBuffer>()      // ids
