@@ -22,7 +22,10 @@ __device__ inline Range RangeOf(const Slots& slots, int64 bag) {
 
 // The bag of a slot: the first that ends past it, or `num_bags`.
 __device__ inline int64 BagOf(const Slots& slots, int64 slot) {
-  if (slots.bounds == nullptr) return slot / slots.length;
+  if (slots.bounds == nullptr) {
+    // There are fewer than 2^31 slots, and 64-bit divisions are slow.
+    return static_cast<uint32>(slot) / static_cast<uint32>(slots.length);
+  }
   int64 low = 0;
   int64 high = slots.num_bags;
   while (low < high) {

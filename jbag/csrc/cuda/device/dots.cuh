@@ -16,13 +16,17 @@ __global__ void Dots(Dense table, Slots slots, const Sum<T>* cotangent, Sum<T>* 
   const int64 end =
       first + kInFlight < slots.num_slots ? first + kInFlight : slots.num_slots;
 
-  int64 bags[kInFlight];  // -1: the slot is in no bag
-  int64 bag = BagOf(slots, first);
+  int bags[kInFlight];  // -1: the slot is in no bag
+  int64 bag = 0;
+  Range range{0, 0, false};
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
-    while (bag < slots.num_bags && RangeOf(slots, bag).end <= first + i) ++bag;
-    const bool inside = bag < slots.num_bags && !RangeOf(slots, bag).malformed;
-    bags[i] = inside ? bag : -1;
+    if (range.end <= first + i && bag < slots.num_bags) {
+      bag = BagOf(slots, first + i);
+      if (bag < slots.num_bags) range = RangeOf(slots, bag);
+    }
+    const bool inside = bag < slots.num_bags && !range.malformed;
+    bags[i] = inside ? static_cast<int>(bag) : -1;
   }
 
   A sums[kInFlight];
@@ -36,7 +40,7 @@ __global__ void Dots(Dense table, Slots slots, const Sum<T>* cotangent, Sum<T>* 
     for (int i = 0; i < kInFlight; ++i) {
       if (!vectors.filled[i] || bags[i] < 0) continue;
       Sums<A, W> row;
-      row.Load(cotangent + bags[i] * table.width + vector * W);
+      row.Load(cotangent + static_cast<int64>(bags[i]) * table.width + vector * W);
       A dot = 0;
 #pragma unroll
       for (int k = 0; k < W; ++k) dot += Widen(vectors.rows[i].x[k]) * row.x[k];
