@@ -8,6 +8,7 @@
 
 #include <stdint.h>
 
+#include <exception>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -57,6 +58,7 @@ struct CtxDecoding<jbag::cuda::OnDevice<kLaunches>> {
 
 namespace jbag {
 namespace cuda {
+
 inline ffi::Error Ran(const Launcher& launcher, const Device& device) {
   const std::string error = launcher.Run(device);
   return error.empty() ? ffi::Error::Success() : ffi::Error::Internal(error);
@@ -185,13 +187,27 @@ inline bool HasRoom(const ffi::AnyBuffer& partials, const Matrix& matrix,
          static_cast<int64_t>(partials.element_count()) >= pieces * matrix.width;
 }
 
+// A handler's function that returns an error where memory for its strings runs out.
+template <auto kFunction>
+struct Guarded;
+template <typename... Arguments, ffi::Error (*kFunction)(Arguments...)>
+struct Guarded<kFunction> {
+  static ffi::Error Call(Arguments... arguments) {
+    try {
+      return kFunction(arguments...);
+    } catch (const std::exception& error) {
+      return ffi::Error(ffi::ErrorCode::kResourceExhausted, error.what());
+    }
+  }
+};
+
 // Defines the handlers of an operation for both stages.
 #define JBAG_CUDA_HANDLERS(name, function, operands)                             \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                 \
-      name##_initialize, function,                                               \
+      name##_initialize, Guarded<function>::Call,                                \
       ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().Ctx<OnDevice<false>>()  \
           operands);                                                             \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function,                                  \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, Guarded<function>::Call,                   \
                                 ffi::Ffi::Bind().Ctx<OnDevice<true>>() operands, \
                                 {ffi::Traits::kCmdBufferCompatible})
 
