@@ -7,6 +7,7 @@ import pathlib
 
 import jax
 import pytest
+from slow import slow
 
 # Where there are CPUs alone: less than half the time to compile, which is most of what
 # tests take. What XLA makes of a program at its best is held by the tests with
@@ -51,9 +52,9 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 50)
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=["cpu", "xla", *slow("cuda", "xla_gpu")])
 def implementation(request, require):
-    """Every kernel by name."""
+    """Every kernel by name; those for GPUs are slow where they run on a CPU."""
     require(request.param)
     return request.param
 

@@ -86,7 +86,8 @@ def embedding_bag(
       sparse: whether `jbag.value_and_grad` returns a row-sparse gradient for the table.
         `jax.grad` always returns a dense array.
       implementation: the kernel: "cpu" (C++), "cuda" (experimental: no GPU has run it),
-        "xla" (JAX's own operations), or None for the best one of the platform.
+        "xla_gpu" (JAX operations in a form for GPUs), "xla" (the reference), or None
+        for the best one of the platform.
 
     Returns:
       [B, D], the dtype of `table`. Data on a device is not checked by value. A bag with

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before JAX is imported
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 from jax.experimental import topologies
 
 import jbag
@@ -79,6 +80,16 @@ GPUS = {
         "name": "NVIDIA H100 80GB HBM3",
     },
 }
+
+
+def without_gpu_compiler():
+    """Skip the test; in CI, where the compilers must be, fail."""
+    required = os.environ.get("JBAG_REQUIRE_GPU_COMPILER") == "1"
+    (pytest.fail if required else pytest.skip)(
+        "compilers for GPUs are not installed: pip install -e '.[gpu-compiler]'"
+    )
+
+
 V, B, D = 1_000_000, 4096, 64
 
 

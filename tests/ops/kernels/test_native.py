@@ -31,7 +31,7 @@ WIDTHS = (1, 7, 16, 33, 129, 300)
 WIDTHS += tuple(slow(2, 3, 8, 10, 15, 17, 31, 64, 100, 127, 128, 144, 513, 1030))
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", *slow("cuda")])
 def native(request, require):
     """The kernels in C++ and CUDA by name."""
     require(request.param)
