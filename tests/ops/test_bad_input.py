@@ -200,7 +200,8 @@ def test_unknown_modes_and_implementations():
         with pytest.raises(ValueError, match="`mode` must be one of 'sum', 'mean'"):
             pool(TABLE, IDS, [0], mode=mode)
     with pytest.raises(
-        ValueError, match="`implementation` must be None or one of 'cpu', 'cuda', 'xla'; got"
+        ValueError,
+        match="`implementation` must be None or one of 'cpu', 'cuda', 'xla'; got",
     ):
         pool(TABLE, IDS, [0], implementation="triton")
     with pytest.raises(ValueError, match="`implementation` must be None or one of"):
