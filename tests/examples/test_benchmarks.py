@@ -306,3 +306,20 @@ def test_the_benchmark_of_meshes_compares_strategies_and_collections(tmp_path, c
     assert float(loads[2]["in order"]) > 1.5
     assert {row["ids a bag"] for row in collections} == {"1", "8"}
     assert all(float(row["x one"]) > 0 for row in collections)
+
+
+def test_the_benchmark_for_gpus_measures_what_there_is(tmp_path, capsys):
+    file = tmp_path / "gpu.json"
+    arguments = ["--quick", "--workload", "main", "--json", str(file)]
+    with program("gpu") as module:
+        module.main([*arguments, "--measure", "sum", "sum and gradient", "step Adam"])
+    rows = rows_of_table(capsys.readouterr().out)
+    assert [row["measurement"] for row in rows] == [
+        "sum",
+        "sum and gradient",
+        "step Adam",
+    ]
+    for row, result in zip(rows, json.loads(file.read_text()), strict=True):
+        assert result["measurement"] == row["measurement"]
+        assert {"jbag", "xla"} <= set(result["milliseconds"])
+        assert all(time > 0 for time in result["milliseconds"].values())

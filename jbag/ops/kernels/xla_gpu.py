@@ -6,7 +6,7 @@ the sum of its first slots and of pieces of a fixed number of slots, each read b
 thread per feature, and pieces are summed in the same way. `spmm_transpose` and
 `coalesce` sort the slots by id first, by 32-bit keys, for which XLA has a radix sort.
 
-Memory traffic: a row is read once; pieces write and read at most one row for 8 slots.
+Memory traffic: a row is read once; pieces write and read at most one row for 4 slots.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Read = Callable[[Int[Array, "*slots"]], Terms]
 # XLA reduces an axis of up to 31 in the loop of one thread, with many loads in flight.
 # It transposes a longer one first, which needs an [N, D] array.
 _PIECE = 16
-# The number of slots that aren't divided into pieces.
-_FEW = 256
+# Up to so many terms of all segments are read without a division into pieces.
+_FEW = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +275,7 @@ def reduce_segments(
     """
     starts, counts = bounds[:-1], jnp.diff(bounds)
     num_segments = starts.size
-    if min(capacity, num_segments * capacity) <= _FEW:
+    if num_segments * capacity <= _FEW:
         return _reduce_few(read, starts, counts, capacity, capacity, reduction)
     head = _twice_the_mean(capacity, num_segments)
     out = _reduce_few(read, starts, counts, head, capacity, reduction)
