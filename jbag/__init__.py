@@ -11,9 +11,9 @@ from jbag.collection._tables_and_features import Feature, Table
 from jbag.interop._load_table import load_table
 from jbag.ops._embedding_bag import embedding_bag
 from jbag.ops._max_norm import renorm
-from jbag.ops.kernels.memory_pages import to_huge_pages
+from jbag.ops.kernels.huge_pages import to_huge_pages
 from jbag.ragged._bags import Bags
-from jbag.ragged._bucket import bucket
+from jbag.ragged._bucket_capacity import bucket
 from jbag.ragged._offsets import offsets_to_segment_ids, segment_ids_to_offsets
 from jbag.sparse._gradient import DenseGradientWarning, grad, value_and_grad
 from jbag.sparse._row_sparse import RowSparse

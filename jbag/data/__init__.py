@@ -32,7 +32,7 @@ them.
 
 from jbag.data._batches import Batches, batches
 from jbag.data._grain import Collate, Example, Source
-from jbag.data._selection import Batch
+from jbag.data._pack_examples import Batch
 
 __all__ = [
     "Batch",

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from jbag._validation import check_flag, check_integer
-from jbag.data import _selection
+from jbag.data import _pack_examples
 from jbag.data._order import batch_positions, epoch_capacity, permutation
-from jbag.data._selection import Batch
+from jbag.data._pack_examples import Batch
 
 
 def batches(
@@ -91,7 +91,7 @@ def batches(
              [0, 3, 4],
              [0, 1, 1]], dtype=int32)
     """
-    examples = _selection.check_examples(bags, arrays)
+    examples = _pack_examples.check_examples(bags, arrays)
     batch_size = check_integer("batch_size", batch_size, low=1)
     if seed is not None:
         seed = check_integer("seed", seed, low=0)
@@ -103,13 +103,13 @@ def batches(
     options = _Options(
         batch_size,
         seed,
-        _selection.check_capacities(capacity, examples.names, examples.bags_tree),
+        _pack_examples.check_capacities(capacity, examples.names, examples.bags_tree),
         bool(drop_remainder),
         steps,
         _check_shard(shard),
         check_integer("prefetch", prefetch, low=0),
         device,
-        _selection.check_sizes(num_embeddings, examples.names, examples.bags_tree),
+        _pack_examples.check_sizes(num_embeddings, examples.names, examples.bags_tree),
     )
     return Batches(examples, options, epoch, start)
 
@@ -119,7 +119,7 @@ class _Options(NamedTuple):
 
     batch_size: int
     seed: int | None
-    capacities: list[_selection.Capacity | None]
+    capacities: list[_pack_examples.Capacity | None]
     drop_remainder: bool
     steps: int | str | None
     shard: tuple[int, int]
@@ -143,7 +143,11 @@ class Batches:
     """
 
     def __init__(
-        self, examples: _selection.Examples, options: _Options, epoch: int, start: int
+        self,
+        examples: _pack_examples.Examples,
+        options: _Options,
+        epoch: int,
+        start: int,
     ) -> None:
         epoch = check_integer("epoch", epoch, low=0)
         self._examples, self._options = examples, options
@@ -159,7 +163,7 @@ class Batches:
         self._positions = all_positions[:, :, index]
         # Sizes of all processes, because their shapes must be equal.
         self._used = [
-            _selection.sizes(bags, all_positions).max((1, 2), initial=0)
+            _pack_examples.sizes(bags, all_positions).max((1, 2), initial=0)
             for bags in examples.bags
         ]
         self._capacities = list(map(self._capacity, range(len(examples.bags))))
@@ -195,7 +199,7 @@ class Batches:
             return _Prefetched(make, items, self._options.prefetch)
         return map(make, items)
 
-    def _capacity(self, leaf: int) -> _selection.Capacity:
+    def _capacity(self, leaf: int) -> _pack_examples.Capacity:
         options, bags = self._options, self._examples.bags[leaf]
         capacity = options.capacities[leaf]
         largest = int(self._used[leaf].max(initial=0))
@@ -203,7 +207,7 @@ class Batches:
             lengths, shuffled = np.asarray(bags.lengths), options.seed is not None
             return epoch_capacity(lengths, options.batch_size, largest, shuffled)
         if not callable(capacity):
-            _selection.fit(self._examples.names[leaf], capacity, largest)
+            _pack_examples.fit(self._examples.names[leaf], capacity, largest)
         return capacity
 
     def _make(self, item: int, x64: bool) -> Batch:
@@ -211,13 +215,13 @@ class Batches:
         bags = []
         for leaf, name in enumerate(examples.names):
             used = int(self._used[leaf][item])
-            capacity = _selection.fit(name, self._capacities[leaf], used)
-            own = _selection.select(examples.bags[leaf], positions, capacity)
+            capacity = _pack_examples.fit(name, self._capacities[leaf], used)
+            own = _pack_examples.select(examples.bags[leaf], positions, capacity)
             num_embeddings = self._options.num_embeddings[leaf]
             if num_embeddings is not None:
-                _selection.check_rows(name, own, num_embeddings, positions)
+                _pack_examples.check_rows(name, own, num_embeddings, positions)
             bags.append(own)
-        arrays = [_selection.take(array, positions) for array in examples.arrays]
+        arrays = [_pack_examples.take(array, positions) for array in examples.arrays]
         batch = Batch(
             jax.tree.unflatten(examples.bags_tree, bags),
             jax.tree.unflatten(examples.arrays_tree, arrays),

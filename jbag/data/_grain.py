@@ -11,9 +11,9 @@ import jax.export
 import numpy as np
 
 from jbag._validation import check_integer
-from jbag.data._selection import Batch, check_capacities, check_examples, fit
+from jbag.data._pack_examples import Batch, check_capacities, check_examples, fit
 from jbag.ragged._bags import Bags
-from jbag.ragged._bucket import bucket
+from jbag.ragged._bucket_capacity import bucket
 
 
 class Example(NamedTuple):

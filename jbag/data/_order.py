@@ -7,7 +7,7 @@ import math
 import numpy as np
 from jaxtyping import Int
 
-from jbag.ragged._bucket import bucket
+from jbag.ragged._bucket_capacity import bucket
 
 
 def batch_positions(

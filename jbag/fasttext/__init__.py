@@ -9,7 +9,7 @@
 """
 
 from jbag.fasttext._model import FastText, load
-from jbag.fasttext._vector_file import load_vectors
+from jbag.fasttext._vector_reader import load_vectors
 
 __all__ = [
     "FastText",

@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jbag._validation import check_integer, check_strings
-from jbag.fasttext import _model_file
+from jbag.fasttext import _model_reader
 from jbag.fasttext._prediction import Tree, best_labels, huffman, largest, values
 from jbag.ops._embedding_bag import embedding_bag
 from jbag.ragged._bags import Bags
-from jbag.ragged._bucket import bucket
+from jbag.ragged._bucket_capacity import bucket
 from jbag.text._encoder import Encoder
 
 _T = TypeVar("_T")
@@ -306,7 +306,7 @@ def load(path: str | os.PathLike[str], *, label_prefix: str = "__label__") -> Fa
         raise TypeError(f"`label_prefix` must be a string; got {label_prefix!r}.")
     if not label_prefix:
         raise ValueError("`label_prefix` must not be empty; got ''.")
-    file = _model_file.read(path)
+    file = _model_reader.read(path)
     has_prefix = all(
         label.startswith(label_prefix) for label in file.labels
     ) and not any(word.startswith(label_prefix) for word in file.words)

@@ -14,8 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jbag._validation import Floats, Integers
-from jbag.collection._lookup import Traffic
-from jbag.collection._module_options import (
+from jbag.collection._collection import (
     CollectionOptions,
     check_parts,
     collection_shardings,
@@ -26,6 +25,7 @@ from jbag.collection._module_options import (
     pool_collection,
     validate_batch,
 )
+from jbag.collection._lookup import Traffic
 from jbag.interop import _flax_serialization as _flax_serialization  # registers types
 from jbag.interop import _torch
 from jbag.ops._module_options import EmbeddingBagOptions, pretrained_options

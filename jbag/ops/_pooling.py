@@ -17,7 +17,7 @@ mode            without weights                 with weights
 
 The kernel divides in `spmm`, by its option `average`. Where the divisor of `finish` is
 zero, the bag is zero. `kernels/contract.py` defines what empty bags give. Derivatives
-are in `_spmm.py` and `_segment_max.py`.
+are in `_spmm.py` and `_extremum.py`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jbag._validation import unsharded
 from jbag.ops import _spmm
 from jbag.ops._explicit_axes import partitioned, pooled_sharding
+from jbag.ops._extremum import extremum
 from jbag.ops._factored_gradient import ONE_DEVICE, Placement
 from jbag.ops._max_norm import row_scale
 from jbag.ops._row_gather import accumulation_dtype, take
-from jbag.ops._segment_max import extremum
 from jbag.ops._sparse_marks import mark_pooled, mark_table
 from jbag.ragged import _csr_arrays
 from jbag.ragged._concatenate import num_bags

@@ -2,7 +2,8 @@
 
 One marks the table before pooling, the other the pooled rows. The second also takes the
 factors of the table's gradient as operands. Outside `value_and_grad` both are
-identities, to any order of derivative.
+identities, to any order of derivative. `jbag/sparse/_gradient.py` lists the steps from
+these marks to an updated row.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 from jbag._validation import check_integer
 from jbag.ops._row_gather import accumulation_dtype
-from jbag.ops.kernels.memory_pages import to_huge_pages
+from jbag.ops.kernels.huge_pages import to_huge_pages
 from jbag.ops.kernels.update_rules import RULES, step
 from jbag.sparse._applied_update import AppliedUpdate
 from jbag.sparse._row_sparse import RowSparse, is_rows

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from jbag._mesh.row_layout import Layout
 from jbag._mesh.strategies import TableWise, current_mesh
 from jbag._validation import check_table
-from jbag.collection._module_options import (
+from jbag.collection._collection import (
     CollectionOptions,
     check_parts,
     pool_collection,

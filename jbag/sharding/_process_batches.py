@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from jbag._mesh.strategies import Strategy, strategy
 from jbag._validation import check_integer
-from jbag.data._selection import check_capacities, check_examples, select
+from jbag.data._pack_examples import check_capacities, check_examples, select
 
 
 class Blocks:

@@ -15,8 +15,8 @@ from jbag._files import atomic_write, refusing
 from jbag._validation import check_flag, check_integer, check_strings
 from jbag.interop._numpy_files import Archive
 from jbag.ragged._bags import Bags
+from jbag.text._encoder_arrays import from_arrays, to_arrays
 from jbag.text._encoder_checks import ARRAYS, OPTIONS, check_arrays, check_options
-from jbag.text._encoder_serialization import from_arrays, to_arrays
 from jbag.text._tokenizer_choice import tokenizer
 from jbag.text._tokenizer_options import Plan, Split, SplitName, to_utf8
 

@@ -303,7 +303,7 @@ def test_vectors_of_strange_words_are_read(tmp_path):
 
 
 def test_vectors_longer_than_a_block_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("jbag.fasttext._vector_file._BLOCK", 256)
+    monkeypatch.setattr("jbag.fasttext._vector_reader._BLOCK", 256)
     table = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
     text = "".join(
         f"w{i} " + " ".join(map(str, row.tolist())) + "\n"

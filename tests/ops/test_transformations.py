@@ -22,7 +22,7 @@ from oracle import MODES
 from slow import slow
 
 import jbag
-from jbag.ops import _primitive, _segment_max, _spmm
+from jbag.ops import _extremum, _primitive, _spmm
 from jbag.ops.kernels import KERNELS
 
 IDS = jnp.array([4, 1, 2, 4, 4, 0, 3, 1, 2], jnp.int32)
@@ -346,7 +346,7 @@ def test_vmap_over_more_rows_than_ids_can_name_runs_one_by_one(implementation):
             ("bags",),
             {"average": "mean", "dtype": jnp.dtype("float32")},
         ),
-        (_segment_max.extremum_p, ("bags", "winners"), {"largest": True}),
+        (_extremum.extremum_p, ("bags", "winners"), {"largest": True}),
     ],
 )
 def test_batches_run_one_by_one_give_the_same(

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "fuzz/fuzz.h"
-#include "text/decimals.h"
+#include "text/parse_decimals.h"
 #include "text/tokenizer.h"
 
 namespace jbag {

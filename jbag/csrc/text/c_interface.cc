@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "text/decimals.h"
+#include "text/parse_decimals.h"
 #include "text/tokenizer.h"
 
 namespace {

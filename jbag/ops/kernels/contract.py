@@ -23,7 +23,9 @@ gradient from it. Slots in no bag are empty. A bag with malformed offsets (see
 
 An empty bag, which has no slot or empty slots only, is zero in every mode: `spmm` sums
 nothing and divides by at least 1, and the winner of `extremum` is N, which is no slot.
-It gives no gradient to the table or to the coefficients.
+It gives no gradient to the table or to the coefficients. Each kernel does so, in C++ in
+`csrc/kernels/reductions.h` and `csrc/cuda/device/`; for weighted averages
+`finish` of `jbag/ops/_pooling.py` does.
 
 `coefficients` has the shape of `ids` and the accumulation dtype; None means ones.
 """

@@ -4,6 +4,11 @@ It implements `contract` without an [N, D] intermediate and without atomics on f
 results have the same bits from run to run. NVRTC, which comes with `jax[cuda12]` and
 `jax[cuda13]`, compiles the device code when a program is first run. XLA sorts the slots
 by id; the kernels of the forward pass then sum over the sorted slots.
+
+To add a device kernel, with `csrc/cuda/` for `jbag/csrc/cuda/`: its code in a file of
+`csrc/cuda/device/`, listed in `device_code` of `csrc/CMakeLists.txt`; its handlers in
+`csrc/cuda/bag_operations.cc` or `sorted_slots.cc`; its name in `OPERATIONS` below; its
+instances in `kernels` of `tests/ops/kernels/test_cuda.py`.
 """
 
 from __future__ import annotations

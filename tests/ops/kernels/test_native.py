@@ -22,7 +22,7 @@ from oracle import assert_close
 from slow import slow
 
 import jbag
-from jbag.ops import _row_updates, _segment_max, _spmm
+from jbag.ops import _extremum, _row_updates, _spmm
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -57,7 +57,7 @@ def operations(table, weights, ids, offsets, cotangent, implementation):
     results = {"sum": value, "to_table": to_table, "to_weights": to_weights}
     bags = (ids, weights) if offsets is None else (ids, offsets, weights)
     for mode in ("max", "min"):
-        results[mode], results[f"slots of {mode}"] = _segment_max.extremum_p.bind(
+        results[mode], results[f"slots of {mode}"] = _extremum.extremum_p.bind(
             table, *bags, largest=mode == "max", **options
         )
     return results

@@ -2,8 +2,8 @@
 //
 // Traffic: each byte once.
 
-#ifndef JBAG_TEXT_DECIMALS_H_
-#define JBAG_TEXT_DECIMALS_H_
+#ifndef JBAG_TEXT_PARSE_DECIMALS_H_
+#define JBAG_TEXT_PARSE_DECIMALS_H_
 
 #include <algorithm>
 #include <cstdint>
@@ -80,4 +80,4 @@ inline int64_t ReadDecimals(const char* p, const char* end, float* out, int64_t 
 
 }  // namespace jbag::text
 
-#endif  // JBAG_TEXT_DECIMALS_H_
+#endif  // JBAG_TEXT_PARSE_DECIMALS_H_

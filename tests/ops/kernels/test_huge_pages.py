@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from meshes import make_mesh
 
 import jbag
-from jbag.ops.kernels import KERNELS, cpu, memory_pages
+from jbag.ops.kernels import KERNELS, cpu, huge_pages
 
 LARGE = (1 << 15, 64)  # 8 MiB of float32
 
@@ -51,7 +51,7 @@ def test_every_large_array_of_a_tree_moves_and_the_rest_stays():
 def test_traced_arrays_stay_and_so_do_all_without_the_kernel(monkeypatch):
     x = jnp.ones(LARGE)
     assert "ffi_call" not in str(jax.make_jaxpr(jbag.to_huge_pages)(x))
-    monkeypatch.setitem(memory_pages.KERNELS, "cpu", _missing())
+    monkeypatch.setitem(huge_pages.KERNELS, "cpu", _missing())
     assert jbag.to_huge_pages(x) is x
 
 
