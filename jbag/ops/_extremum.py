@@ -87,7 +87,8 @@ def _winning(
     scale: Slots | None,
 ) -> Float[Array, "B D"]:
     """Return the elements c[i] * table[ids[i], d] of the winning slots i of each d."""
-    is_empty = any(isinstance(size, int) and size == 0 for size in ids.shape)
+    sizes = (*ids.shape, *slots.shape)
+    is_empty = any(isinstance(size, int) and size == 0 for size in sizes)
     on_gpus = _winning_elements if is_empty else _winning_by_slots
     return jax.lax.platform_dependent(
         table, ids, slots, scale, cuda=on_gpus, rocm=on_gpus, default=_winning_elements

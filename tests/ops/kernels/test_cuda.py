@@ -95,7 +95,7 @@ def test_machine_code_has_no_spills_and_eight_loads_in_flight(architecture, tmp_
 # XLA has no initialize stage on a CPU. Handlers that call those of both stages, and
 # print how many modules each stage of each operation has loaded.
 CHILD = """
-import ctypes, dataclasses, functools, os
+import ctypes, dataclasses, functools, importlib.resources, os
 import jax, jax.numpy as jnp
 import jbag
 from jbag import optim
@@ -108,7 +108,8 @@ kernels.KERNELS["cuda"] = dataclasses.replace(
     kernels.KERNELS["cuda"], platforms=("cpu",), missing=None
 )
 modules = ctypes.CDLL(stand_in).jbag_cuda_stand_in_modules
-library = ctypes.CDLL(os.path.join(os.path.dirname(cuda.__file__), "libjbag_cuda.so"))
+package = importlib.resources.files("jbag") / "ops" / "kernels"
+library = ctypes.CDLL(str(package / "libjbag_cuda.so"))
 Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t))
 EXTENSION, STAGE, INITIALIZE = 1, 4, 2  # of XLA_FFI_CallFrame; its stages
 
