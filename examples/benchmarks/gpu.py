@@ -289,7 +289,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="small and short, to see that it runs")
     add("--plot", metavar="PNG", help="draw how fast jbag is beside torch and xla")
     add("--json", metavar="FILE", help="write the results as JSON, too")
+    add("--write", action="store_true", help="write the table to README.md")
     args = parser.parse_args(argv)
+    if args.write and args.quick:
+        parser.error("--write takes no results of --quick")
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1; got {args.rounds}")
     return args
@@ -319,7 +322,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sides = available_sides()
     bandwidth = copy_bandwidth(2**20 if args.quick else 2**31, args.rounds)
     device = jax.devices()[0].device_kind
-    print(f"{device}, copies {bandwidth / 1e12:.3g} TB/s; {report.machine()}\n")
+    statement = f"{device}, copies {bandwidth / 1e12:.3g} TB/s; {report.machine()}"
+    print(f"{statement}\n")
     rows: list[report.Row] = []
     results = []
     cases = [(each, what) for each in workloads for what in measurements]
@@ -341,6 +345,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             tqdm.write(line, file=sys.stdout)
     if args.plot:
         report.plot(rows, "times as fast as the peer", args.plot, names=2)
+    if args.write:
+        report.write("gpu.py", rows, statement, names=2)
     if args.json:
         with jbag.atomic_write(args.json) as temporary:
             temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
