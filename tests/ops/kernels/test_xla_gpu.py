@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from gpu_programs import B, D, V
 
-from jbag.ops.kernels import xla_gpu
+from jbag.ops.kernels import segment_reductions
 
 PROGRAM = pathlib.Path(gpu_programs.__file__)
 
@@ -106,8 +106,8 @@ def test_segments_of_any_lengths_equal_numpy(lengths):
 
     @jax.jit
     def sums(values, bounds):
-        return xla_gpu.reduce_segments(
-            lambda slots: (values[slots],), bounds, capacity, xla_gpu.SUM
+        return segment_reductions.reduce_segments(
+            lambda slots: (values[slots],), bounds, capacity, segment_reductions.SUM
         )[0]
 
     expected = [values[a:b].sum(0) for a, b in itertools.pairwise(bounds)]
