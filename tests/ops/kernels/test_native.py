@@ -458,7 +458,8 @@ def test_no_array_of_slots_by_features_is_ever_made(mode, rectangular, native):
 
     rows_of_slots = 4 * bags * length * width
     assert scratch(False, native) < rows_of_slots / 20
-    assert scratch(True, native) < rows_of_slots / 10
+    # CUDA's holds partial sums of pieces and the arrays that XLA sorts, too.
+    assert scratch(True, native) < rows_of_slots / (20 if native == "cpu" else 10)
     if mode == "sum":
         # The measure sees it where there is one.
         assert scratch(True, "xla") >= rows_of_slots
