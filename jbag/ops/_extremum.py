@@ -89,9 +89,10 @@ def _winning(
     """Return the elements c[i] * table[ids[i], d] of the winning slots i of each d."""
     sizes = (*ids.shape, *slots.shape)
     is_empty = any(isinstance(size, int) and size == 0 for size in sizes)
-    on_gpus = _winning_elements if is_empty else _winning_by_slots
+    by_slots = _winning_elements if is_empty else _winning_by_slots
+    platforms = dict.fromkeys(("cuda", "rocm", "tpu"), by_slots)
     return jax.lax.platform_dependent(
-        table, ids, slots, scale, cuda=on_gpus, rocm=on_gpus, default=_winning_elements
+        table, ids, slots, scale, **platforms, default=_winning_elements
     )
 
 
@@ -117,7 +118,8 @@ def _winning_by_slots(
     """Gather elements from the rows of all slots.
 
     The transpose stores each slot's elements once, and sums the slots of each row in
-    `spmm_transpose`: without atomic additions, at the cost of an [N, D] array.
+    `spmm_transpose`, at the cost of an [N, D] array: without the atomic additions of
+    GPUs, and without the copies of V * D elements that TPUs make to add to elements.
     """
     num_slots, width = ids.size, table.shape[1]
     rows = spmm(table, ids.reshape(-1, 1), None, None, pad_id=None, implementation=None)
