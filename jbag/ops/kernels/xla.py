@@ -98,6 +98,19 @@ def spmm_transpose(
 
     It accumulates in the dtype of `cotangent` and rounds to `dtype` once.
     """
+    if _is_narrow(dtype, cotangent.dtype) and _is_less(ids.size, num_embeddings):
+        # The sums of N rows; `segment_sum` makes V rows of a dtype twice as wide.
+        indices, sums = coalesce(
+            cotangent,
+            ids,
+            offsets,
+            coefficients,
+            pad_id=pad_id,
+            num_embeddings=num_embeddings,
+            max_unique_ids=ids.size,
+        )
+        out = jnp.zeros((num_embeddings, cotangent.shape[1]), dtype)
+        return set_rows(out, indices, sums.astype(dtype))
     rows, kept = bag_rows(cotangent, ids, offsets)
     if coefficients is not None:
         rows = coefficients[..., None] * rows
@@ -108,6 +121,15 @@ def spmm_transpose(
     rows = rows.reshape(ids.size, cotangent.shape[1])
     out = jax.ops.segment_sum(rows, kept_ids.reshape(-1), num_embeddings)
     return out.astype(dtype)
+
+
+def _is_narrow(dtype: jnp.dtype, wider: jnp.dtype) -> bool:
+    return jnp.dtype(dtype).itemsize < jnp.dtype(wider).itemsize
+
+
+def _is_less(size: Size, other: Size) -> bool:
+    """Return whether a size is less than another; symbolic ones never are."""
+    return isinstance(size, int) and isinstance(other, int) and size < other
 
 
 def sddmm(
