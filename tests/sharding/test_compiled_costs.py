@@ -1,35 +1,35 @@
 """The bytes that plans reckon with, beside those of compiled programs."""
 
-import jax
-import numpy as np
-import optax
+import importlib.util
+import json
+import subprocess
+import sys
+
+import mesh_programs
 import pytest
 from hlo import bytes_sent
-from jax.sharding import PartitionSpec as P
+from mesh_programs import COUNT, SLOTS, STRATEGIES, TPU_TABLES, batch_bytes, plan_bytes
 from meshes import make_mesh
 from slow import slow
-
-import jbag
-from jbag.ops.kernels.update_rules import RULES
-from jbag.sharding import Load, TableWise
-from jbag.sharding._cost_model import CostModel
-from jbag.sharding._feature_loads import check_table_loads
+from tpu_programs import without_tpu_compiler
 
 pytestmark = pytest.mark.standard_promotion
-DEVICES, BAGS, SLOTS, WIDTH, COUNT = 4, 64, 500, 32, 5
-SPECS = {
-    "row_wise": P("x", None),
-    "column_wise": P(None, "x"),
-    "data_parallel": P(),
-    "table_wise": TableWise("x", lanes=DEVICES),
-}
 
 
-def make_block(rng, weighted):
-    lengths = rng.multinomial(SLOTS - 20, np.ones(BAGS) / BAGS)
-    ids = rng.integers(0, 3000, SLOTS - 20)
-    weights = np.ones(ids.size, np.float32) if weighted else None
-    return jbag.Bags.from_lengths(ids, lengths, weights).pad_to(SLOTS)
+def check(strategy, devices, figures, *, beside_step=0, **options):
+    """Compare what is sent and held with what is planned.
+
+    `figures` are the bytes that the forward pass sends, that a step sends, and that it
+    holds. `beside_step` are bytes that the step may send besides.
+    """
+    sent_forward, sent, held = figures
+    forward, backward, planned = plan_bytes(strategy, devices, **options)
+    # Besides, two slots a feature tell its bags apart, and losses are summed up.
+    apart = 2 * COUNT * (options["width"] + 1) * 4 * devices + 200
+    assert forward <= sent_forward <= forward + apart
+    least = forward + backward
+    assert least <= sent <= least + 2 * apart + beside_step
+    assert held < planned + batch_bytes(options.get("weighted", False))
 
 
 @pytest.mark.parametrize(
@@ -41,69 +41,44 @@ def make_block(rng, weighted):
     ],
 )
 def test_a_step_sends_what_is_planned(strategy, weighted):
-    mesh = make_mesh(sizes=(DEVICES,))
-    collection = jbag.EmbeddingBagCollection(
-        tables={f"t{i}": jbag.Table(3000 + i, WIDTH) for i in range(COUNT)},
-        features={f"f{i}": jbag.Feature(f"t{i}", "sum") for i in range(COUNT)},
-        specs={"embedding": SPECS[strategy]},
-        mesh=mesh,
-        sparse=True,
-    )
-    rng = np.random.default_rng(0)
-    batch = {
-        name: jax.tree.map(
-            lambda *xs: np.stack(xs),
-            *(make_block(rng, weighted) for _ in range(DEVICES)),
-        )
-        for name in collection.features
-    }
-    optimizer = jbag.optim.rowwise_adagrad(0.1)
-
-    def forward(params, batch):
-        return sum((x**2).sum() for x in collection.apply(params, batch).values())
-
-    def step(params, state, batch):
-        loss = lambda params: forward(params, batch)
-        value, gradient = jbag.value_and_grad(loss)(params)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    def laid(tree):
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            tree,
-            collection.shardings(tree),
-        )
-
-    params = jax.eval_shape(collection.init, jax.random.key(0), batch)
-    params = {"params": {k: _unboxed(x) for k, x in params["params"].items()}}
-    params, state = laid(params), laid(jax.eval_shape(optimizer.init, params))
-    cut = jax.sharding.NamedSharding(mesh, P("x"))
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), batch
-    )
-    sent = bytes_sent(jax.jit(forward).lower(params, batch).compile(), DEVICES)
-    compiled = jax.jit(step, donate_argnums=(0, 1))
-    compiled = compiled.lower(params, state, batch).compile()
-
-    loads = {f"f{i}": Load(f"t{i}", SLOTS, weighted) for i in range(COUNT)}
-    model = CostModel(DEVICES, BAGS, 20160, RULES["rowwise_adagrad"])
-    load = model.combined(
-        strategy, list(check_table_loads(collection.tables, loads).values())
-    )
-    forward, backward, held = model.cost(strategy, load)
-    # Besides, two slots a feature tell its bags apart, and losses are summed up.
-    apart = 2 * COUNT * (WIDTH + 1) * 4 * DEVICES + 200
-    assert forward <= sent <= forward + apart
-    assert (
-        forward + backward
-        <= bytes_sent(compiled, DEVICES)
-        <= forward + backward + 2 * apart
-    )
-    memory = compiled.memory_analysis()
-    of_batch = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) / DEVICES
-    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < held + of_batch
+    mesh = make_mesh(sizes=(4,))
+    options = {"rows": 3000, "width": 32, "weighted": weighted}
+    forward, step = mesh_programs.lower(strategy, mesh, **options)
+    check(strategy, 4, mesh_programs.measure(forward, step, 4), **options)
 
 
-def _unboxed(x):
-    return getattr(x, "value", x)
+@pytest.fixture(scope="module", params=["v5e:2x2", *slow("v5e:4x4", "v5p:2x2x4")])
+def on_tpus(request):
+    """Figures of every strategy's programs, compiled for a mesh of TPUs."""
+    if importlib.util.find_spec("libtpu") is None:
+        without_tpu_compiler()
+    command = [sys.executable, mesh_programs.__file__, request.param]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_step_on_tpus_sends_what_is_planned(on_tpus, strategy):
+    # The compiler gathers the ids of replicated rows as a sum: there and back.
+    devices = on_tpus["devices"]
+    ids = 4 * (devices - 1) * COUNT * SLOTS
+    beside_step = ids if strategy == "data_parallel" else 0
+    figures = on_tpus["figures"][strategy]
+    check(strategy, devices, figures, beside_step=beside_step, **TPU_TABLES)
+
+
+def test_asynchronous_collectives_count_their_results_alone():
+    class Compiled:
+        def as_text(self):
+            return """
+  %a = (f32[8]{0}, f32[4,8]{1,0}) all-gather-start(%x), dimensions={0}
+  %b = f32[4,8]{1,0} all-gather-done(%a)
+  %c = ((f32[8]{0}, s32[]), (f32[4,8]{1,0}, s32[4])) all-gather-start(%x, %y)
+  %d = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x)
+  %e = (f32[8]{0}, f32[8]{0}) all-reduce-start(%x, %y)
+"""
+
+    gathered, both, permuted, summed = 128, 144, 32, 64
+    sent = (gathered + both + permuted + 2 * summed) * 3 / 4
+    assert bytes_sent(Compiled(), 4) == sent

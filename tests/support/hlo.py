@@ -9,16 +9,20 @@ SIZES = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 
 def collectives(text):
     """Yield the name of each collective operation, and the bytes of its results."""
-    pattern = rf"= (.*?) ({COLLECTIVES})(?:-start)?\("
+    pattern = rf"= (.*?) ({COLLECTIVES})(-start)?\("
     for line in text.splitlines():
         if found := re.search(pattern, line):
-            yield (
-                found[2],
-                sum(
-                    SIZES[dtype] * math.prod(map(int, filter(None, shape.split(","))))
-                    for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", found[1])
-                ),
-            )
+            shapes, name, is_asynchronous = found.groups()
+            sizes = [
+                SIZES[dtype] * math.prod(map(int, filter(None, shape.split(","))))
+                for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+            ]
+            # These return their operands, too, and the last one two words of context.
+            if is_asynchronous and name == "collective-permute":
+                sizes = sizes[1:2]
+            if is_asynchronous and name == "all-gather":
+                sizes = sizes[len(sizes) // 2 :]
+            yield name, sum(sizes)
 
 
 def bytes_sent(compiled, devices):
