@@ -122,14 +122,13 @@ def uniform(rows: int, columns: int, dtype: str) -> jax.Array:
     return jax.random.uniform(jax.random.key(0), (rows, columns), dtype, -1, 1)
 
 
-def jbag_call(
-    workload: Workload,
-    what: Measurement,
-    batches: Sequence[Batch],
-    implementation: str | None,
-) -> Call:
-    """Use this library by the kernel of a name, or the default."""
-    ring = [jax.device_put(batch) for batch in batches]
+def jbag_program(
+    workload: Workload, what: Measurement, implementation: str | None
+) -> tuple[Any, Any]:
+    """Return a function of a table and a batch, and the table; both with the states.
+
+    It uses the kernel of a name, or the default. The states are an optimizer's.
+    """
     table = uniform(workload.V, workload.D, workload.dtype)
     cotangent = uniform(workload.B, workload.D, workload.dtype)
 
@@ -150,8 +149,7 @@ def jbag_call(
         return jnp.vdot(pool(table, *batch), cotangent).astype(jnp.float32)
 
     if not what.optimizer:
-        function = jax.jit(jax.grad(loss) if what.gradient else pool)
-        return lambda k: function(table, *ring[k % RING])
+        return jax.jit(jax.grad(loss) if what.gradient else pool), table
 
     optimizer = getattr(jbag.optim, what.optimizer)(RATE)
 
@@ -162,12 +160,26 @@ def jbag_call(
         updates, state = optimizer.update(gradient, state, table)
         return optax.apply_updates(table, updates), state
 
-    trained = table, optimizer.init(table)
+    return step, (table, optimizer.init(table))
+
+
+def jbag_call(
+    function: Callable[..., Any],
+    table: Any,
+    batches: Sequence[Batch],
+    *,
+    trains: bool,
+) -> Call:
+    """Call a function of `jbag_program`; a step's result is the next one's table."""
+    ring = [jax.device_put(batch) for batch in batches]
 
     def call(k: int) -> Any:
-        nonlocal trained
-        trained = step(trained, *ring[k % RING])
-        return trained[0]
+        nonlocal table
+        result = function(table, *ring[k % RING])
+        if not trains:
+            return result
+        table = result
+        return table[0]
 
     return call
 
@@ -267,7 +279,8 @@ def measure(
             if side == "torch":
                 call = torch_call(workload, what, batches)
             else:
-                call = jbag_call(workload, what, batches, names[side])
+                program = jbag_program(workload, what, names[side])
+                call = jbag_call(*program, batches, trains=bool(what.optimizer))
             if call is not None:
                 times[side] = milliseconds(call, rounds)
         # A table that doesn't fit a device is no reason to lose the other figures.
@@ -277,17 +290,22 @@ def measure(
     return times
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(
+    argv: Sequence[str] | None,
+    description: str,
+    workloads: Sequence[Workload],
+    measurements: Sequence[Measurement],
+) -> argparse.Namespace:
     """Return the options, checked."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     add = parser.add_argument
-    names = [workload.name for workload in WORKLOADS]
+    names = [workload.name for workload in workloads]
     add("--workload", nargs="+", choices=names, default=names, help="which (all)")
-    names = [measurement.name for measurement in MEASUREMENTS]
+    names = [measurement.name for measurement in measurements]
     add("--measure", nargs="+", choices=names, default=names, help="what (all)")
     add("--rounds", type=int, default=5, help="runs, of which the least counts (5)")
     add("--quick", action="store_true", help="small and short, to see that it runs")
-    add("--plot", metavar="PNG", help="draw how fast jbag is beside torch and xla")
+    add("--plot", metavar="PNG", help="draw the ratios, the columns x ...")
     add("--json", metavar="FILE", help="write the results as JSON, too")
     add("--write", action="store_true", help="write the table to README.md")
     args = parser.parse_args(argv)
@@ -313,7 +331,7 @@ def available_sides() -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
-    args = parse_arguments(argv)
+    args = parse_arguments(argv, __doc__ or "", WORKLOADS, MEASUREMENTS)
     workloads = [each for each in WORKLOADS if each.name in args.workload]
     measurements = [each for each in MEASUREMENTS if each.name in args.measure]
     if args.quick:

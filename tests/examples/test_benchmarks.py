@@ -323,3 +323,19 @@ def test_the_benchmark_for_gpus_measures_what_there_is(tmp_path, capsys):
         assert result["measurement"] == row["measurement"]
         assert {"jbag", "xla"} <= set(result["milliseconds"])
         assert all(time > 0 for time in result["milliseconds"].values())
+
+
+def test_the_benchmark_for_tpus_measures_what_there_is(tmp_path, capsys):
+    file = tmp_path / "tpu.json"
+    arguments = ["--quick", "--workload", "D = 64", "--json", str(file)]
+    names = ["sum", "sum and gradient", "step Adam"]
+    with program("tpu") as module:
+        module.main([*arguments, "--measure", *names])
+        sides = module.available_sides()
+    rows = rows_of_table(capsys.readouterr().out)
+    assert [row["measurement"] for row in rows] == names
+    for row, result in zip(rows, json.loads(file.read_text()), strict=True):
+        assert result["milliseconds"].keys() == sides.keys()
+        assert all(time > 0 for time in result["milliseconds"].values())
+        assert float(row["copies"]) >= 0
+        assert row["of HBM"].endswith("%")
