@@ -31,8 +31,7 @@ from jbag.sharding import Load, TableWise
 from jbag.sharding._cost_model import CostModel
 from jbag.sharding._feature_loads import check_table_loads
 
-BAGS, SLOTS, COUNT = 64, 500, 5  # bags and slots of a feature on a device; features
-TPU_TABLES = {"rows": 400_000, "width": 128}  # of 1 GB in all
+BAGS, COUNT = 64, 5  # bags of a feature on a device, and features
 STRATEGIES = ("row_wise", "column_wise", "data_parallel", "table_wise")
 
 
@@ -55,13 +54,13 @@ def make_collection(strategy, mesh, rows, width):
     )
 
 
-def lower(strategy, mesh, *, rows, width, weighted=False):
+def lower(strategy, mesh, *, rows, width, slots, weighted=False):
     """Return a forward pass and a step of row-wise Adagrad, lowered."""
     collection = make_collection(strategy, mesh, rows, width)
     block = jbag.Bags.from_lengths(
-        np.zeros(SLOTS, np.int32),
-        np.bincount(np.arange(SLOTS) % BAGS),
-        np.ones(SLOTS, np.float32) if weighted else None,
+        np.zeros(slots, np.int32),
+        np.bincount(np.arange(slots) % BAGS),
+        np.ones(slots, np.float32) if weighted else None,
     )
     cut = NamedSharding(mesh, P("x"))
     batch = dict.fromkeys(
@@ -104,26 +103,38 @@ def _unboxed(x):
     return getattr(x, "value", x)
 
 
-def plan_bytes(strategy, devices, *, rows, width, weighted=False):
+def plan_bytes(strategy, devices, *, rows, width, slots, weighted=False):
     """Return the bytes that a plan says: sent forward and backward, and held."""
     tables = {f"t{i}": jbag.Table(rows + i, width) for i in range(COUNT)}
-    loads = {f"f{i}": Load(f"t{i}", SLOTS, weighted) for i in range(COUNT)}
+    loads = {f"f{i}": Load(f"t{i}", slots, weighted) for i in range(COUNT)}
     model = CostModel(devices, BAGS, 20160, RULES["rowwise_adagrad"])
     loads = list(check_table_loads(tables, loads).values())
     return model.cost(strategy, model.combined(strategy, loads))
 
 
-def batch_bytes(weighted=False):
+def batch_bytes(slots, weighted=False):
     """Return the bytes of a device's part of the batch."""
-    return COUNT * 4 * (SLOTS * (1 + weighted) + BAGS + 1)
+    return COUNT * 4 * (slots * (1 + weighted) + BAGS + 1)
+
+
+def options_on_tpus(devices):
+    """Return the options of tables of 5 GB, and of as many ids on few or many TPUs.
+
+    The compiler takes its time for the sort of all ids.
+    """
+    return {"rows": 2_000_000, "width": 128, "slots": 2000 // devices}
 
 
 def measure(lowered_forward, lowered_step, devices):
-    """Compile; return the bytes sent by the forward pass and by the step, and held."""
+    """Compile; return the bytes that a device sends and holds."""
     forward, step = lowered_forward.compile(), lowered_step.compile()
     memory = step.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return bytes_sent(forward, devices), bytes_sent(step, devices), held
+    return {
+        "forward": bytes_sent(forward, devices),
+        "step": bytes_sent(step, devices),
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+    }
 
 
 def main(topology):
@@ -132,7 +143,7 @@ def main(topology):
     figures = {}
     for strategy in STRATEGIES:
         start = time.process_time()
-        lowered = lower(strategy, mesh, **TPU_TABLES)
+        lowered = lower(strategy, mesh, **options_on_tpus(mesh.size))
         figures[strategy] = measure(*lowered, mesh.size)
         print(strategy, figures[strategy], time.process_time() - start, file=sys.stderr)
     print(json.dumps({"devices": mesh.size, "figures": figures}))
