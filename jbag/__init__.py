@@ -11,6 +11,7 @@ from jbag.collection._tables_and_features import Feature, Table
 from jbag.interop._load_table import load_table
 from jbag.ops._embedding_bag import embedding_bag
 from jbag.ops._max_norm import renorm
+from jbag.ops._packed_table import PackedTable, pack, pack_like, unpack
 from jbag.ops.kernels.huge_pages import to_huge_pages
 from jbag.ragged._bags import Bags
 from jbag.ragged._bucket_capacity import bucket
@@ -30,6 +31,7 @@ __all__ = [
     "EmbeddingBag",
     "EmbeddingBagCollection",
     "Feature",
+    "PackedTable",
     "RowSparse",
     "Table",
     "__version__",
@@ -45,6 +47,8 @@ __all__ = [
     "nnx",
     "offsets_to_segment_ids",
     "optim",
+    "pack",
+    "pack_like",
     "renorm",
     "segment_ids_to_offsets",
     "sharding",
@@ -52,6 +56,7 @@ __all__ = [
     "text",
     "to_huge_pages",
     "to_torch",
+    "unpack",
     "value_and_grad",
 ]
 

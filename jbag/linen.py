@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
-import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -26,6 +25,7 @@ from jbag.collection._lookup import Traffic
 from jbag.interop import _flax_serialization as _flax_serialization  # registers types
 from jbag.interop import _torch
 from jbag.ops._module_options import EmbeddingBagOptions, pretrained_options
+from jbag.ops._packed_table import packs
 from jbag.ragged._bags import Bags
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class EmbeddingBag(EmbeddingBagOptions, nn.Module):
         with `nn.with_partitioning` around it.
       implementation: the kernel by name, or None for the platform's best one.
       freeze: whether the table is kept from training.
+      packed: whether the table is a `PackedTable`; None packs it on TPUs.
 
     Example:
       >>> bag = jbag.EmbeddingBag(num_embeddings=10, features=2, mode="sum")
@@ -86,7 +87,11 @@ class EmbeddingBag(EmbeddingBagOptions, nn.Module):
             self.embedding = self.param("embedding", self._initial)
 
     def _initial(self, key: Array) -> Any:
-        return self._initial_table(key, jax.tree.map)
+        collection = "frozen" if self.freeze else "params"
+        given = nn.meta.unbox(self.get_variable(collection, "embedding"))
+        # Linen compares a given table with the shape of an initial one.
+        packed = self.packed if given is None else packs(given)
+        return self._initial_table(key, _map_boxed, packed)
 
     def __call__(
         self,
@@ -159,6 +164,8 @@ class EmbeddingBagCollection(CollectionOptions, nn.Module):
       concatenate: return one array, the features side by side.
       dtype: of the results; None for the tables' own.
       implementation: the kernel by name, or None for the platform's best one.
+      packed: whether the parameters are `PackedTable`s; None packs them on TPUs. Over a
+        mesh they are arrays.
 
     Example:
       >>> collection = jbag.EmbeddingBagCollection(
@@ -201,7 +208,10 @@ class EmbeddingBagCollection(CollectionOptions, nn.Module):
         parts = check_parts(self)
         arrays = {}
         for stack in parts.stacks:
-            init: Any = initializer(self, parts, stack)
+            given = nn.meta.unbox(self.get_variable("params", stack.name))
+            # Linen compares a given table with the shape of an initial one.
+            packed = self.packed if given is None else packs(given)
+            init: Any = initializer(self, parts, stack, packed)
             if stack.partition_spec is not None:
                 names = (*stack.partition_spec, None, None)[:2]
                 init = nn.with_partitioning(init, names)
@@ -248,8 +258,18 @@ class EmbeddingBagCollection(CollectionOptions, nn.Module):
         return export_tables(check_parts(self), nn.meta.unbox(params))
 
     def import_tables(self, tables: Mapping[str, ArrayLike]) -> dict[str, Array]:
-        """Return the parameters that hold such tables; see `export_tables`."""
+        """Return the parameters that hold such tables, as arrays; see `export_tables`.
+
+        `jbag.pack_like` packs them.
+        """
         return import_tables(check_parts(self), tables)
+
+
+def _map_boxed(function: Callable[[Array], Any], value: Any) -> Any:
+    """Apply a function to a table, inside its metadata if it has some."""
+    if isinstance(value, nn.meta.AxisMetadata):
+        return value.replace_boxed(function(value.unbox()))
+    return function(value)
 
 
 def from_torch(module: torch.nn.EmbeddingBag) -> tuple[EmbeddingBag, dict[str, Any]]:

@@ -27,6 +27,7 @@ from jbag._mesh.strategies import (
 from jbag.ops._factored_gradient import (
     ONE_DEVICE,
     FactoredGradient,
+    TableStorage,
     concatenate_gradients,
 )
 from jbag.ops._row_gather import accumulation_dtype, take
@@ -41,7 +42,7 @@ Receive = Callable[[Any, FactoredGradient], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class LocalGradients:
+class LocalGradients(TableStorage):
     """Place the terms on the devices whose shards they update; send nothing.
 
     Attributes:

@@ -36,6 +36,7 @@ from jbag.collection._stacking import (
     make_stacks,
 )
 from jbag.collection._tables_and_features import Feature, Table
+from jbag.ops._packed_table import AnyTable, pack, unpack
 from jbag.ops.kernels import check_implementation
 
 
@@ -57,6 +58,7 @@ class CollectionOptions:
     concatenate: bool = False
     dtype: DTypeLike | None = None
     implementation: str | None = None
+    packed: bool | None = None
 
 
 def check_parts(options: CollectionOptions) -> Parts:
@@ -83,6 +85,8 @@ def check_parts(options: CollectionOptions) -> Parts:
     for flag in ("sparse", "concatenate"):
         check_flag(flag, getattr(options, flag))
     check_implementation(options.implementation)
+    if options.packed is not None:
+        check_flag("packed", options.packed)
     if options.dtype is not None and not jnp.issubdtype(options.dtype, jnp.floating):
         raise TypeError(f"`dtype` must be floating; got {jnp.dtype(options.dtype)}.")
     if options.rows_per_round is not None:
@@ -172,22 +176,28 @@ def _check_division(stack: Stack, found: Strategy) -> None:
 
 
 def initializer(
-    options: CollectionOptions, parts: Parts, stack: Stack
-) -> Callable[[Array], Array]:
-    """Return the function of a key that initializes a stack with its sharding."""
+    options: CollectionOptions, parts: Parts, stack: Stack, packed: bool | None
+) -> Callable[[Array], AnyTable]:
+    """Return the function of a key that initializes a stack with its sharding.
 
-    def init(key: Array) -> Array:
+    `packed` is that of the options; or whether the array that the stack has is packed.
+    """
+
+    def init(key: Array) -> AnyTable:
         found = strategies(parts.stacks, options.mesh, options.batch_axis)
         array = stack.init(key)
         if stack.name not in found:
-            return array
+            return array if packed is False else pack(array, always=bool(packed))
         return reshard(array, found[stack.name], found[stack.name].table)
 
     return init
 
 
 def pool_collection(
-    options: CollectionOptions, parts: Parts, arrays: Mapping[str, Array], batch: Any
+    options: CollectionOptions,
+    parts: Parts,
+    arrays: Mapping[str, AnyTable],
+    batch: Any,
 ) -> Any:
     """Pool a batch; return a dict by feature, or one concatenated array."""
     found, bags = _check_call(options, parts, batch)
@@ -276,8 +286,9 @@ def validate_batch(options: CollectionOptions, batch: Any) -> Any:
     return batch
 
 
-def export_tables(parts: Parts, arrays: Mapping[str, Array]) -> dict[str, Array]:
+def export_tables(parts: Parts, arrays: Mapping[str, Any]) -> dict[str, Array]:
     """Return each table by name, its rows in the order of the ids."""
+    arrays = unpack(arrays)
     names = {stack.name for stack in parts.stacks}
     if not isinstance(arrays, Mapping) or not names <= set(arrays):
         raise ValueError(

@@ -32,6 +32,7 @@ from jbag._mesh.strategies import ShardingType, Strategy, per_device
 from jbag.collection._bag_dist import Bags, bag_dist, own_block
 from jbag.collection._stacking import Bag, Launch, Stack, only_in_bags
 from jbag.ops import _pooling
+from jbag.ops._packed_table import AnyTable, storage
 from jbag.ops._pooling import CsrBags
 from jbag.ops._row_gather import accumulation_dtype, take
 from jbag.ops._sparse_marks import mark_pooled, mark_table
@@ -45,7 +46,7 @@ Pooled = dict[str, Float[Array, "B D"]]
     static_argnames=("stack", "launches", "strategy", "sparse", "rows_per_round"),
 )
 def pool_stack(
-    table: Float[Array, "R D"],
+    table: AnyTable,
     bags: Bags,
     *,
     stack: Stack,
@@ -57,8 +58,9 @@ def pool_stack(
     """Return each feature's pooled bags; over a mesh, sharded along the batch."""
     if strategy is None:
         return _pool_on_one_device(table, bags, stack, launches, sparse)
+    table = jnp.asarray(table)
     if sparse:
-        table = mark_table(table)
+        table = storage(mark_table(table))
     bags = _with_slots(bags, strategy)
     mapped = _Mapped(stack, launches, strategy, sparse)
     if strategy.sharding_type == ShardingType.ROW_WISE and strategy.size > 1:
@@ -136,7 +138,7 @@ def measure_traffic(
 
 
 def _pool_on_one_device(
-    table: Float[Array, "R D"],
+    table: AnyTable,
     bags: Bags,
     stack: Stack,
     launches: Sequence[Launch],

@@ -1,4 +1,4 @@
-"""Flax serialization of `Bags` and `RowSparse` as dicts of arrays."""
+"""Flax serialization: `Bags` and `RowSparse` as dicts, a `PackedTable` as an array."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from flax.serialization import (
     to_state_dict,
 )
 
+from jbag.ops._packed_table import PackedTable, pack_like
 from jbag.ragged._bags import Bags
 from jbag.sparse._row_sparse import RowSparse
 
@@ -46,6 +47,17 @@ def _rows_from_state(rows: RowSparse, state: dict[str, Any]) -> RowSparse:
     return RowSparse(terms, rows.shape, rows.dtype, rows.is_coalesced)
 
 
+def _table_to_state(table: PackedTable) -> Any:
+    return to_state_dict(table.unpack())
+
+
+def _table_from_state(table: PackedTable, state: Any) -> PackedTable:
+    if isinstance(table.lines, RowSparse):
+        return dataclasses.replace(table, lines=from_state_dict(table.lines, state))
+    return pack_like(state, table)
+
+
+register_serialization_state(PackedTable, _table_to_state, _table_from_state)
 register_serialization_state(
     Bags, lambda bags: _take(bags, _BAGS), lambda x, state: _replace(x, state, _BAGS)
 )

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jbag.ops._packed_table import AnyTable, unpack
+
 if TYPE_CHECKING:
     import torch
 
@@ -54,7 +56,7 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def write(table: Float[Array, "V D"], module: Any) -> torch.nn.EmbeddingBag:
+def write(table: AnyTable, module: Any) -> torch.nn.EmbeddingBag:
     """Return a PyTorch module with a copy of the table and the module's options."""
     import torch
 
@@ -66,7 +68,7 @@ def write(table: Float[Array, "V D"], module: Any) -> torch.nn.EmbeddingBag:
         raise ValueError(
             "`scale_grad_by_freq` must be False with mode 'max' in PyTorch; got True."
         )
-    host = np.array(jax.device_get(table))
+    host = np.array(jax.device_get(unpack(table)))
     if host.dtype == jnp.bfloat16:
         weight = torch.from_numpy(host.view(np.int16)).view(torch.bfloat16)
     else:

@@ -29,6 +29,14 @@ from jbag.collection._lookup import Traffic
 from jbag.interop import _flax_serialization as _flax_serialization  # registers types
 from jbag.interop import _torch
 from jbag.ops._module_options import EmbeddingBagOptions, pretrained_options
+from jbag.ops._packed_table import (
+    AnyTable,
+    PackedTable,
+    pack_like,
+    packs,
+    storage,
+    stored,
+)
 from jbag.ragged._bags import Bags
 
 if TYPE_CHECKING:
@@ -49,7 +57,9 @@ class Frozen(nnx.Variable[Array]):
 class EmbeddingBag(EmbeddingBagOptions, nnx.Module):
     """A table of embeddings, pooled over bags of ids by `jbag.embedding_bag`.
 
-    The table is `self.embedding`, an `nnx.Param` [V, D], or a `Frozen` variable.
+    The table is `self.embedding`, an `nnx.Param` [V, D], or a `Frozen` variable. If it
+    is packed, it is the lines of a `PackedTable`, and the variable's metadata "packing"
+    is their geometry.
 
     Args:
       num_embeddings: V.
@@ -69,6 +79,7 @@ class EmbeddingBag(EmbeddingBagOptions, nnx.Module):
         or `embedding_metadata`, brings metadata.
       implementation: the kernel by name, or None for the platform's best one.
       freeze: whether the table is kept from training.
+      packed: whether the table is a `PackedTable`; None packs it on TPUs.
       embedding_metadata: metadata of the variable, such as `out_sharding`.
       rngs: gives the initializer its key; not needed by `from_pretrained`.
 
@@ -87,10 +98,12 @@ class EmbeddingBag(EmbeddingBagOptions, nnx.Module):
         self, embedding_metadata: Mapping[str, Any], rngs: nnx.Rngs
     ) -> None:
         self._check_options()
-        table = self._initial_table(rngs.params(), _map_value)
+        table = self._initial_table(rngs.params(), _map_value, self.packed)
         del self.embedding_init  # a pretrained one would keep its table alive
         variable = Frozen if self.freeze else nnx.Param
-        self.embedding = variable(table, **embedding_metadata)
+        self.embedding = variable(
+            _map_value(storage, table), **_packing(table), **embedding_metadata
+        )
 
     def __call__(
         self,
@@ -108,7 +121,7 @@ class EmbeddingBag(EmbeddingBagOptions, nnx.Module):
         Returns:
           [B, D], of `dtype`.
         """
-        return self._pool(self.embedding[...], indices, offsets, weights)
+        return self._pool(_table_of(self.embedding), indices, offsets, weights)
 
     @classmethod
     def from_pretrained(
@@ -159,7 +172,7 @@ class EmbeddingBag(EmbeddingBagOptions, nnx.Module):
         Example:
           >>> module = bag.to_torch()  # doctest: +SKIP
         """
-        return _torch.write(self.embedding[...], self)
+        return _torch.write(_table_of(self.embedding), self)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -183,6 +196,7 @@ class EmbeddingBagCollection(CollectionOptions, nnx.Module):
       concatenate: return one array, the features side by side.
       dtype: of the results; None for the tables' own.
       implementation: the kernel by name, or None for the platform's best one.
+      packed: whether the parameters are lines of `PackedTable`s; None packs on TPUs.
       rngs: gives the initializers their keys.
 
     Example:
@@ -211,17 +225,18 @@ class EmbeddingBagCollection(CollectionOptions, nnx.Module):
                 metadata["optimizer_sharding"] = PartitionSpec()
                 if isinstance(self.mesh, Mesh):
                     metadata["mesh"] = self.mesh
-            array = initializer(self, parts, stack)(rngs.params())
-            setattr(self, stack.name, nnx.Param(array, **metadata))
+            table = initializer(self, parts, stack, self.packed)(rngs.params())
+            variable = nnx.Param(storage(table), **_packing(table), **metadata)
+            setattr(self, stack.name, variable)
 
     def __call__(self, batch: Any) -> Any:
         """Pool every feature; see `jbag.linen.EmbeddingBagCollection`."""
         parts = check_parts(self)
         return pool_collection(self, parts, self._arrays(), batch)
 
-    def _arrays(self) -> dict[str, Array]:
+    def _arrays(self) -> dict[str, AnyTable]:
         names = [stack.name for stack in check_parts(self).stacks]
-        return {name: getattr(self, name)[...] for name in names}
+        return {name: _table_of(getattr(self, name)) for name in names}
 
     def validate(self, batch: Any) -> Any:
         """Check a batch by value; see `jbag.linen.EmbeddingBagCollection.validate`."""
@@ -242,12 +257,27 @@ class EmbeddingBagCollection(CollectionOptions, nnx.Module):
     def import_tables(self, tables: Mapping[str, ArrayLike]) -> None:
         """Take over such tables; see `export_tables`."""
         parts = check_parts(self)
-        for name, array in import_tables(parts, tables).items():
-            getattr(self, name)[...] = array
+        arrays = import_tables(parts, tables)
+        for name, table in pack_like(arrays, self._arrays()).items():
+            getattr(self, name)[...] = storage(table)
 
 
-def _map_value(function: Callable[[Array], Array], value: Any) -> Any:
+def _map_value(function: Callable[[Array], Any], value: Any) -> Any:
     """Apply a function to a table, inside its metadata if it has some."""
     if isinstance(value, nnx.VariableMetadata):
         return dataclasses.replace(value, raw_value=function(value.raw_value))
     return function(value)
+
+
+def _packing(value: Any) -> dict[str, Any]:
+    """Return the metadata of a variable that holds a table: how it is packed."""
+    table = value.raw_value if isinstance(value, nnx.VariableMetadata) else value
+    return {"packing": table.packing} if isinstance(table, PackedTable) else {}
+
+
+def _table_of(variable: nnx.Variable[Array]) -> AnyTable:
+    """Return the table in a variable, packed if its metadata says so."""
+    array = variable[...]
+    packing = variable.packing if packs(variable) else None
+    is_packed = packing is not None and array.shape == packing.shape
+    return stored(array, packing if is_packed else None)

@@ -17,12 +17,12 @@ from jbag._validation import (
     check_integer,
     check_integers,
     check_offsets,
-    check_table,
     check_weights,
     on_host,
     to_index_dtype,
 )
 from jbag.ops._max_norm import check_norm
+from jbag.ops._packed_table import AnyTable, PackedTable, check_stored
 from jbag.ops._pooling import PoolingOptions, pool
 from jbag.ops.kernels import check_implementation
 from jbag.ragged._bags import Bags
@@ -31,7 +31,7 @@ MODES = ("sum", "mean", "max", "min", "sqrtn")
 
 
 def embedding_bag(
-    table: ArrayLike,
+    table: ArrayLike | PackedTable,
     indices: Integers | Bags,
     offsets: Integers | None = None,
     *,
@@ -65,7 +65,7 @@ def embedding_bag(
     "min", a NaN wins, and the first winning slot gets the whole gradient.
 
     Args:
-      table: [V, D], float32, float64, bfloat16 or float16.
+      table: [V, D], float32, float64, bfloat16 or float16; or a `PackedTable`.
       indices: ids of rows, integers: [N] with `offsets`; or [B, L], B bags of L slots;
         or a `Bags`, which has its own offsets and may have weights.
       offsets: the first slot of each bag, from 0, non-decreasing: [B], where the last
@@ -136,7 +136,7 @@ def embedding_bag(
 
 
 def check_call(
-    table: ArrayLike,
+    table: ArrayLike | PackedTable,
     indices: Integers | Bags,
     offsets: Integers | None,
     *,
@@ -148,13 +148,13 @@ def check_call(
     norm_type: float,
     scale_grad_by_freq: bool,
     implementation: str | None,
-) -> tuple[Array, tuple[Any, ...], Array | None, dict[str, Any]]:
+) -> tuple[AnyTable, tuple[Any, ...], Array | None, dict[str, Any]]:
     """Check the arguments of `embedding_bag`.
 
     Returns the table, (ids, offsets, weights), `max_norm`, and the static options of
     `pool`.
     """
-    table = check_table(table)
+    table = check_stored(table)
     check_flag("include_last_offset", include_last_offset)
     check_flag("scale_grad_by_freq", scale_grad_by_freq)
     check_mode(mode)

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jbag.ops import _row_gather
+from jbag.ops._packed_table import AnyTable, PackedTable
 from jbag.ops._primitive import bind, define
 from jbag.ops._spmm import spmm, times, varies
 from jbag.ragged._csr_arrays import Ids, Offsets, Slots
 
 
 def extremum(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Ids,
     offsets: Offsets,
     coefficients: Slots | None,
@@ -53,7 +54,7 @@ def extremum(
 def _differentiable(
     values: Float[Array, "B D"],
     slots: Int[Array, "B D"],
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Ids,
     coefficients: Slots | None,
     value_scale: Slots | None,
@@ -81,7 +82,7 @@ def _differentiable_jvp(
 
 
 def _winning(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Ids,
     slots: Int[Array, "B D"],
     scale: Slots | None,
@@ -89,10 +90,13 @@ def _winning(
     """Return the elements c[i] * table[ids[i], d] of the winning slots i of each d."""
     sizes = (*ids.shape, *slots.shape)
     is_empty = any(isinstance(size, int) and size == 0 for size in sizes)
-    by_slots = _winning_elements if is_empty else _winning_by_slots
-    platforms = dict.fromkeys(("cuda", "rocm", "tpu"), by_slots)
+    if is_empty:
+        return jnp.zeros(slots.shape, _row_gather.accumulation_dtype(table.dtype))
+    if isinstance(table, PackedTable):
+        return _winning_by_slots(table, ids, slots, scale)
+    by_slots = dict.fromkeys(("cuda", "rocm", "tpu"), _winning_by_slots)
     return jax.lax.platform_dependent(
-        table, ids, slots, scale, **platforms, default=_winning_elements
+        table, ids, slots, scale, **by_slots, default=_winning_elements
     )
 
 
@@ -110,7 +114,7 @@ def _winning_elements(
 
 
 def _winning_by_slots(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Ids,
     slots: Int[Array, "B D"],
     scale: Slots | None,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jbag.ops import _row_gather
+from jbag.ops._packed_table import AnyTable, PackedTable, stored, take_rows
+from jbag.ops._packing import Packing
 from jbag.ops._row_updates import coalesce, update_rows
 from jbag.ops._spmm import divided, spmm_transpose
 from jbag.ragged import _csr_arrays
@@ -37,6 +39,7 @@ class Placement(Protocol):
     """The layout of a gradient's arrays on devices, and its operations.
 
     Attributes:
+      packing: how the table and its states [V, D] are packed into lines, or None.
       over_mesh: whether every array of a term has one block per device of a mesh.
       num_blocks: the number of blocks of the ids, offsets and coefficients.
     """
@@ -44,7 +47,14 @@ class Placement(Protocol):
     over_mesh: ClassVar[bool]
 
     @property
+    def packing(self) -> Packing | None: ...
+
+    @property
     def num_blocks(self) -> int: ...
+
+    def of_packed(self, packing: Packing) -> Placement: ...
+
+    def table_shape(self, stored: Shape) -> Shape: ...
 
     def coalesce(
         self, terms: Sequence[FactoredGradient], shape: Shape, dtype: Any
@@ -83,8 +93,28 @@ class Placement(Protocol):
     def zeros(self, shape: Shape, dtype: Any) -> Array: ...
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableStorage:
+    """The part of placements that knows how a table is stored."""
+
+    packing: Packing | None = None
+
+    def of_packed(self, packing: Packing) -> Self:
+        """Return the placement of a table that is packed."""
+        return dataclasses.replace(self, packing=packing)
+
+    def table_shape(self, stored: Shape) -> Shape:
+        """Return (V, D) of a table with an array of this shape."""
+        return stored if self.packing is None else self.packing[:2]
+
+    def table_of(self, array: Array) -> AnyTable:
+        """Return the table, or the state of an optimizer, that an array stores."""
+        is_packed = self.packing is not None and array.shape == self.packing.shape
+        return stored(array, self.packing if is_packed else None)
+
+
 @dataclasses.dataclass(frozen=True)
-class OneDevice:
+class OneDevice(TableStorage):
     """The placement of a table that is on one device, or replicated."""
 
     over_mesh: ClassVar[bool] = False
@@ -97,7 +127,10 @@ class OneDevice:
         term = self._join(terms, shape, dtype)
         indices, sums = term.apply(coalesce, num_embeddings=shape[0])
         return FactoredGradient(
-            sums, indices[:, None], implementation=term.implementation
+            sums,
+            indices[:, None],
+            implementation=term.implementation,
+            placement=self,
         )
 
     def flat(
@@ -112,7 +145,9 @@ class OneDevice:
         kept &= _csr_arrays.filled(term.ids, term.pad_id)
         indices = jnp.where(kept, term.ids, shape[0]).reshape(-1, 1)
         rows = jnp.where(kept[..., None], rows, 0).reshape(indices.size, shape[1])
-        return FactoredGradient(rows, indices, implementation=term.implementation)
+        return FactoredGradient(
+            rows, indices, implementation=term.implementation, placement=self
+        )
 
     def todense(
         self, terms: Sequence[FactoredGradient], shape: Shape, dtype: Any
@@ -133,14 +168,16 @@ class OneDevice:
         rule: str,
     ) -> tuple[Array, ...]:
         """Update rows in place by an update rule; see `RowSparse.update_table`."""
-        term = self._join(terms, table.shape, table.dtype)
-        return term.apply(update_rows, table, states, scalars, seed, rule=rule)
+        packed, *packed_states = map(self.table_of, (table, *states))
+        term = self._join(terms, packed.shape, table.dtype)
+        operands = (packed, packed_states, scalars, seed)
+        return term.apply(update_rows, *operands, rule=rule)
 
     def take(
         self, array: Shaped[Array, "V ..."], indices: Int[Array, " N"]
     ) -> Shaped[Array, "N ..."]:
         """Gather rows; an index out of range gives zeros."""
-        return _row_gather.take(array, indices, 0)
+        return take_rows(self.table_of(array), indices, 0)
 
     def put(
         self,
@@ -149,6 +186,9 @@ class OneDevice:
         rows: Shaped[Array, "N ..."],
     ) -> Shaped[Array, "V ..."]:
         """Scatter rows at sorted indices; drop those out of range."""
+        table = self.table_of(array)
+        if isinstance(table, PackedTable):
+            return table.packing.put(array, indices, rows)
         return array.at[indices].set(rows, mode="drop", indices_are_sorted=True)
 
     def zeros(self, shape: Shape, dtype: Any) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import numbers
@@ -17,11 +18,11 @@ from jbag._validation import (
     Integers,
     check_ids,
     check_integers,
-    check_table,
     on_host,
     to_index_dtype,
 )
-from jbag.ops._row_gather import accumulation_dtype, take
+from jbag.ops._packed_table import AnyTable, PackedTable, check_stored, take_rows
+from jbag.ops._row_gather import accumulation_dtype
 from jbag.ragged._bags import Bags
 
 # PyTorch adds this to the norm that it divides by.
@@ -29,8 +30,11 @@ _EPSILON = 1e-7
 
 
 def renorm(
-    table: ArrayLike, indices: Integers | Bags, max_norm: Any, norm_type: float = 2.0
-) -> Float[Array, "V D"]:
+    table: ArrayLike | PackedTable,
+    indices: Integers | Bags,
+    max_norm: Any,
+    norm_type: float = 2.0,
+) -> AnyTable:
     r"""Scale the rows at `indices` down to a maximum norm.
 
     .. math:: e_v \leftarrow e_v \cdot \frac{m}{\|e_v\|_p + 10^{-7}}
@@ -41,14 +45,14 @@ def renorm(
     to autodiff.
 
     Args:
-      table: [V, D], floating.
+      table: [V, D], floating, or a `PackedTable`.
       indices: ids of the rows to scale, of any shape, or a `Bags`, whose tail slots are
         ignored. On a device, ids outside [0, V) are ignored.
       max_norm: the largest norm, at least 0.
       norm_type: p of the p-norm, above 0; `math.inf` is the maximum norm.
 
     Returns:
-      [V, D], the dtype of `table`.
+      The table, [V, D] or packed, of the dtype of `table`.
 
     Raises:
       IndexError: an id on the host is outside [0, V).
@@ -64,7 +68,7 @@ def renorm(
       >>> jbag.renorm(table, [0], max_norm=1.0)[0].round(3)
       Array([0.6, 0.8], dtype=float32)
     """
-    table = check_table(table)
+    table = check_stored(table)
     if max_norm is None:
         raise TypeError("`max_norm` must be a number; got None.")
     max_norm, norm_type = check_norm(max_norm, norm_type)
@@ -86,21 +90,27 @@ def renorm(
 
 @functools.partial(jax.jit, static_argnames="norm_type")
 def _renorm(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Int[Array, "..."],
     max_norm: Shaped[Array, ""],
     norm_type: float,
-) -> Float[Array, "V D"]:
+) -> AnyTable:
     num_embeddings = table.shape[0]
     ids = jnp.where(ids < 0, num_embeddings, jnp.minimum(ids, num_embeddings))
     ids = ids.reshape(-1)
+    if isinstance(table, PackedTable):
+        ids = jnp.unique(ids, size=ids.size, fill_value=num_embeddings)
     scale = row_scale(table, ids, max_norm, norm_type)[:, None]
-    scaled = (take(table, ids, 0).astype(scale.dtype) * scale).astype(table.dtype)
+    rows = take_rows(table, ids, 0).astype(scale.dtype)
+    scaled = (rows * scale).astype(table.dtype)
+    if isinstance(table, PackedTable):
+        lines = table.packing.put(table.lines, ids, scaled)
+        return dataclasses.replace(table, lines=lines)
     return table.at[ids].set(scaled, mode="drop")
 
 
 def row_scale(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Int[Array, "*slots"],
     max_norm: Shaped[Array, ""],
     norm_type: float,
@@ -112,7 +122,7 @@ def row_scale(
     axis that shards the columns of the table.
     """
     dtype = accumulation_dtype(table.dtype)
-    rows = take(jax.lax.stop_gradient(table), ids, 0)
+    rows = take_rows(jax.lax.stop_gradient(table), ids, 0)
     magnitudes = jnp.abs(rows.astype(dtype))
 
     def sum_features(x: Array) -> Array:

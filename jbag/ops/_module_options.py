@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float
 from jbag._validation import Floats, Integers, check_flag, check_integer, check_table
 from jbag.ops._embedding_bag import check_mode, check_padding_idx, embedding_bag
 from jbag.ops._max_norm import check_norm
+from jbag.ops._packed_table import AnyTable, pack
 from jbag.ops.kernels import check_implementation
 from jbag.ragged._bags import Bags
 
@@ -75,6 +77,7 @@ class EmbeddingBagOptions:
     embedding_init: Initializer = default_embedding_init
     implementation: str | None = None
     freeze: bool = False
+    packed: bool | None = None
 
     def _check_options(self) -> None:
         """Check the options before the table is initialized."""
@@ -89,26 +92,33 @@ class EmbeddingBagOptions:
         check_norm(self.max_norm, self.norm_type)
         for flag in ("include_last_offset", "scale_grad_by_freq", "sparse", "freeze"):
             check_flag(flag, getattr(self, flag))
+        if self.packed is not None:
+            check_flag("packed", self.packed)
         if self.padding_idx is not None:
             check_padding_idx(self.padding_idx, self.num_embeddings)
 
     def _initial_table(
-        self, key: Array, map_boxed: Callable[[Callable[[Array], Array], Any], Any]
+        self,
+        key: Array,
+        map_boxed: Callable[[Callable[[Array], Any], Any], Any],
+        packed: bool | None,
     ) -> Any:
-        """Initialize the table; the row of `padding_idx` is zero.
+        """Initialize the table, packed if asked for; the row of `padding_idx` is zero.
 
         `map_boxed` applies a function to the array in the box that the initializer
         returns.
         """
         init, padding_idx = self.embedding_init, self.padding_idx
         table = init(key, (self.num_embeddings, self.features), self.param_dtype)
-        if padding_idx is None or isinstance(init, Pretrained):
+        if padding_idx is not None and not isinstance(init, Pretrained):
+            table = map_boxed(lambda array: array.at[padding_idx].set(0), table)
+        if packed is False:
             return table
-        return map_boxed(lambda array: array.at[padding_idx].set(0), table)
+        return map_boxed(functools.partial(pack, always=bool(packed)), table)
 
     def _pool(
         self,
-        table: Array,
+        table: AnyTable,
         indices: Integers | Bags,
         offsets: Integers | None,
         weights: Floats | None,

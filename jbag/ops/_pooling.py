@@ -35,6 +35,7 @@ from jbag.ops._explicit_axes import partitioned, pooled_sharding
 from jbag.ops._extremum import extremum
 from jbag.ops._factored_gradient import ONE_DEVICE, Placement
 from jbag.ops._max_norm import row_scale
+from jbag.ops._packed_table import AnyTable, storage
 from jbag.ops._row_gather import accumulation_dtype, take
 from jbag.ops._sparse_marks import mark_pooled, mark_table
 from jbag.ragged import _csr_arrays
@@ -63,7 +64,7 @@ class CsrBags(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("pooling", "padding_idx", "sparse"))
 def pool(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     indices: Ids,
     offsets: Offsets,
     weights: Slots | None,
@@ -79,7 +80,7 @@ def pool(
     `frequencies` counts the slots of the batch that hold each slot's id; None computes
     it if it is needed.
     """
-    sharding = pooled_sharding(table, indices, offsets, weights)
+    sharding = pooled_sharding(storage(table), indices, offsets, weights)
     indices, offsets, weights, frequencies = map(
         unsharded, (indices, offsets, weights, frequencies)
     )
@@ -105,7 +106,7 @@ def pool(
 
 
 def prepare(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Ids,
     offsets: Offsets,
     weights: Slots | None,
@@ -172,7 +173,7 @@ def prepare(
 
 
 def combine(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     csr: CsrBags,
     *,
     pooling: PoolingOptions,
@@ -196,7 +197,7 @@ def combine(
 def mark(
     total: Float[Array, "B D"],
     winners: Int[Array, "B D"] | None,
-    table: Float[Array, "V D"],
+    table: AnyTable,
     csr: CsrBags,
     *,
     pooling: PoolingOptions,
@@ -233,7 +234,7 @@ def transposed(
 def finish(
     total: Float[Array, "B D"],
     csr: CsrBags,
-    table: Float[Array, "V D"],
+    table: AnyTable,
     *,
     pooling: PoolingOptions,
     pad_id: int | None,

@@ -1,7 +1,8 @@
 """Kernel operations as JAX primitives: abstract evaluation, lowering and batching.
 
 The operands are the dense arrays, `ids`, `offsets` if the layout is ragged, and the
-optional coefficients. The lowering rule chooses the kernel, so one traced program can
+optional coefficients. A `PackedTable` is an operand by its lines, and its geometry is
+the parameter `packing`. The lowering rule chooses the kernel, so one traced program can
 be exported for several platforms with the best kernel of each.
 """
 
@@ -17,6 +18,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Int
 
+from jbag.ops._packed_table import AnyTable, PackedTable, storage
+from jbag.ops._packing import Packing
 from jbag.ops.kernels import KERNELS, Kernel, choose, special_platforms
 from jbag.ragged import _csr_arrays
 from jbag.ragged._csr_arrays import (
@@ -29,7 +32,7 @@ from jbag.ragged._csr_arrays import (
 
 def bind(
     primitive: Primitive,
-    dense: Sequence[Array],
+    dense: Sequence[AnyTable],
     ids: _csr_arrays.Ids,
     offsets: _csr_arrays.Offsets,
     coefficients: _csr_arrays.Slots | None,
@@ -37,7 +40,10 @@ def bind(
 ) -> Any:
     """Bind a primitive to its operands; leave out optional operands that are None."""
     optional = [x for x in (offsets, coefficients) if x is not None]
-    return primitive.bind(*equally_varying(*dense, ids, *optional), **params)
+    if isinstance(dense[0], PackedTable):
+        params["packing"] = dense[0].packing
+    arrays = map(storage, dense)
+    return primitive.bind(*equally_varying(*arrays, ids, *optional), **params)
 
 
 def layout(
@@ -76,10 +82,20 @@ def define(
         indexed by bags and hold flat slots.
     """
 
-    def call(kernel: Kernel, *operands: Array, **params: Any) -> Any:
+    def call(
+        kernel: Kernel, *operands: Array, packing: Packing | None = None, **params: Any
+    ) -> Any:
         arrays, ids, offsets, coefficients = layout(len(dense), operands)
         bags = (ids, offsets, coefficients) if has_coefficients else (ids, offsets)
-        return getattr(kernel.operations, name)(*arrays, *bags, **params)
+        operation = getattr(kernel.operations, name)
+        if packing is None:
+            return operation(*arrays, *bags, **params)
+        if dense[0] == "rows":
+            table = kernel.readable(PackedTable(arrays[0], packing))
+            return operation(table, *arrays[1:], *bags, **params)
+        if kernel.reads_packed:
+            return operation(*arrays, *bags, packing=packing, **params)
+        return packing.pack(operation(*arrays, *bags, **params))
 
     primitive = dispatch(name, call, several=len(outputs) > 1)
     batching.primitive_batchers[primitive] = functools.partial(
@@ -121,7 +137,9 @@ def dispatch(name: str, call: Callable[..., Any], *, several: bool) -> Primitive
             # V. An operation without a table among its operands has `num_embeddings`;
             # in all others the table is the first operand.
             first: Any = context.avals_in[0]
-            rows = params.get("num_embeddings", first.shape[0])
+            packing = params.get("packing")
+            rows = first.shape[0] if packing is None else packing.num_embeddings
+            rows = params.get("num_embeddings", rows)
             kernel = choose(implementation, platform, exported=exported, rows=rows)
             rule = functools.partial(call, kernel)
             lowered = mlir.lower_fun(rule, multiple_results=several)
@@ -227,6 +245,9 @@ def _batch(
     if size == 0:
         return _map(primitive, operands, dims, **params)
     shared = [operands[0]] if dense_axes[0] == "rows" and dims[0] is None else []
+    packing = params.get("packing")
+    if packing is not None and not shared:  # blocks of lines can't be concatenated
+        return _map(primitive, operands, dims, **params)
     stacked = [
         jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
         for x, d in zip(operands, dims, strict=True)
@@ -236,6 +257,7 @@ def _batch(
     )
     slots = ids[0].size
     rows = params.get("num_embeddings", dense[0].shape[0 if shared else 1])
+    rows = rows if packing is None else packing.num_embeddings
     ids = canonicalize_ids(ids, params["pad_id"], rows)
     params["pad_id"] = PAD_ID
     malformed = None

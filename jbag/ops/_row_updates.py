@@ -12,6 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from jbag.ops._packed_table import AnyTable, packing_of, storage, stored
+from jbag.ops._packing import Packing
 from jbag.ops._primitive import bind, dispatch, equally_varying, layout
 from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels import Kernel
@@ -41,8 +43,8 @@ def coalesce(
 
 
 def update_rows(
-    table: Float[Array, "V D"],
-    states: Sequence[Array],
+    table: AnyTable,
+    states: Sequence[AnyTable],
     scalars: Sequence[Any],
     seed: UInt32[Array, "2"] | None,
     cotangent: Float[Array, "B D"],
@@ -55,16 +57,22 @@ def update_rows(
 ) -> tuple[Array, ...]:
     """Update the rows of the bags' ids by an update rule; return table and states.
 
-    XLA updates in place where the operands are donated or not used again. With a
-    `seed`, a bfloat16 table rounds stochastically.
+    A packed table has packed states, and what is packed is returned as its lines. XLA
+    updates in place where the operands are donated or not used again. With a `seed`, a
+    bfloat16 table rounds stochastically.
     """
     dtype = accumulation_dtype(table.dtype)
     numbers = jnp.stack([jnp.asarray(x, dtype) for x in scalars])
     optional = [
         x for x in (seed, cotangent, ids, offsets, coefficients) if x is not None
     ]
-    operands = equally_varying(table, *states, numbers, *optional)
-    options |= {"rule": rule, "at_random": seed is not None}
+    arrays = map(storage, (table, *states))
+    operands = equally_varying(*arrays, numbers, *optional)
+    options |= {
+        "rule": rule,
+        "at_random": seed is not None,
+        "packing": packing_of(table),
+    }
     return tuple(update_rows_p.bind(*operands, **options))
 
 
@@ -74,15 +82,27 @@ def _call_coalesce(kernel: Kernel, *operands: Array, **params: Any) -> Any:
 
 
 def _call_update_rows(
-    kernel: Kernel, table: Array, *operands: Array, at_random: bool, **params: Any
+    kernel: Kernel,
+    table: Array,
+    *operands: Array,
+    at_random: bool,
+    packing: Packing | None,
+    **params: Any,
 ) -> Any:
     num_states = len(RULES[params["rule"]].states)
     states, (scalars, *rest) = operands[:num_states], operands[num_states:]
     seed = rest.pop(0) if at_random else None
     (cotangent,), *bags = layout(1, rest)
-    return kernel.operations.update_rows(
-        table, states, scalars, seed, cotangent, *bags, **params
+    tables: list[Any] = [
+        kernel.readable(stored(x, packing if x.ndim == 2 else None))
+        for x in (table, *states)
+    ]
+    updated = kernel.operations.update_rows(
+        tables[0], tuple(tables[1:]), scalars, seed, cotangent, *bags, **params
     )
+    if packing is None or kernel.reads_packed:
+        return updated
+    return tuple(packing.pack(x) if x.ndim == 2 else x for x in updated)
 
 
 coalesce_p = dispatch("coalesce", _call_coalesce, several=True)

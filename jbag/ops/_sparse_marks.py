@@ -18,19 +18,20 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int
 
 from jbag.ops._factored_gradient import ONE_DEVICE, Placement
+from jbag.ops._packed_table import AnyTable, PackedTable, packing_of, storage, stored
 from jbag.ops._primitive import equally_varying, layout
 from jbag.ragged._concatenate import merge_batches
 from jbag.ragged._csr_arrays import PAD_ID, Ids, Offsets, Slots, merge_axes
 
 
-def mark_table(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
+def mark_table(table: AnyTable) -> AnyTable:
     """Mark the table before pooling."""
-    return table_mark.bind(table)
+    return stored(table_mark.bind(storage(table)), packing_of(table))
 
 
 def mark_pooled(
     pooled: Float[Array, "B D"],
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Ids,
     offsets: Offsets,
     coefficients: Slots | None,
@@ -45,9 +46,11 @@ def mark_pooled(
     See `FactoredGradient` for the operands. Over a mesh every array has one block per
     device, and bags and slots are numbered within a block.
     """
+    if isinstance(table, PackedTable):
+        placement = placement.of_packed(table.packing)
     optional = [x for x in (winners,) if x is not None]
     bags = [x for x in (offsets, coefficients) if x is not None]
-    operands = equally_varying(pooled, table, *optional, ids, *bags)
+    operands = equally_varying(pooled, storage(table), *optional, ids, *bags)
     return pooled_mark.bind(
         *operands,
         has_winners=winners is not None,
@@ -119,7 +122,7 @@ def _batch_pooled(
         coefficients,
         dense[0] if has_winners else None,
         pad_id=pad_id,
-        num_embeddings=table.shape[1],
+        num_embeddings=params["placement"].table_shape(table.shape[1:])[0],
     )
     out = mark_pooled(
         merge_axes(pooled),

@@ -7,7 +7,8 @@ A is the sparse [B, V] matrix of the bags (ids, offsets, coefficients c):
     sddmm             <table[ids[i]], cotangent[bag of i]>        per slot i
 
 Each is linear in each floating operand. The derivatives of each are the other two, so
-the three are closed under differentiation.
+the three are closed under differentiation. With a `packing`, arrays [V, D] are the
+lines of a `PackedTable`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from jax.interpreters import ad
 from jaxtyping import Array, Float
 
 from jbag.ops import _row_gather
+from jbag.ops._packed_table import AnyTable, storage, stored
+from jbag.ops._packing import Packing
 from jbag.ops._primitive import bind, define, equally_varying, layout
 from jbag.ops.kernels import xla
 from jbag.ragged import _csr_arrays
@@ -34,7 +37,7 @@ Slots = _csr_arrays.Slots
 
 
 def spmm_scaled(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Ids,
     offsets: Offsets,
     coefficients: Slots | None,
@@ -57,7 +60,7 @@ def spmm_scaled(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _spmm_scaled(
     pool: Callable[..., Any],
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Ids,
     offsets: Offsets,
     coefficients: Slots | None,
@@ -92,11 +95,11 @@ def times(a: Array | None, b: Array | None) -> Array | None:
 
 
 def varies(tangent: Any) -> bool:
-    return not isinstance(tangent, SymbolicZero)
+    return not isinstance(storage(tangent), SymbolicZero)
 
 
 def spmm(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Ids,
     offsets: Offsets,
     coefficients: Slots | None,
@@ -130,9 +133,15 @@ def spmm_transpose(
     *,
     num_embeddings: _csr_arrays.Size,
     dtype: jnp.dtype,
+    packing: Packing | None = None,
     **options: Any,
-) -> Float[Array, "V D"]:
-    """Sum c[i] * cotangent[bag of i] over the slots of each id; round to `dtype`."""
+) -> Float[Array, "rows width"]:
+    """Sum c[i] * cotangent[bag of i] over the slots of each id; round to `dtype`.
+
+    With a `packing` it returns the lines of the result.
+    """
+    if packing is not None:
+        options["packing"] = packing
     return bind(
         spmm_transpose_p,
         (cotangent,),
@@ -146,7 +155,7 @@ def spmm_transpose(
 
 
 def sddmm(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     cotangent: Float[Array, "B D"],
     ids: Ids,
     offsets: Offsets,
@@ -218,15 +227,18 @@ def _spmm_to_table(
     *bags: Any,
     average: str | None,
     dtype: jnp.dtype,
+    packing: Packing | None = None,
     **options: Any,
 ) -> Array:
     ids, offsets, _ = bags
     table = dense[0].aval
+    rows = table.shape[0] if packing is None else packing.num_embeddings
     return spmm_transpose(
         divided(ct, ids, offsets, dtype, average, **options),
         *bags,
-        num_embeddings=table.shape[0],
+        num_embeddings=rows,
         dtype=table.dtype,
+        packing=packing,
         **options,
     )
 
@@ -240,10 +252,11 @@ def _spmm_to_coefficients(
     *,
     average: str | None,
     dtype: jnp.dtype,
+    packing: Packing | None = None,
     **options: Any,
 ) -> Array:
     shares = divided(ct, ids, offsets, dtype, average, **options)
-    return sddmm(dense[0], shares, ids, offsets, **options)
+    return sddmm(stored(dense[0], packing), shares, ids, offsets, **options)
 
 
 def divided(
@@ -272,10 +285,11 @@ def _spmm_transpose_to_cotangent(
     *bags: Any,
     num_embeddings: _csr_arrays.Size,
     dtype: jnp.dtype,
+    packing: Packing | None = None,
     **options: Any,
 ) -> Array:
     del num_embeddings, dtype
-    return spmm(ct, *bags, **options)
+    return spmm(stored(ct, packing), *bags, **options)
 
 
 def _spmm_transpose_to_coefficients(
@@ -287,10 +301,11 @@ def _spmm_transpose_to_coefficients(
     *,
     num_embeddings: _csr_arrays.Size,
     dtype: jnp.dtype,
+    packing: Packing | None = None,
     **options: Any,
 ) -> Array:
     del num_embeddings, dtype
-    return sddmm(ct, dense[0], ids, offsets, **options)
+    return sddmm(stored(ct, packing), dense[0], ids, offsets, **options)
 
 
 def _sddmm_to_table(
@@ -302,9 +317,16 @@ def _sddmm_to_table(
 
 
 def _sddmm_to_cotangent(
-    ct: Array, dense: Any, ids: Ids, offsets: Offsets, _: Any, **options: Any
+    ct: Array,
+    dense: Any,
+    ids: Ids,
+    offsets: Offsets,
+    _: Any,
+    *,
+    packing: Packing | None = None,
+    **options: Any,
 ) -> Array:
-    return spmm(dense[0], ids, offsets, ct, **options)
+    return spmm(stored(dense[0], packing), ids, offsets, ct, **options)
 
 
 for _primitive, _num_dense, _rules in (

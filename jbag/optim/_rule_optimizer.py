@@ -16,6 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jbag._validation import check_integer
+from jbag.ops._packed_table import packs
+from jbag.ops._packing import Packing
 from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels.huge_pages import to_huge_pages
 from jbag.ops.kernels.update_rules import RULES, step
@@ -71,18 +73,29 @@ def optimizer_from_rule(
         seed = _check_seed(seed)
 
     def init(params: Any) -> RowState:
-        def start(name: str, parameter: Array) -> Array:
+        def start(name: str, packing: Packing | None, parameter: Array) -> Array:
             dtype = accumulation_dtype(jnp.asarray(parameter).dtype)
-            if callable(first[name]):
-                return first[name](jnp.asarray(parameter).astype(dtype))
+            initial = first[name]
+            if callable(initial):
+                parameter = jnp.asarray(parameter)
+                if packing is None:
+                    return initial(parameter.astype(dtype))
+                return packing.pack(initial(packing.unpack(parameter).astype(dtype)))
             if name in per_row:
-                shape, device = jnp.shape(parameter)[:-1], _device_of_rows(parameter)
-                return jnp.full(shape, first[name], dtype, device=device)
-            return jnp.full_like(parameter, first[name], dtype)
+                shape = jnp.shape(parameter)[:-1] if packing is None else packing[:1]
+                return jnp.full(
+                    shape, initial, dtype, device=_device_of_rows(parameter)
+                )
+            return jnp.full_like(parameter, initial, dtype)
 
-        states = {
-            name: jax.tree.map(functools.partial(start, name), params) for name in first
-        }
+        def start_all(name: str) -> Any:
+            def one(x: Any) -> Any:
+                packing = x.packing if packs(x) else None
+                return jax.tree.map(functools.partial(start, name, packing), x)
+
+            return jax.tree.map(one, params, is_leaf=packs)
+
+        states = {name: start_all(name) for name in first}
         return RowState(jnp.zeros((), jnp.int32), to_huge_pages(states))
 
     def update(updates: Any, state: RowState, params: Any = None) -> Any:
@@ -136,7 +149,7 @@ def _update_rows(
 ) -> tuple[RowSparse, tuple[Array, ...]]:
     """Update rows and states in place; return the update and the states."""
     table, states = jnp.asarray(table), tuple(map(jnp.asarray, states))
-    if gradient.shape != table.shape:
+    if not gradient.fits(table):
         raise ValueError(
             f"A gradient must have the shape of its table, {table.shape}; "
             f"got {gradient.shape}."
@@ -152,7 +165,9 @@ def _update_rows(
         old, new = (delta.rows_of(x).astype(jnp.float32) for x in (table, new_table))
         return delta.with_values(new - old)
 
-    return AppliedUpdate(table, new_table, difference), tuple(new_states)
+    return AppliedUpdate(table, new_table, gradient.shape, difference), tuple(
+        new_states
+    )
 
 
 def _compute_delta(

@@ -23,11 +23,12 @@ class AppliedUpdate(RowSparse):
 
     def __init__(
         self,
-        table: Float[Array, "V D"],
-        new_table: Float[Array, "V D"],
+        table: Float[Array, "rows width"],
+        new_table: Float[Array, "rows width"],
+        shape: tuple[int, ...],
         difference: Callable[[], RowSparse],
     ) -> None:
-        super().__init__((), table.shape, table.dtype, is_coalesced=True)
+        super().__init__((), shape, table.dtype, is_coalesced=True)
         self._terms = None
         self._table, self._new_table, self._difference = table, new_table, difference
 

@@ -337,7 +337,10 @@ def _pull_back(
         offsets = _depend_on(value, offsets)
     options = {k: x for k, x in call.equation.params.items() if k != "has_winners"}
     pullback: Callable[..., Any] = functools.partial(
-        pull_back, shape=jnp.shape(table), dtype=jax.typeof(table).dtype, **options
+        pull_back,
+        shape=options["placement"].table_shape(jnp.shape(table)),
+        dtype=jax.typeof(table).dtype,
+        **options,
     )
     for _ in call.loops:
         pullback = jax.vmap(pullback)

@@ -14,13 +14,16 @@ from jaxtyping import Array, Float
 from jbag._validation import Floats, Integers
 from jbag.ops import _pooling
 from jbag.ops._embedding_bag import check_call
+from jbag.ops._factored_gradient import OneDevice
+from jbag.ops._packed_table import PackedTable, packing_of
+from jbag.ops._packing import Packing
 from jbag.ragged._bags import Bags
 from jbag.sparse._pullback import pull_back
 from jbag.sparse._row_sparse import RowSparse
 
 
 def pool(
-    table: ArrayLike,
+    table: ArrayLike | PackedTable,
     indices: Integers | Bags,
     offsets: Integers | None = None,
     *,
@@ -85,7 +88,7 @@ def pool(
     total, winners = _pooling.combine(
         jax.lax.stop_gradient(table), csr, pooling=pooling, pad_id=pad_id
     )
-    pullback = _Pullback(pooling, pad_id, table.shape, table.dtype)
+    pullback = _Pullback(pooling, pad_id, table.shape, table.dtype, packing_of(table))
     out = pullback.finish(total, csr)
     return out, jax.tree_util.Partial(pullback, total, winners, csr)
 
@@ -98,6 +101,7 @@ class _Pullback:
     pad_id: int | None
     shape: tuple[int, ...]
     dtype: Any
+    packing: Packing | None
 
     def finish(self, total: Array, csr: _pooling.CsrBags) -> Float[Array, "B D"]:
         table: Any = jax.ShapeDtypeStruct(self.shape, self.dtype)
@@ -119,4 +123,5 @@ class _Pullback:
             csr, self.pooling, self.pad_id
         )
         bags = (ids, offsets, coefficients, winners)
+        options |= {"placement": OneDevice(packing=self.packing)}
         return pull_back(ct, *bags, shape=self.shape, dtype=self.dtype, **options)

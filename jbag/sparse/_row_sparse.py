@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from jbag._validation import check_integer, check_integers, to_index_dtype
+from jbag._validation import AnyArray, check_integer, check_integers, to_index_dtype
 from jbag.ops import _row_gather
 from jbag.ops._factored_gradient import (
     ONE_DEVICE,
@@ -25,6 +25,8 @@ from jbag.ops._factored_gradient import (
     sum_batch,
 )
 from jbag.sparse._sealed_leaves import SealedGradients
+
+_UNEQUAL = "Shapes must be equal; got {} and {}."
 
 
 class _RowSparseType(type):
@@ -258,9 +260,13 @@ class RowSparse(metaclass=_RowSparseType):
         dense = self._placement.todense(self.terms, self.shape, self.dtype)
         return dense.astype(self.dtype)
 
+    def fits(self, table: AnyArray) -> bool:
+        """Return whether an array is such a table, or the lines of one."""
+        return self.shape in (table.shape, self._placement.table_shape(table.shape))
+
     def update_table(
         self,
-        table: Float[Array, "V D"],
+        table: Float[Array, "rows width"],
         states: Sequence[Array],
         scalars: Sequence[Any],
         seed: Array | None = None,
@@ -298,7 +304,9 @@ class RowSparse(metaclass=_RowSparseType):
     @property
     def _placement(self) -> Placement:
         """The placement of the terms."""
-        placements = {term.placement for term in self.terms}
+        placements: set[Placement] = {term.placement for term in self.terms}
+        if len(placements) > 1:  # rows made by hand fit a packed table
+            placements.discard(ONE_DEVICE)
         if len(placements) > 1:
             raise ValueError(
                 "Gradients of a sharded table can be added if all have the same "
@@ -310,9 +318,7 @@ class RowSparse(metaclass=_RowSparseType):
         if not isinstance(other, RowSparse):
             return self.__radd__(other)
         if self.shape != other.shape:
-            raise ValueError(
-                f"Shapes must be equal; got {self.shape} and {other.shape}."
-            )
+            raise ValueError(_UNEQUAL.format(self.shape, other.shape))
         dtype = jnp.promote_types(self.dtype, other.dtype)
         return RowSparse(self.terms + other.terms, self.shape, dtype)
 
@@ -322,10 +328,8 @@ class RowSparse(metaclass=_RowSparseType):
             return self
         if not isinstance(other, jax.Array | np.ndarray):
             return NotImplemented
-        if other.shape != self.shape:
-            raise ValueError(
-                f"Shapes must be equal; got {other.shape} and {self.shape}."
-            )
+        if not self.fits(other):
+            raise ValueError(_UNEQUAL.format(other.shape, self.shape))
         if not jnp.issubdtype(other.dtype, jnp.floating):
             raise TypeError(
                 f"A RowSparse must be added to a floating array; got {other.dtype}."

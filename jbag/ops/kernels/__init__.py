@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from jbag.ops._packed_table import AnyTable, PackedTable
 from jbag.ops.kernels import cpu, cuda, xla, xla_gpu
 from jbag.ops.kernels.contract import Operations
 from jbag.ragged._csr_arrays import Size
@@ -24,6 +25,7 @@ class Kernel:
       missing: why the kernel is not installed, or None.
       portable: whether an exported program runs without jbag.
       max_rows: the largest number of rows of a table; None means any.
+      reads_packed: whether the operations take a `PackedTable`; else it is unpacked.
     """
 
     operations: Operations
@@ -32,6 +34,13 @@ class Kernel:
     missing: str | None = None
     portable: bool = False
     max_rows: int | None = None
+    reads_packed: bool = False
+
+    def readable(self, table: AnyTable) -> AnyTable:
+        """Return a table that the operations take."""
+        if self.reads_packed or not isinstance(table, PackedTable):
+            return table
+        return table.packing.unpack(table.lines)
 
     def runs_on(self, platform: str | None) -> bool:
         """Return whether the kernel runs on a platform.
@@ -63,7 +72,7 @@ KERNELS: dict[str, Kernel] = {
         preferred_on=(),
     ),
     "xla_gpu": Kernel(xla_gpu, preferred_on=("cuda", "rocm"), portable=True),
-    "xla": Kernel(xla, portable=True),
+    "xla": Kernel(xla, portable=True, reads_packed=True),
 }
 
 

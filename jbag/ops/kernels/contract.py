@@ -28,6 +28,11 @@ It gives no gradient to the table or to the coefficients. Each kernel does so, i
 `finish` of `jbag/ops/_pooling.py` does.
 
 `coefficients` has the shape of `ids` and the accumulation dtype; None means ones.
+
+A kernel that is registered with `reads_packed` takes a `PackedTable` as the table, and
+as the states [V, D]. Its `spmm_transpose` has a parameter `packing`, and then returns
+the lines of its result; `update_rows` returns what is packed as its lines. For other
+kernels a packed table is unpacked, which copies it.
 """
 
 from __future__ import annotations

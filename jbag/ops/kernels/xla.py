@@ -1,7 +1,9 @@
 """The reference kernel: gather, then `jax.ops.segment_sum`, on every platform.
 
 `contract` defines the operations. Memory traffic: every operation writes and reads an
-[N, D] intermediate, unless XLA fuses it.
+[N, D] intermediate, unless XLA fuses it. Of a `PackedTable` it reads whole lines and
+pools them: outside the lanes of a slot's row they count as zeros, and the rows of a
+pooled line are added at last.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int, Shaped, UInt32
 
+from jbag.ops._packed_table import AnyTable, PackedTable, packing_of, take_rows
+from jbag.ops._packing import Packing
 from jbag.ops._row_gather import accumulation_dtype, bag_rows, take
 from jbag.ops.kernels import update_rules as rules
 from jbag.ragged._csr_arrays import (
@@ -27,7 +31,7 @@ from jbag.ragged._csr_arrays import (
 
 
 def spmm(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Ids,
     offsets: Offsets,
     coefficients: Slots | None,
@@ -41,9 +45,10 @@ def spmm(
     An `average` divides it by the number of filled slots ("mean"), or by the square
     root of that ("sqrtn"). It rounds to `dtype` once.
     """
-    rows = _rows(table, ids)
+    rows = _stored_rows(table, ids)
     if coefficients is not None:
         rows = coefficients[..., None] * rows
+    rows = _own_lanes(packing_of(table), ids, rows)
     if pad_id is not None:
         rows = jnp.where((ids == pad_id)[..., None], 0, rows)
     if offsets is None:
@@ -54,6 +59,8 @@ def spmm(
         num_bags = offsets.size - 1
         out = jax.ops.segment_sum(rows, bags, num_bags, indices_are_sorted=True)
         out = jnp.where(malformed[:, None], jnp.nan, out)
+    if isinstance(table, PackedTable):
+        out = table.packing.fold(out)
     if average is not None:
         out /= divisors(spmm, ids, offsets, out.dtype, pad_id=pad_id, average=average)
     return out.astype(dtype)
@@ -93,10 +100,12 @@ def spmm_transpose(
     pad_id: int | None,
     num_embeddings: Size,
     dtype: jnp.dtype,
-) -> Float[Array, "V D"]:
+    packing: Packing | None = None,
+) -> Float[Array, "rows width"]:
     """Return out[v] = sum of c[i] * cotangent[bag of i] over the slots i with id v.
 
-    It accumulates in the dtype of `cotangent` and rounds to `dtype` once.
+    It accumulates in the dtype of `cotangent` and rounds to `dtype` once. With a
+    `packing` it returns the lines of the result.
     """
     if _is_narrow(dtype, cotangent.dtype) and _is_less(ids.size, num_embeddings):
         # The sums of N rows; `segment_sum` makes V rows of a dtype twice as wide.
@@ -109,17 +118,22 @@ def spmm_transpose(
             num_embeddings=num_embeddings,
             max_unique_ids=ids.size,
         )
+        if packing is not None:
+            return packing.put(jnp.zeros(packing.shape, dtype), indices, sums)
         out = jnp.zeros((num_embeddings, cotangent.shape[1]), dtype)
         return set_rows(out, indices, sums.astype(dtype))
-    rows, kept = bag_rows(cotangent, ids, offsets)
+    rows, kept = bag_rows(_as_wide(packing, cotangent), ids, offsets)
     if coefficients is not None:
         rows = coefficients[..., None] * rows
     # `segment_sum` narrows 64-bit ids to 32 bits; clip so that none wraps.
     clipped = jnp.minimum(ids, num_embeddings)
     kept &= (ids >= 0) & filled(ids, pad_id)
     kept_ids = jnp.where(kept, clipped, num_embeddings)
-    rows = rows.reshape(ids.size, cotangent.shape[1])
-    out = jax.ops.segment_sum(rows, kept_ids.reshape(-1), num_embeddings)
+    rows = _own_lanes(packing, ids, rows)
+    rows, num_rows = rows.reshape(ids.size, rows.shape[-1]), num_embeddings
+    if packing is not None:
+        (kept_ids, _), num_rows = packing.locate(kept_ids), packing.shape[0]
+    out = jax.ops.segment_sum(rows, kept_ids.reshape(-1), num_rows)
     return out.astype(dtype)
 
 
@@ -133,7 +147,7 @@ def _is_less(size: Size, other: Size) -> bool:
 
 
 def sddmm(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     cotangent: Float[Array, "B D"],
     ids: Ids,
     offsets: Offsets,
@@ -141,13 +155,14 @@ def sddmm(
     pad_id: int | None,
 ) -> Slots:
     """Return out[i] = <table[ids[i]], cotangent[bag of i]>, zero at empty slots."""
-    rows, kept = bag_rows(cotangent, ids, offsets)
-    dots = (_rows(table, ids) * rows).sum(-1)
+    packing = packing_of(table)
+    rows, kept = bag_rows(_as_wide(packing, cotangent), ids, offsets)
+    dots = _own_lanes(packing, ids, _stored_rows(table, ids) * rows).sum(-1)
     return jnp.where(kept & filled(ids, pad_id), dots, 0)
 
 
 def extremum(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Ids,
     offsets: Offsets,
     coefficients: Slots | None,
@@ -160,7 +175,7 @@ def extremum(
     The slot is the first that holds the extremum, as a flat index into `ids`. An empty
     bag has the value zero and the slot N. A NaN wins.
     """
-    rows = _rows(table, ids)
+    rows = take_rows(table, ids, jnp.nan).astype(accumulation_dtype(table.dtype))
     if coefficients is not None:
         rows = coefficients[..., None] * rows
     worst = jnp.array(-jnp.inf if largest else jnp.inf, rows.dtype)
@@ -240,8 +255,8 @@ def sort_keys(
 
 
 def update_rows(
-    table: Float[Array, "V D"],
-    states: tuple[Array, ...],
+    table: AnyTable,
+    states: tuple[AnyTable, ...],
     scalars: Float[Array, " H"],
     seed: UInt32[Array, "2"] | None,
     cotangent: Float[Array, "B D"],
@@ -273,8 +288,8 @@ def update_rows(
 
 
 def update_unique_rows(
-    table: Float[Array, "V D"],
-    states: tuple[Array, ...],
+    table: AnyTable,
+    states: tuple[AnyTable, ...],
     scalars: Float[Array, " H"],
     seed: UInt32[Array, "2"] | None,
     indices: Int[Array, " U"],
@@ -288,8 +303,8 @@ def update_unique_rows(
     Indices out of range come last. Pass the `mean_square` of the gradient's rows if
     they are sharded by columns.
     """
-    rows = take(table, indices, 0).astype(gradient.dtype)
-    before = [take(state, indices, 0) for state in states]
+    rows = take_rows(table, indices, 0).astype(gradient.dtype)
+    before = [take_rows(state, indices, 0) for state in states]
     delta, after = rules.step(rule, rows, gradient, before, scalars, mean_square)
     rows += delta
     if seed is None:
@@ -297,7 +312,9 @@ def update_unique_rows(
     else:
         rows = _round_stochastically(rows, seed, indices)
     return tuple(
-        set_rows(x, indices, new)
+        x.packing.put(x.lines, indices, new)
+        if isinstance(x, PackedTable)
+        else set_rows(x, indices, new)
         for x, new in zip((table, *states), (rows, *after), strict=True)
     )
 
@@ -342,6 +359,25 @@ def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     return x ^ (x >> 16)
 
 
-def _rows(table: Float[Array, "V D"], ids: Ids) -> Float[Array, "*slots D"]:
-    """Gather the row of each slot, in the accumulation dtype."""
-    return take(table, ids, jnp.nan).astype(accumulation_dtype(table.dtype))
+def _stored_rows(table: AnyTable, ids: Ids) -> Float[Array, "*slots width"]:
+    """Gather the row of each slot, or its line, in the accumulation dtype."""
+    if isinstance(table, PackedTable):
+        ids, _ = table.packing.locate(ids)
+        rows = take(table.lines, ids, jnp.nan)
+    else:
+        rows = take(table, ids, jnp.nan)
+    return rows.astype(accumulation_dtype(table.dtype))
+
+
+def _own_lanes(
+    packing: Packing | None, ids: Ids, rows: Float[Array, "*slots width"]
+) -> Float[Array, "*slots width"]:
+    """Return lines with zeros outside the row of each slot; rows as they are."""
+    return rows if packing is None else packing.own_lanes(rows, packing.locate(ids)[1])
+
+
+def _as_wide(
+    packing: Packing | None, rows: Float[Array, "B D"]
+) -> Float[Array, "B width"]:
+    """Return each row repeated in a line; without a packing, the rows."""
+    return rows if packing is None else packing.repeat(rows)
