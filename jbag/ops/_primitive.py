@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Int
 
-from jbag.ops._packed_table import AnyTable, PackedTable, storage
+from jbag.ops._packed_table import PackedTable, storage
 from jbag.ops._packing import Packing
 from jbag.ops.kernels import KERNELS, Kernel, choose, special_platforms
 from jbag.ragged import _csr_arrays
@@ -32,7 +32,7 @@ from jbag.ragged._csr_arrays import (
 
 def bind(
     primitive: Primitive,
-    dense: Sequence[AnyTable],
+    dense: Sequence[Array | PackedTable],
     ids: _csr_arrays.Ids,
     offsets: _csr_arrays.Offsets,
     coefficients: _csr_arrays.Slots | None,

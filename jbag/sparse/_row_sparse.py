@@ -305,8 +305,7 @@ class RowSparse(metaclass=_RowSparseType):
     def _placement(self) -> Placement:
         """The placement of the terms."""
         placements: set[Placement] = {term.placement for term in self.terms}
-        if len(placements) > 1:  # rows made by hand fit a packed table
-            placements.discard(ONE_DEVICE)
+        placements = placements - {ONE_DEVICE} or placements  # rows made by hand fit
         if len(placements) > 1:
             raise ValueError(
                 "Gradients of a sharded table can be added if all have the same "

@@ -6,6 +6,8 @@ import oracle
 from modes import every_mode
 from oracle import assert_close
 
+import jbag
+
 WORKED_IDS = [0, 1, 2, 3, 4, 5, 6, 0, 7, 8]
 WORKED_OFFSETS = [0, 4, 6, 10]
 
@@ -19,8 +21,8 @@ def make_weights(size, dtype="float32", seed=1):
     return jnp.asarray(np.random.default_rng(seed).normal(size=size) + 0.3, dtype)
 
 
-def check(table, ids, offsets, weights=None, **options):
-    """Compare every mode's value and gradients with the oracle."""
+def check(table, ids, offsets, weights=None, packed=False, **options):
+    """Compare every mode's value and gradients with the oracle, also of lines."""
     padding_idx = options.get("padding_idx")
     if padding_idx is not None:
         padding_idx %= len(table)
@@ -35,7 +37,7 @@ def check(table, ids, offsets, weights=None, **options):
     cotangent = np.random.default_rng(2).normal(size=(len(bags), table.shape[1]))
     cotangent = jnp.asarray(cotangent, table.dtype)
     results = every_mode(
-        table,
+        jbag.pack(table, always=True) if packed else table,
         weights,
         jnp.asarray(flat.reshape(shape)),
         None if offsets is None else jnp.asarray(offsets),
@@ -44,7 +46,7 @@ def check(table, ids, offsets, weights=None, **options):
         **options,
     )
     freq = {"scale_grad_by_freq": options.get("scale_grad_by_freq", False)}
-    for mode, (actual, to_table, to_weights) in results.items():
+    for mode, (actual, to_table, to_weights) in jbag.unpack(results).items():
         assert actual.dtype == to_table.dtype == table.dtype
         assert_close(actual, oracle.forward(table, bags, mode, padding_idx, **meant))
         meant_table, meant_weights = oracle.gradients(
