@@ -260,6 +260,6 @@ def _on_tpu(array: Array) -> bool:
 jax.export.register_pytree_node_serialization(
     PackedTable,
     serialized_name="jbag.PackedTable",
-    serialize_auxdata=lambda packing: ",".join(map(str, packing)).encode(),
-    deserialize_auxdata=lambda data: Packing(*map(int, data.decode().split(","))),
+    serialize_auxdata=lambda aux: ",".join(map(str, aux[0])).encode(),
+    deserialize_auxdata=lambda data: (Packing(*map(int, data.decode().split(","))),),
 )

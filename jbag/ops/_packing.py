@@ -137,7 +137,22 @@ class Packing(NamedTuple):
         rows: Shaped[Array, "U D"],
     ) -> Shaped[Array, "R W"]:
         """Set rows at distinct, sorted ids; those out of range come last."""
-        rows = rows.astype(lines.dtype)
+        numbers, values, own = self._join(ids, rows.astype(lines.dtype))
+        values = jnp.where(own, values, take(lines, numbers, 0))
+        return lines.at[numbers].set(values, mode="drop", unique_indices=True)
+
+    def put_in_zeros(
+        self, ids: Int[Array, " U"], rows: Shaped[Array, "U D"], dtype: Any
+    ) -> Shaped[Array, "R W"]:
+        """Return `put` in lines of zeros."""
+        numbers, values, _ = self._join(ids, rows.astype(dtype))
+        lines = jnp.zeros(self.shape, dtype)
+        return lines.at[numbers].set(values, mode="drop", unique_indices=True)
+
+    def _join(
+        self, ids: Int[Array, " U"], rows: Shaped[Array, "U D"]
+    ) -> tuple[Int[Array, " U"], Shaped[Array, "U W"], Bool[Array, "U W"]]:
+        """Return distinct lines, and in each the rows of all of its ids; and a mask."""
         numbers, places = self.locate(ids)
         own = self._is_own(places)
         values = jnp.where(own, self.repeat(rows), 0)
@@ -151,12 +166,10 @@ class Packing(NamedTuple):
             own |= _shift(own, step, False) & same
             step *= 2
         is_last = jnp.append(numbers[1:] != numbers[:-1], True)
-        old = take(lines, numbers, 0)
-        values = jnp.where(own, values, old)
-        # Distinct out of range, too.
+        # The others are dropped; they are distinct, too.
         dropped = self.shape[0] + jnp.arange(ids.size, dtype=numbers.dtype)
         numbers = jnp.where(is_last & (numbers < self.shape[0]), numbers, dropped)
-        return lines.at[numbers].set(values, mode="drop", unique_indices=True)
+        return numbers, values, own
 
 
 def _shift(x: Shaped[Array, "U ..."], step: int, fill: Any) -> Shaped[Array, "U ..."]:

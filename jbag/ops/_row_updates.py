@@ -12,7 +12,13 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from jbag.ops._packed_table import AnyTable, packing_of, storage, stored
+from jbag.ops._packed_table import (
+    AnyTable,
+    PackedTable,
+    packing_of,
+    storage,
+    stored,
+)
 from jbag.ops._packing import Packing
 from jbag.ops._primitive import bind, dispatch, equally_varying, layout
 from jbag.ops._row_gather import accumulation_dtype
@@ -44,7 +50,7 @@ def coalesce(
 
 def update_rows(
     table: AnyTable,
-    states: Sequence[AnyTable],
+    states: Sequence[Array | PackedTable],
     scalars: Sequence[Any],
     seed: UInt32[Array, "2"] | None,
     cotangent: Float[Array, "B D"],

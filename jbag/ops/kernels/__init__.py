@@ -6,8 +6,11 @@ A kernel is a module that implements the six operations of `contract`.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from jbag.ops._packed_table import AnyTable, PackedTable
+from jaxtyping import Array, Shaped
+
+from jbag.ops._packed_table import PackedTable
 from jbag.ops.kernels import cpu, cuda, xla, xla_gpu
 from jbag.ops.kernels.contract import Operations
 from jbag.ragged._csr_arrays import Size
@@ -36,8 +39,8 @@ class Kernel:
     max_rows: int | None = None
     reads_packed: bool = False
 
-    def readable(self, table: AnyTable) -> AnyTable:
-        """Return a table that the operations take."""
+    def readable(self, table: Shaped[Array, "V ..."] | PackedTable) -> Any:
+        """Return a table, or a state of an optimizer, that the operations take."""
         if self.reads_packed or not isinstance(table, PackedTable):
             return table
         return table.packing.unpack(table.lines)

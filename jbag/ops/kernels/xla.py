@@ -119,7 +119,7 @@ def spmm_transpose(
             max_unique_ids=ids.size,
         )
         if packing is not None:
-            return packing.put(jnp.zeros(packing.shape, dtype), indices, sums)
+            return packing.put_in_zeros(indices, sums, dtype)
         out = jnp.zeros((num_embeddings, cotangent.shape[1]), dtype)
         return set_rows(out, indices, sums.astype(dtype))
     rows, kept = bag_rows(_as_wide(packing, cotangent), ids, offsets)
@@ -256,7 +256,7 @@ def sort_keys(
 
 def update_rows(
     table: AnyTable,
-    states: tuple[AnyTable, ...],
+    states: tuple[Shaped[Array, "V ..."] | PackedTable, ...],
     scalars: Float[Array, " H"],
     seed: UInt32[Array, "2"] | None,
     cotangent: Float[Array, "B D"],
@@ -289,7 +289,7 @@ def update_rows(
 
 def update_unique_rows(
     table: AnyTable,
-    states: tuple[AnyTable, ...],
+    states: tuple[Shaped[Array, "V ..."] | PackedTable, ...],
     scalars: Float[Array, " H"],
     seed: UInt32[Array, "2"] | None,
     indices: Int[Array, " U"],
