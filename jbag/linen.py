@@ -25,7 +25,7 @@ from jbag.collection._lookup import Traffic
 from jbag.interop import _flax_serialization as _flax_serialization  # registers types
 from jbag.interop import _torch
 from jbag.ops._module_options import EmbeddingBagOptions, pretrained_options
-from jbag.ops._packed_table import packs
+from jbag.ops._packed_table import AnyTable, packs
 from jbag.ragged._bags import Bags
 
 if TYPE_CHECKING:
@@ -257,12 +257,9 @@ class EmbeddingBagCollection(CollectionOptions, nn.Module):
         """
         return export_tables(check_parts(self), nn.meta.unbox(params))
 
-    def import_tables(self, tables: Mapping[str, ArrayLike]) -> dict[str, Array]:
-        """Return the parameters that hold such tables, as arrays; see `export_tables`.
-
-        `jbag.pack_like` packs them.
-        """
-        return import_tables(check_parts(self), tables)
+    def import_tables(self, tables: Mapping[str, ArrayLike]) -> dict[str, AnyTable]:
+        """Return the parameters that hold such tables; see `export_tables`."""
+        return import_tables(self, tables)
 
 
 def _map_boxed(function: Callable[[Array], Any], value: Any) -> Any:

@@ -187,10 +187,17 @@ def initializer(
         found = strategies(parts.stacks, options.mesh, options.batch_axis)
         array = stack.init(key)
         if stack.name not in found:
-            return array if packed is False else pack(array, always=bool(packed))
+            return _packed(array, packed)
         return reshard(array, found[stack.name], found[stack.name].table)
 
     return init
+
+
+def _packed(array: Array, packed: bool | None) -> AnyTable:
+    """Pack a table on one device, by the option of that name; leave a state of rows."""
+    if packed is False or array.ndim != 2:
+        return array
+    return pack(array, always=bool(packed))
 
 
 def pool_collection(
@@ -310,8 +317,11 @@ def _take(array: Array, rows: np.ndarray) -> Array:
     return array.at[rows].get(out_sharding=NamedSharding(mesh, P()))
 
 
-def import_tables(parts: Parts, tables: Mapping[str, Any]) -> dict[str, Array]:
-    """Return the stacked arrays of tables with rows in the order of the ids."""
+def import_tables(
+    options: CollectionOptions, tables: Mapping[str, Any]
+) -> dict[str, AnyTable]:
+    """Return the parameters of tables with rows in the order of the ids."""
+    parts = check_parts(options)
     if set(tables) != set(parts.tables):
         raise ValueError(f"`tables` must be {list(parts.tables)}; got {list(tables)}.")
     for name, table in parts.tables.items():
@@ -321,7 +331,12 @@ def import_tables(parts: Parts, tables: Mapping[str, Any]) -> dict[str, Array]:
             raise ValueError(
                 f"`tables[{name!r}]` must have shape {full} or {full[:1]}; got {shape}."
             )
-    return {stack.name: stack.fill(tables) for stack in parts.stacks}
+    found = strategies(parts.stacks, options.mesh, options.batch_axis)
+    arrays = {stack.name: stack.fill(tables) for stack in parts.stacks}
+    return {
+        name: array if name in found else _packed(array, options.packed)
+        for name, array in arrays.items()
+    }
 
 
 def collection_shardings(options: CollectionOptions, tree: Any) -> Any:

@@ -36,6 +36,7 @@ from jbag.ops._packed_table import (
     packs,
     storage,
     stored,
+    unpack,
 )
 from jbag.ragged._bags import Bags
 
@@ -256,9 +257,9 @@ class EmbeddingBagCollection(CollectionOptions, nnx.Module):
 
     def import_tables(self, tables: Mapping[str, ArrayLike]) -> None:
         """Take over such tables; see `export_tables`."""
-        parts = check_parts(self)
-        arrays = import_tables(parts, tables)
-        for name, table in pack_like(arrays, self._arrays()).items():
+        given = import_tables(self, tables)
+        # As the variables are: packed or not.
+        for name, table in pack_like(unpack(given), self._arrays()).items():
             getattr(self, name)[...] = storage(table)
 
 

@@ -45,8 +45,9 @@ def test_dealt_rows_change_nothing_and_specs_need_no_mesh(options):
     cases.check(make(*cases.only("padded_sum", "flat_max"), sparse=True, **options))
 
 
-def test_nnx_pools_and_differentiates_as_linen():
-    collection = make_nnx(sparse=True)
+@pytest.mark.parametrize("packed", [False, True])
+def test_nnx_pools_and_differentiates_as_linen(packed):
+    collection = make_nnx(sparse=True, packed=packed)
     collection.import_tables({k: cases.values()[k] for k in SOME[0]})
     batch, cotangents = cases.batch_of(SOME[1]), cases.cotangents(SOME[1])
 
@@ -65,13 +66,49 @@ def test_nnx_pools_and_differentiates_as_linen():
     for name in SOME[1]:
         oracle.assert_close(out[name], cases.pooled(name))
     expected = cases.to_tables(SOME[1])
-    linen = make()
-    for name, x in linen.export_tables(rows).items():
+    for name, x in make().export_tables(rows).items():
         oracle.assert_close(x, expected[name])
     for name, x in dense.export_tables().items():
         oracle.assert_close(x, expected[name])
     for name, x in collection.export_tables().items():
         np.testing.assert_array_equal(x, cases.values()[name])
+
+
+def test_a_packed_collection_trains_as_one_of_arrays():
+    tables, features = SOME
+    given = {k: cases.values()[k] for k in tables}
+    batch = cases.batch_of(features)
+    optimizer = jbag.optim.rowwise_adagrad(0.1)
+    results = []
+    for packed in (False, True):
+        collection = make(sparse=True, grid=20, packed=packed)
+
+        def loss(params, collection=collection):
+            out = collection.apply({"params": params}, batch)
+            return sum((jnp.nan_to_num(x) ** 2).sum() for x in out.values())
+
+        @jax.jit
+        def step(params, state, loss=loss):
+            gradient = jbag.grad(loss)(params)
+            updates, state = optimizer.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params = collection.import_tables(given)
+        initial = collection.init(jax.random.key(0), batch)["params"]
+        assert jax.tree.structure(params) == jax.tree.structure(initial)
+        is_packed = [isinstance(x, jbag.PackedTable) for x in params.values()]
+        assert is_packed == [packed] * len(params)
+        state = optimizer.init(params)
+        for _ in range(2):
+            params, state = step(params, state)
+        squares = state.states["sum_of_squares"]
+        results.append([collection.export_tables(x) for x in (params, squares)])
+        # Each takes the parameters of the other.
+        other = make(sparse=True, grid=20, packed=not packed)
+        out, same = (x.apply({"params": params}, batch) for x in (collection, other))
+        jax.tree.map(np.testing.assert_array_equal, out, same)
+    for one, two in zip(*results, strict=True):
+        jax.tree.map(oracle.assert_close, two, one)
 
 
 def test_tables_of_one_group_width_and_dtype_share_a_parameter():

@@ -30,6 +30,62 @@ def test_the_module_is_the_function(mode):
     np.testing.assert_array_equal(gradient.embedding[...], expected_gradient)
 
 
+def test_a_packed_module_trains_as_one_of_arrays():
+    class Model(nnx.Module):
+        def __init__(self, packed):
+            self.bag = make(sparse=True, packed=packed)
+            self.head = nnx.Linear(3, 1, rngs=nnx.Rngs(1))
+
+        def __call__(self, bags):
+            return self.head(self.bag(bags))
+
+    def loss(model):
+        return (model(BAGS) ** 2).sum()
+
+    results = []
+    for packed in (False, True):
+        model = Model(packed)
+        rules = {"bag": jbag.optim.rowwise_adagrad(0.1), "head": optax.adam(0.1)}
+        labels = nnx.State({"bag": "bag", "head": "head"})
+        optimizer = nnx.Optimizer(model, optax.partition(rules, labels), wrt=nnx.Param)
+        graph, state = nnx.split((model, optimizer))
+
+        @jax.jit
+        def step(state, graph=graph):
+            model, optimizer = nnx.merge(graph, state)
+            value, gradient = jbag.value_and_grad(loss)(model)
+            optimizer.update(model, gradient)
+            return nnx.state((model, optimizer)), value
+
+        for _ in range(3):
+            state, value = step(state)
+        assert step._cache_size() == 1
+        results.append((nnx.to_pure_dict(jbag.unpack(state)), value))
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, results[1], results[0])
+    # A checkpoint of the arrays, restored where they are packed.
+    unpacked = jbag.unpack(state)
+    nnx.replace_by_pure_dict(unpacked, results[0][0])
+    restored = jbag.pack_like(unpacked, like=state)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(close, restored, state)
+
+
+def test_dense_gradients_of_a_packed_module_train_it():
+    results = []
+    for packed in (False, True):
+        model = make(packed=packed)
+        optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+        for _ in range(2):
+            gradient = nnx.grad(lambda model: (model(BAGS) ** 2).sum())(model)
+            optimizer.update(model, gradient)
+        results.append(nnx.to_pure_dict(jbag.unpack(nnx.state(model))))
+    jax.tree.map(np.testing.assert_allclose, *results)
+    torch = pytest.importorskip("torch")
+    table = torch.tensor(np.array(results[1]["embedding"]))
+    torch.testing.assert_close(model.to_torch().weight, table, check_stride=False)
+
+
 def test_every_form_of_bags_is_taken():
     ids = [0, 1, 2, 3, 4, 5, 6, 0, 7, 8]
     expected = make()(BAGS)
