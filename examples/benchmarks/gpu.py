@@ -176,10 +176,9 @@ def jbag_call(
     def call(k: int) -> Any:
         nonlocal table
         result = function(table, *ring[k % RING])
-        if not trains:
-            return result
-        table = result
-        return table[0]
+        if trains:
+            table = result
+        return jax.tree.leaves(result)[0]
 
     return call
 
