@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Array, Shaped
 
 from jbag.ops._packed_table import PackedTable
-from jbag.ops.kernels import cpu, cuda, xla, xla_gpu
+from jbag.ops.kernels import cpu, cuda, tensorcore, xla, xla_gpu
 from jbag.ops.kernels.contract import Operations
 from jbag.ragged._csr_arrays import Size
 
@@ -73,6 +73,14 @@ KERNELS: dict[str, Kernel] = {
         missing=cuda.MISSING,
         max_rows=cuda.MAX_ROWS,
         preferred_on=(),
+    ),
+    # No TPU has run it yet.
+    "tensorcore": Kernel(
+        tensorcore,
+        platforms=("tpu",),
+        max_rows=tensorcore.MAX_ROWS,
+        preferred_on=(),
+        portable=True,
     ),
     "xla_gpu": Kernel(xla_gpu, preferred_on=("cuda", "rocm"), portable=True),
     "xla": Kernel(xla, portable=True, reads_packed=True),

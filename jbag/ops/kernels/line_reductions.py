@@ -1,0 +1,422 @@
+"""Pallas kernels for the TensorCore of TPUs: bags over tables stored as lines.
+
+A table is lines [R, W] of 32-bit or, in pairs, of 16-bit numbers. W is a multiple of
+128, and a line holds k rows: row v lies in line v // k, in the lanes
+[(v % k) * D, (v % k + 1) * D).
+
+A kernel visits the slots of a block of bags in order. Their ids come from HBM to SMEM
+in pieces, their lines to VMEM by a DMA each, many at a time. So the memory on chip
+depends on W alone. Each filled slot reads a line, as 32-bit words: a 16-bit line shares
+its words with its neighbour, and both are read. No DMA reads outside the table. What a
+bag reduces to stays in registers, and is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from jbag.ops.kernels import xla
+from jbag.ragged._csr_arrays import (
+    OUT_OF_RANGE_ID,
+    Ids,
+    Offsets,
+    Slots,
+    bag_bounds,
+    canonicalize_ids,
+)
+
+# Powers of two. A piece of slots is a DMA to SMEM. The row DMAs are ahead of the sums,
+# so the pieces in SMEM are those of both, and the next.
+LANES = 128
+_PIECE = 1024
+_PIECES = 4
+# Row DMAs. One takes about a microsecond.
+_IN_FLIGHT = 32
+_BLOCK_BYTES = 2**19  # of what a block of bags reduces to
+_MOST_BAGS = 256  # of a block
+
+# What a bag reduces to so far: arrays [1, W].
+Carry = tuple[Array, ...]
+Visit = Callable[..., None]
+
+
+def spmm_lines(
+    lines: Shaped[Array, "R W"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    rows_per_line: int,
+    num_embeddings: int,
+    width: int,
+    pad_id: int | None,
+    average: str | None,
+    dtype: jnp.dtype,
+) -> Float[Array, "B D"]:
+    """Compute `contract.Operations.spmm` of a table of lines."""
+    slots, bounds, malformed = _flatten(ids, offsets, pad_id, num_embeddings)
+
+    def body(visit: Visit, bounds: Any, out: Any) -> None:
+        del bounds
+
+        def add(bag: Any, slot: Any, sums: Carry, row: Array, own: Array) -> Carry:
+            del bag, slot, own
+            return (sums[0] + row,)
+
+        def write(bag: Any, sums: Carry) -> None:
+            out[pl.ds(bag, 1), :] = sums[0]
+
+        visit((jnp.zeros((1, lines.shape[1]), jnp.float32),), add, write)
+
+    bags = (slots, bounds, malformed, coefficients)
+    (sums,) = _call(body, lines, bags, rows_per_line, width, outputs=(jnp.float32,))
+    out = _by_row(sums, rows_per_line, width).sum(1)
+    if malformed is not None:
+        out = jnp.where(malformed[:, None], jnp.nan, out)
+    if average is not None:
+        # To count slots takes no rows.
+        options: dict[str, Any] = {"pad_id": pad_id, "average": average}
+        out /= xla.divisors(xla.spmm, ids, offsets, out.dtype, **options)
+    return out.astype(dtype)
+
+
+def sddmm_lines(
+    lines: Shaped[Array, "R W"],
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    *,
+    rows_per_line: int,
+    num_embeddings: Size,
+    width: int,
+    pad_id: int | None,
+) -> Slots:
+    """Compute `contract.Operations.sddmm` of a table of lines."""
+    slots, bounds, malformed = _flatten(ids, offsets, pad_id, num_embeddings)
+
+    def body(
+        visit: Visit, bounds: Any, factors: Any, out: Any, dots: Any, done: Any
+    ) -> None:
+        last = bounds[1, bounds.shape[1] - 1] - 1
+
+        def dot(bag: Any, slot: Any, _: Carry, row: Array, own: Array) -> Carry:
+            product = jnp.where(own, row * factors[pl.ds(bag, 1), :], 0.0).sum()
+            position = slot & (_PIECE - 1)
+            dots[position] = jnp.where(bounds[2, bag] == 0, product, 0.0)
+
+            # The dots of a piece stay in SMEM from one block of bags to the next.
+            @pl.when((position == _PIECE - 1) | (slot == last))
+            def _() -> None:
+                piece = out.at[jax.lax.div(slot, _PIECE)]
+                copy = pltpu.make_async_copy(dots, piece, done)
+                copy.start()
+                copy.wait()
+
+            return ()
+
+        visit((), dot, lambda *_: None)
+
+    bags = (slots, bounds, malformed, None)
+    factors = jnp.tile(cotangent.astype(jnp.float32), (1, rows_per_line))
+    factors = pad(factors, (factors.shape[0], lines.shape[1]))
+    (dots,) = _call(body, lines, bags, rows_per_line, width, factors=factors)
+    dots = dots.reshape(-1)[: ids.size]
+    # Nothing writes the dots of the tail.
+    visited = jnp.arange(ids.size, dtype=jnp.int32) < bounds[-1]
+    return jnp.where(visited, dots, 0).reshape(ids.shape)
+
+
+def extremum_lines(
+    lines: Shaped[Array, "R W"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    rows_per_line: int,
+    num_embeddings: Size,
+    width: int,
+    pad_id: int | None,
+    largest: bool,
+) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
+    """Compute `contract.Operations.extremum` of a table of lines."""
+    slots, bounds, malformed = _flatten(ids, offsets, pad_id, num_embeddings)
+    none = ids.size
+
+    def is_better(x: Array, i: Any, y: Array, j: Array) -> Bool[Array, "..."]:
+        """Return whether x of the slot i wins over y of j, which is none at first."""
+        wins = (x > y if largest else x < y) | (jnp.isnan(x) & ~jnp.isnan(y))
+        is_equal = (x == y) | (jnp.isnan(x) & jnp.isnan(y))
+        return (i < none) & ((j == none) | wins | (is_equal & (i < j)))
+
+    def body(visit: Visit, bounds: Any, values: Any, winners: Any) -> None:
+        del bounds
+
+        def keep(bag: Any, slot: Any, best: Carry, row: Array, own: Array) -> Carry:
+            del bag
+            wins = own & is_better(row, slot, *best)
+            return jnp.where(wins, row, best[0]), jnp.where(wins, slot, best[1])
+
+        def write(bag: Any, best: Carry) -> None:
+            values[pl.ds(bag, 1), :], winners[pl.ds(bag, 1), :] = best
+
+        shape = (1, lines.shape[1])
+        visit((jnp.zeros(shape), jnp.full(shape, none, jnp.int32)), keep, write)
+
+    bags = (slots, bounds, malformed, coefficients)
+    outputs = (jnp.float32, jnp.int32)
+    best = _call(body, lines, bags, rows_per_line, width, outputs=outputs)
+    values, winners = (_by_row(x, rows_per_line, width) for x in best)
+    value, winner = values[:, 0], winners[:, 0]
+    for row in range(1, rows_per_line):
+        wins = is_better(values[:, row], winners[:, row], value, winner)
+        value = jnp.where(wins, values[:, row], value)
+        winner = jnp.where(wins, winners[:, row], winner)
+    if malformed is not None:
+        value = jnp.where(malformed[:, None], jnp.nan, value)
+        winner = jnp.where(malformed[:, None], none, winner)
+    return value, winner
+
+
+def pad(x: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
+    """Append zeros to each axis."""
+    pads = [(0, size - own) for size, own in zip(shape, x.shape, strict=True)]
+    return jnp.pad(x, pads) if x.shape != shape else x
+
+
+def _by_row(x: Shaped[Array, "B W"], rows_per_line: int, width: int) -> Array:
+    """Split lines into rows, [B, k, D]."""
+    x = x[:, : rows_per_line * width]
+    return x.reshape(x.shape[0], rows_per_line, width)
+
+
+def _flatten(
+    ids: Ids, offsets: Offsets, pad_id: int | None, num_embeddings: int
+) -> tuple[Int[Array, " N"], Int[Array, " ends"], Bool[Array, " B"] | None]:
+    """Return canonical ids, the bounds of bags, and a mask of malformed bags."""
+    slots = canonicalize_ids(ids, pad_id, num_embeddings).reshape(-1).astype(jnp.int32)
+    if offsets is None:
+        num_bags, length = ids.shape
+        return slots, length * jnp.arange(num_bags + 1, dtype=jnp.int32), None
+    bounds, malformed = bag_bounds(offsets, ids.size)
+    return slots, bounds.astype(jnp.int32), malformed
+
+
+def _call(
+    body: Callable[..., None],
+    lines: Shaped[Array, "R W"],
+    bags: tuple[Array, Array, Array | None, Array | None],
+    rows_per_line: int,
+    width: int,
+    *,
+    outputs: Sequence[Any] = (),
+    factors: Float[Array, "B W"] | None = None,
+) -> Sequence[Array]:
+    """Call a kernel over blocks of bags.
+
+    Its body gets the function `visit` and references: to the starts, ends and flags of
+    the block's bags, and to the outputs [B, W]. With `factors` these are replaced by
+    the factors, an output by pieces of slots, one piece in SMEM, and a semaphore.
+    """
+    slots, bounds, malformed, coefficients = bags
+    num_bags, lanes = bounds.size - 1, lines.shape[1]
+    fits = max(8, _BLOCK_BYTES // (4 * lanes) // 8 * 8)
+    block = min(fits, _MOST_BAGS, max(num_bags, 1))
+    num_blocks = pl.cdiv(max(num_bags, 1), block)
+    after = (0, num_blocks * block - num_bags)
+    padded = jnp.pad(bounds, after, mode="edge")
+    if malformed is None:
+        malformed = jnp.zeros(num_bags, bool)
+    flags = jnp.pad(malformed.astype(jnp.int32), after)
+    columns = (padded[:-1], padded[1:], flags)
+    blocks = jnp.stack([x.reshape(num_blocks, block) for x in columns], axis=1)
+    num_pieces = pl.cdiv(max(slots.size, 1), _PIECE)
+    streams = [
+        pad(x.reshape(-1), (num_pieces * _PIECE,)).reshape(num_pieces, _PIECE)
+        for x in (slots, coefficients)
+        if x is not None
+    ]
+    dtype = lines.dtype
+    if dtype.itemsize == 2:
+        lines = jax.lax.bitcast_convert_type(lines, jnp.uint16)
+
+    def kernel(bounds: Any, *refs: Any) -> None:
+        num = len(streams)
+        sources, table, refs = refs[:num], refs[num], refs[num + 1 :]
+        refs, pieces, (arrived, rows, read) = (
+            refs[: -num - 3],
+            refs[-num - 3 : -3],
+            refs[-3:],
+        )
+
+        def visit(*steps: Any) -> None:
+            slots = (bounds, sources, pieces, arrived)
+            _visit(slots, (table, rows, read), dtype, rows_per_line, width, *steps)
+
+        body(visit, bounds, *refs)
+
+    varying = jax.typeof(lines).manual_axis_type
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    by_bag = pl.BlockSpec((block, lanes), lambda i: (i, 0))
+    if factors is None:
+        shapes = [((max(num_bags, 1), lanes), x) for x in outputs]
+        own_scratch = []
+    else:
+        factors = pad(factors, (max(num_bags, 1), lanes))
+        shapes = [((num_pieces, _PIECE), jnp.float32)]
+        own_scratch = [pltpu.SMEM((_PIECE,), jnp.float32), pltpu.SemaphoreType.DMA]
+    results = pl.pallas_call(
+        kernel,
+        grid=(num_blocks,),
+        in_specs=[
+            pl.BlockSpec(
+                (None, 3, block), lambda i: (i, 0, 0), memory_space=pltpu.SMEM
+            ),
+            *[anywhere for _ in (*streams, lines)],
+            *([] if factors is None else [by_bag]),
+        ],
+        out_specs=[by_bag if factors is None else anywhere for _ in shapes],
+        out_shape=[
+            jax.ShapeDtypeStruct(*shape, manual_axis_type=varying) for shape in shapes
+        ],
+        scratch_shapes=[
+            *own_scratch,
+            *(pltpu.SMEM((_PIECES, _PIECE), x.dtype) for x in streams),
+            pltpu.SemaphoreType.DMA((len(streams), _PIECES)),
+            pltpu.VMEM((_IN_FLIGHT, 4 // dtype.itemsize, lanes), lines.dtype),
+            pltpu.SemaphoreType.DMA((_IN_FLIGHT,)),
+        ],
+        # Pieces of dots go from one block to the next.
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel" if factors is None else "arbitrary",)
+        ),
+    )(blocks, *streams, lines, *([] if factors is None else [factors]))
+    return results if factors is not None else [x[:num_bags] for x in results]
+
+
+def _visit(
+    slots: tuple[Any, ...],
+    table: tuple[Any, ...],
+    dtype: jnp.dtype,
+    rows_per_line: int,
+    width: int,
+    start: Carry,
+    step: Callable[..., Carry],
+    finish: Callable[[Any, Carry], None],
+) -> None:
+    """Reduce each bag of a block.
+
+    `step(bag, slot, carry, row, own)` gets the weighted row of a slot among zeros, or
+    NaN where no row has its id, and masks the lanes of the row.
+    """
+    bounds, sources, pieces, arrived = slots
+    lines, rows, read = table
+    block = bounds.shape[1]
+    first, last = bounds[0, 0], bounds[1, block - 1]
+
+    def copies(piece: Any) -> list[Any]:
+        part = piece & (_PIECES - 1)
+        return [
+            pltpu.make_async_copy(
+                source.at[piece], target.at[part], arrived.at[n, part]
+            )
+            for n, (source, target) in enumerate(zip(sources, pieces, strict=True))
+        ]
+
+    def load(piece: Any) -> None:
+        @pl.when(piece * _PIECE < last)
+        def _() -> None:
+            for copy in copies(piece):
+                copy.start()
+
+    def read_piece(n: int, slot: Any) -> Any:
+        part = jax.lax.div(slot, _PIECE) & (_PIECES - 1)
+        return pieces[n][part, slot & (_PIECE - 1)]
+
+    def line_copy(slot: Any, index: Any) -> Any:
+        line = jax.lax.div(index, rows_per_line)
+        if dtype.itemsize == 4:
+            source = lines.at[pl.ds(line, 1)]
+        else:
+            source = lines.at[pl.ds(pl.multiple_of(line & ~1, 2), 2)]
+        buffer = slot & (_IN_FLIGHT - 1)
+        return pltpu.make_async_copy(source, rows.at[buffer], read.at[buffer])
+
+    def fetch(slot: Any) -> None:
+        @pl.when((slot & (_PIECE - 1) == 0) | (slot == first))
+        def _() -> None:
+            piece = jax.lax.div(slot, _PIECE)
+            for copy in copies(piece):
+                copy.wait()
+            load(piece + 1)
+
+        index = read_piece(0, slot)
+
+        @pl.when(index >= 0)
+        def _() -> None:
+            line_copy(slot, index).start()
+
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, lines.shape[1]), 1)
+
+    def reduce_bag(bag: Any, _: Any) -> None:
+        def visit(slot: Any, carry: Carry) -> Carry:
+            index = read_piece(0, slot)
+
+            @pl.when(index >= 0)
+            def _() -> None:
+                line_copy(slot, index).wait()
+
+            is_row = index >= 0
+            line = jax.lax.div(index, rows_per_line)
+            begin = (index - line * rows_per_line) * width
+            everywhere = jnp.where(index == OUT_OF_RANGE_ID, lane.size, 0)
+            begin, end = (
+                jnp.where(is_row, begin, 0),
+                jnp.where(is_row, begin + width, everywhere),
+            )
+            own = (lane >= begin) & (lane < end)
+            scale = jnp.float32(1) if len(sources) == 1 else read_piece(1, slot)
+            row = _decode(rows[slot & (_IN_FLIGHT - 1)], line, dtype)
+            row = jnp.where(own, jnp.where(is_row, scale, jnp.nan) * row, 0.0)
+            carry = step(bag, slot, carry, row, own)
+
+            @pl.when(slot + _IN_FLIGHT < last)
+            def _() -> None:
+                fetch(slot + _IN_FLIGHT)
+
+            return carry
+
+        carry = jax.lax.fori_loop(bounds[0, bag], bounds[1, bag], visit, start)
+        finish(bag, carry)
+
+    @pl.when(first < last)
+    def _() -> None:
+        load(jax.lax.div(first, _PIECE))
+
+    most = jnp.minimum(first + _IN_FLIGHT, last)
+    jax.lax.fori_loop(first, most, lambda slot, _: fetch(slot), None)
+    jax.lax.fori_loop(0, block, reduce_bag, None)
+
+
+def _decode(words: Array, line: Any, dtype: jnp.dtype) -> Float[Array, "1 W"]:
+    """Convert a line to float32: of 16 bits, the lower or the upper half of words."""
+    if dtype.itemsize == 4:
+        return words
+    words = pltpu.bitcast(words, jnp.uint32)
+    half = (words >> ((line & 1) * 16).astype(jnp.uint32)) & 0xFFFF
+    if dtype == jnp.bfloat16:
+        return pltpu.bitcast(half << 16, jnp.float32)
+    # Float16 has 5 bits of an exponent with bias 15, and 10 of a fraction. TPUs flush
+    # subnormal numbers, so those are made of the integer.
+    magnitude = half & 0x7FFF
+    exponent = jnp.where(magnitude < 0x7C00, jnp.uint32(127 - 15), jnp.uint32(255 - 31))
+    normal = pltpu.bitcast((magnitude << 13) + (exponent << 23), jnp.float32)
+    subnormal = magnitude.astype(jnp.int32).astype(jnp.float32) * 2.0**-24
+    value = jnp.where(magnitude < 0x400, subnormal, normal)
+    return jnp.where(half < 0x8000, value, -value)
