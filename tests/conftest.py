@@ -34,6 +34,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # A program that is lowered needn't name the lines that it comes from.
 jax.config.update("jax_traceback_in_locations_limit", 0)
 
+from jax.experimental.pallas import tpu as pltpu  # noqa: E402  (as the next)
+
 from jbag.ops.kernels import KERNELS, cuda  # noqa: E402  (the devices come first)
 
 # The CUDA kernel runs on a CPU by the library that `csrc/README.md` tells how to build.
@@ -43,6 +45,15 @@ if stand_in := os.environ.get("JBAG_CUDA_STAND_IN"):
         platforms=("cpu",),
         missing=cuda.load(stand_in, stand_in, platform="cpu"),
     )
+
+# The TensorCore's kernel runs on a CPU by Pallas' interpreter of `interpret=True`, which
+# compiles it. The interpreter of TPUs takes a millisecond for each access to memory; it
+# runs in `tests/ops/kernels/test_tensorcore.py`.
+if jax.default_backend() == "cpu":
+    KERNELS["tensorcore"] = dataclasses.replace(
+        KERNELS["tensorcore"], platforms=("cpu",)
+    )
+    pltpu.set_tpu_interpret_mode(True)
 
 
 def pytest_collection_finish():
@@ -54,7 +65,10 @@ def pytest_collection_finish():
 
 @pytest.fixture(params=["cpu", "xla", *slow("cuda", "xla_gpu")])
 def implementation(request, require):
-    """Every kernel by name; those for GPUs are slow where they run on a CPU."""
+    """Every kernel by name; those for GPUs are slow where they run on a CPU.
+
+    The kernel for TPUs, which is interpreted, runs in tests marked `every_kernel`.
+    """
     require(request.param)
     return request.param
 

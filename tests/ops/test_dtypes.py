@@ -7,6 +7,7 @@ import pytest
 from modes import TWO
 from oracle import MODES
 from pooling import WORKED_IDS, WORKED_OFFSETS, check, make_table, make_weights
+from slow import every_kernel
 
 import jbag
 
@@ -57,6 +58,7 @@ def test_weights_of_another_dtype_keep_the_dtype_of_the_table(dtype, implementat
     check(table, WORKED_IDS, WORKED_OFFSETS, weights, **options)
 
 
+@every_kernel
 @pytest.mark.parametrize(
     "dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 )
@@ -76,6 +78,7 @@ def test_every_integer_dtype_names_rows(dtype, implementation):
         np.testing.assert_array_equal(on_device, expected)
 
 
+@every_kernel
 @pytest.mark.usefixtures("x64")
 def test_64_bit_ids_never_wrap(implementation):
     table = make_table()
@@ -97,6 +100,7 @@ def test_64_bit_ids_never_wrap(implementation):
     assert np.isfinite(unsigned).all()
 
 
+@every_kernel
 def test_unsigned_ids_never_wrap(implementation):
     ids = jnp.array([2**32 - 1, 1], jnp.uint32)
     out = jbag.embedding_bag(

@@ -11,7 +11,7 @@ import pytest
 from modes import PAIRS, TWO, every_mode
 from oracle import MODES, assert_close
 from pooling import WORKED_IDS, WORKED_OFFSETS, check, make_table, make_weights
-from slow import slow
+from slow import every_kernel, slow
 
 import jbag
 
@@ -57,6 +57,7 @@ def test_value_and_gradients_equal_the_oracle(
 
 
 # With weights of each dtype, 16-bit tables are in test_dtypes.py.
+@every_kernel
 @pytest.mark.parametrize(
     ("dtype", "weighted"), [("bfloat16", False), *slow(("float16", True))]
 )
@@ -73,12 +74,14 @@ def test_float64_equals_the_oracle(implementation):
     check(make_table("float64"), WORKED_IDS, WORKED_OFFSETS, weights, **options)
 
 
+@every_kernel
 @pytest.mark.parametrize("features", [0, 1, 10, *slow(3, 64, 300)])
 def test_every_width_equals_the_oracle(features, implementation):
     table, options = make_table(features=features), {"implementation": implementation}
     check(table, WORKED_IDS, WORKED_OFFSETS, modes=TWO, **options)
 
 
+@every_kernel
 @pytest.mark.parametrize("seed", [1, 6, *slow(3, 4)])
 def test_random_bags_with_every_option_equal_the_oracle(seed, implementation):
     rng = np.random.default_rng(seed)
@@ -175,6 +178,7 @@ def test_rectangular_indices_are_bags_of_one_length(shape, weighted, implementat
     )
 
 
+@every_kernel
 def test_tail_slots_may_hold_anything(implementation):
     table, limit = make_table(), {"max_norm": 1.0}
     results = every_mode(
@@ -278,6 +282,7 @@ def test_weighted_modes_mean_what_tensorflow_means(mode, expected, implementatio
     np.testing.assert_allclose(out[0], expected, rtol=1e-6)
 
 
+@every_kernel
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_the_first_of_several_winners_takes_the_whole_gradient(mode, implementation):
     table = jnp.array([[1.0, 5.0], [1.0, 5.0], [1.0, 5.0]])
@@ -291,6 +296,7 @@ def test_the_first_of_several_winners_takes_the_whole_gradient(mode, implementat
     np.testing.assert_array_equal(jax.grad(pool)(table), [[0, 0], [0, 0], [1, 1]])
 
 
+@every_kernel
 @pytest.mark.parametrize("rectangular", [False, True])
 def test_a_nan_wins_wherever_it_stands(rectangular, implementation):
     table = jnp.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0], [jnp.nan, 0.5]])
@@ -311,6 +317,7 @@ def test_a_nan_wins_wherever_it_stands(rectangular, implementation):
             assert gradient[3, 0] == 1
 
 
+@every_kernel
 @pytest.mark.parametrize("mode", ["max", "min"])
 @pytest.mark.parametrize("worst", [-np.inf, np.inf])
 def test_infinities_pool_as_numbers(worst, mode, implementation):
@@ -356,6 +363,7 @@ def test_max_norm_may_be_traced(implementation):
     assert_close(jax.jit(pool)(1.0), pool(1.0))
 
 
+@every_kernel
 @pytest.mark.parametrize("shape", [(0, 3), (0, 0), (4, 0)])
 def test_empty_tables_pool_empty_bags_to_zero(shape, implementation):
     bag = functools.partial(jbag.embedding_bag, implementation=implementation)
@@ -400,6 +408,7 @@ def test_lists_numpy_and_device_arrays_give_the_same(implementation):
         np.testing.assert_array_equal(result, results[0])
 
 
+@every_kernel
 def test_results_are_the_same_from_run_to_run(implementation):
     rng = np.random.default_rng(0)
     table = make_table(rows=100, features=17)

@@ -9,7 +9,7 @@ import pytest
 from modes import every_mode
 from oracle import assert_close
 from pooling import make_table, make_weights
-from slow import slow
+from slow import every_kernel, slow
 
 import jbag
 
@@ -49,6 +49,7 @@ def test_an_unknown_id_on_a_device_makes_its_bag_nan(
             np.testing.assert_array_equal(np.asarray(gradient)[[2, 6, 7, 8, 9]], 0)
 
 
+@every_kernel
 @pytest.mark.parametrize("mode", ["mean", "sqrtn"])
 def test_an_unknown_id_is_nan_even_at_zero_weight(mode, implementation):
     out = jbag.embedding_bag(
@@ -76,6 +77,7 @@ MALFORMED = [
 ]
 
 
+@every_kernel
 @pytest.mark.parametrize("weighted", [False, True])
 def test_malformed_offsets_on_a_device_make_their_bags_nan(weighted, implementation):
     table = make_table()

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 from meshes import make_mesh, some_devices
 from oracle import MODES
-from slow import slow
+from slow import every_kernel, slow
 
 import jbag
 from jbag.ops import _extremum, _primitive, _spmm
@@ -228,6 +228,7 @@ CASES = [
     *((f, "ragged", name) for f in RAGGED for name in ("cpu", "xla")),
     *((f, "rectangular", name) for f in BATCHED for name in ("cpu", "xla")),
     *slow(*((f, "ragged", name) for f in RAGGED for name in ("cuda", "xla_gpu"))),
+    *slow(*((f, "ragged", "tensorcore") for f in BATCHED)),
     *((f, "ragged", "cpu") for f in LARGE),
     *slow(*((f, "ragged", "xla") for f in LARGE)),
     *slow(*((f, "rectangular", "cpu") for f in (LARGE[0], LARGE[-1]))),
@@ -264,6 +265,7 @@ def test_jvp_and_vjp_agree_under_every_option(implementation):
     assert all(np.isfinite(x).all() for x in second)
 
 
+@every_kernel
 def test_vmap_keeps_malformed_and_unknown_apart(implementation):
     ids = np.array([[0, 1, 2, 3], [0, 99, 2, 3], [0, 1, 2, -1]])
     offsets = np.array([[0, 1, 4], [0, 2, 4], [0, 9, 4]])
@@ -290,6 +292,7 @@ def test_vmap_keeps_malformed_and_unknown_apart(implementation):
         close(gradient[k], pullback(np.ones_like(value))[0])
 
 
+@every_kernel
 def test_vmap_with_tail_slots_and_padding(implementation):
     lists = [[[1, 2], []], [[3], [4, 0, 0, 1]], [[], []]]
     batches = [jbag.Bags.from_lists(x, capacity=7) for x in lists]
@@ -364,6 +367,7 @@ def test_batches_run_one_by_one_give_the_same(
     chex.assert_trees_all_close(*both(*operands))
 
 
+@every_kernel
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_shard_map_over_bags_equals_one_device(kind, implementation):
     mesh = make_mesh(kind)
@@ -387,6 +391,7 @@ def test_shard_map_over_bags_equals_one_device(kind, implementation):
         close(jax.device_get(both(table, weights)), expected)
 
 
+@every_kernel
 def test_shard_map_over_ragged_blocks_and_columns(implementation):
     mesh = jax.make_mesh((2, 2), ("x", "y"), devices=some_devices(4))
     lists = [[[1, 2], [3]], [[], [4, 0, 0]]]

@@ -1,4 +1,4 @@
-"""Parameters of slow cases."""
+"""Parameters of slow cases, and of tests of every kernel."""
 
 import pytest
 
@@ -14,3 +14,11 @@ def slow(*values):
         )
         for value in values
     ]
+
+
+# The kernels of the fixture `implementation`, and one that takes several seconds a test.
+every_kernel = pytest.mark.parametrize(
+    "implementation",
+    ["cpu", "xla", *slow("cuda", "tensorcore", "xla_gpu")],
+    indirect=True,
+)

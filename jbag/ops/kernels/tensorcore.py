@@ -134,15 +134,17 @@ def coalesce(
         kept &= ~take(malformed, bags, True)
     keys = xla.sort_keys(ids.reshape(-1), kept, num_embeddings)
     carried = () if coefficients is None else (coefficients.reshape(-1),)
-    keys, bags, *carried = jax.lax.sort((keys, bags, *carried), num_keys=1)
+    # With the bags as keys it needs no slots to be stable.
+    keys, bags, *carried = jax.lax.sort(
+        (keys, bags, *carried), num_keys=2, is_stable=False
+    )
 
     # A second sort moves the first slots of ids to the front. A scatter would take the
     # slots one by one.
     is_first = (jnp.diff(keys, prepend=-1) > 0) & (keys < num_embeddings)
     num_slots = (keys < num_embeddings).sum(dtype=jnp.int32)
-    starts, keys = jax.lax.sort(
-        (jnp.where(is_first, slots, num_slots), keys), num_keys=1
-    )
+    starts = jnp.where(is_first, slots, num_slots)
+    starts, keys = jax.lax.sort((starts, keys), num_keys=1, is_stable=False)
     keys = jnp.where(starts < num_slots, keys, num_embeddings).astype(ids.dtype)
     room = (0, max(0, max_unique_ids + 1 - ids.size))
     indices = jnp.pad(keys, room, constant_values=num_embeddings)[:max_unique_ids]

@@ -143,7 +143,7 @@ def test_none_does_without_a_missing_kernel():
 
 def test_an_unknown_name_is_an_error_that_lists_the_known():
     for name in ("triton", ""):
-        known = "'cpu', 'cuda', 'xla_gpu', 'xla'"
+        known = "'cpu', 'cuda', 'tensorcore', 'xla_gpu', 'xla'"
         message = f"must be None or one of {known}; got {name!r}"
         with pytest.raises(ValueError, match=message):
             check_implementation(name)
