@@ -367,7 +367,6 @@ def test_batches_run_one_by_one_give_the_same(
     chex.assert_trees_all_close(*both(*operands))
 
 
-@every_kernel
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_shard_map_over_bags_equals_one_device(kind, implementation):
     mesh = make_mesh(kind)
@@ -391,7 +390,6 @@ def test_shard_map_over_bags_equals_one_device(kind, implementation):
         close(jax.device_get(both(table, weights)), expected)
 
 
-@every_kernel
 def test_shard_map_over_ragged_blocks_and_columns(implementation):
     mesh = jax.make_mesh((2, 2), ("x", "y"), devices=some_devices(4))
     lists = [[[1, 2], [3]], [[], [4, 0, 0]]]

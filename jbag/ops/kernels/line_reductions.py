@@ -35,7 +35,8 @@ from jbag.ragged._csr_arrays import (
 # Powers of two. A piece of slots is a DMA to SMEM. The row DMAs are ahead of the sums,
 # so the pieces in SMEM are those of both, and the next.
 LANES = 128
-_PIECE = 1024
+_PIECE_BITS = 10
+_PIECE = 1 << _PIECE_BITS
 _PIECES = 4
 # Row DMAs. One takes about a microsecond.
 _IN_FLIGHT = 32
@@ -114,7 +115,7 @@ def sddmm_lines(
             # The dots of a piece stay in SMEM from one block of bags to the next.
             @pl.when((position == _PIECE - 1) | (slot == last))
             def _() -> None:
-                piece = out.at[jax.lax.div(slot, _PIECE)]
+                piece = out.at[slot >> _PIECE_BITS]
                 copy = pltpu.make_async_copy(dots, piece, done)
                 copy.start()
                 copy.wait()
@@ -336,11 +337,11 @@ def _visit(
                 copy.start()
 
     def read_piece(n: int, slot: Any) -> Any:
-        part = jax.lax.div(slot, _PIECE) & (_PIECES - 1)
+        part = (slot >> _PIECE_BITS) & (_PIECES - 1)
         return pieces[n][part, slot & (_PIECE - 1)]
 
     def line_copy(slot: Any, index: Any) -> Any:
-        line = jax.lax.div(index, rows_per_line)
+        line = jax.lax.div(index, jnp.int32(rows_per_line))
         if dtype.itemsize == 4:
             source = lines.at[pl.ds(line, 1)]
         else:
@@ -351,7 +352,7 @@ def _visit(
     def fetch(slot: Any) -> None:
         @pl.when((slot & (_PIECE - 1) == 0) | (slot == first))
         def _() -> None:
-            piece = jax.lax.div(slot, _PIECE)
+            piece = slot >> _PIECE_BITS
             for copy in copies(piece):
                 copy.wait()
             load(piece + 1)
@@ -373,7 +374,7 @@ def _visit(
                 line_copy(slot, index).wait()
 
             is_row = index >= 0
-            line = jax.lax.div(index, rows_per_line)
+            line = jax.lax.div(index, jnp.int32(rows_per_line))
             begin = (index - line * rows_per_line) * width
             everywhere = jnp.where(index == OUT_OF_RANGE_ID, lane.size, 0)
             begin, end = (
@@ -397,11 +398,11 @@ def _visit(
 
     @pl.when(first < last)
     def _() -> None:
-        load(jax.lax.div(first, _PIECE))
+        load(first >> _PIECE_BITS)
 
     most = jnp.minimum(first + _IN_FLIGHT, last)
     jax.lax.fori_loop(first, most, lambda slot, _: fetch(slot), None)
-    jax.lax.fori_loop(0, block, reduce_bag, None)
+    jax.lax.fori_loop(jnp.int32(0), jnp.int32(block), reduce_bag, None)
 
 
 def _decode(words: Array, line: Any, dtype: jnp.dtype) -> Float[Array, "1 W"]:
