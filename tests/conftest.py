@@ -46,9 +46,8 @@ if stand_in := os.environ.get("JBAG_CUDA_STAND_IN"):
         missing=cuda.load(stand_in, stand_in, platform="cpu"),
     )
 
-# The TensorCore's kernel runs on a CPU by Pallas' interpreter of `interpret=True`, which
-# compiles it. The interpreter of TPUs takes a millisecond for each access to memory; it
-# runs in `tests/ops/kernels/test_tensorcore.py`.
+# The TensorCore's kernel runs on a CPU by the interpreter of `interpret=True`. That of
+# TPUs has effects, which nothing may have in the rule that lowers a primitive.
 if jax.default_backend() == "cpu":
     KERNELS["tensorcore"] = dataclasses.replace(
         KERNELS["tensorcore"], platforms=("cpu",)

@@ -16,7 +16,7 @@ def slow(*values):
     ]
 
 
-# The kernels of the fixture `implementation`, and one that takes several seconds a test.
+# The kernels of the fixture `implementation`, and one that takes seconds a test.
 every_kernel = pytest.mark.parametrize(
     "implementation",
     ["cpu", "xla", *slow("cuda", "tensorcore", "xla_gpu")],

@@ -13,8 +13,9 @@ bag reduces to stays in registers, and is written once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,21 +49,30 @@ Carry = tuple[Array, ...]
 Visit = Callable[..., None]
 
 
+class Lines(NamedTuple):
+    """A table of V rows of D features, stored as lines.
+
+    A 16-bit table has an even number of lines.
+    """
+
+    array: Shaped[Array, "R W"]
+    num_embeddings: int
+    embedding_dim: int
+    rows_per_line: int
+
+
 def spmm_lines(
-    lines: Shaped[Array, "R W"],
+    table: Lines,
     ids: Ids,
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    rows_per_line: int,
-    num_embeddings: int,
-    width: int,
     pad_id: int | None,
     average: str | None,
     dtype: jnp.dtype,
 ) -> Float[Array, "B D"]:
     """Compute `contract.Operations.spmm` of a table of lines."""
-    slots, bounds, malformed = _flatten(ids, offsets, pad_id, num_embeddings)
+    slots, bounds, malformed = _flatten(ids, offsets, pad_id, table.num_embeddings)
 
     def body(visit: Visit, bounds: Any, out: Any) -> None:
         del bounds
@@ -74,11 +84,11 @@ def spmm_lines(
         def write(bag: Any, sums: Carry) -> None:
             out[pl.ds(bag, 1), :] = sums[0]
 
-        visit((jnp.zeros((1, lines.shape[1]), jnp.float32),), add, write)
+        visit((jnp.zeros((1, table.array.shape[1]), jnp.float32),), add, write)
 
     bags = (slots, bounds, malformed, coefficients)
-    (sums,) = _call(body, lines, bags, rows_per_line, width, outputs=(jnp.float32,))
-    out = _by_row(sums, rows_per_line, width).sum(1)
+    (sums,) = _call(body, table, bags, outputs=(jnp.float32,))
+    out = _split(sums, table).sum(1)
     if malformed is not None:
         out = jnp.where(malformed[:, None], jnp.nan, out)
     if average is not None:
@@ -89,25 +99,21 @@ def spmm_lines(
 
 
 def sddmm_lines(
-    lines: Shaped[Array, "R W"],
+    table: Lines,
     cotangent: Float[Array, "B D"],
     ids: Ids,
     offsets: Offsets,
     *,
-    rows_per_line: int,
-    num_embeddings: Size,
-    width: int,
     pad_id: int | None,
 ) -> Slots:
     """Compute `contract.Operations.sddmm` of a table of lines."""
-    slots, bounds, malformed = _flatten(ids, offsets, pad_id, num_embeddings)
+    slots, bounds, malformed = _flatten(ids, offsets, pad_id, table.num_embeddings)
 
-    def body(
-        visit: Visit, bounds: Any, factors: Any, out: Any, dots: Any, done: Any
-    ) -> None:
+    def body(visit: Visit, bounds: Any, factors: Any, out: Any, *scratch: Any) -> None:
+        dots, done = scratch
         last = bounds[1, bounds.shape[1] - 1] - 1
 
-        def dot(bag: Any, slot: Any, _: Carry, row: Array, own: Array) -> Carry:
+        def dot(bag: Any, slot: Any, none: Carry, row: Array, own: Array) -> Carry:
             product = jnp.where(own, row * factors[pl.ds(bag, 1), :], 0.0).sum()
             position = slot & (_PIECE - 1)
             dots[position] = jnp.where(bounds[2, bag] == 0, product, 0.0)
@@ -120,14 +126,14 @@ def sddmm_lines(
                 copy.start()
                 copy.wait()
 
-            return ()
+            return none
 
         visit((), dot, lambda *_: None)
 
     bags = (slots, bounds, malformed, None)
-    factors = jnp.tile(cotangent.astype(jnp.float32), (1, rows_per_line))
-    factors = pad(factors, (factors.shape[0], lines.shape[1]))
-    (dots,) = _call(body, lines, bags, rows_per_line, width, factors=factors)
+    factors = jnp.tile(cotangent.astype(jnp.float32), (1, table.rows_per_line))
+    factors = pad(factors, (factors.shape[0], table.array.shape[1]))
+    (dots,) = _call(body, table, bags, factors=factors)
     dots = dots.reshape(-1)[: ids.size]
     # Nothing writes the dots of the tail.
     visited = jnp.arange(ids.size, dtype=jnp.int32) < bounds[-1]
@@ -135,50 +141,44 @@ def sddmm_lines(
 
 
 def extremum_lines(
-    lines: Shaped[Array, "R W"],
+    table: Lines,
     ids: Ids,
     offsets: Offsets,
     coefficients: Slots | None,
     *,
-    rows_per_line: int,
-    num_embeddings: Size,
-    width: int,
     pad_id: int | None,
     largest: bool,
 ) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
     """Compute `contract.Operations.extremum` of a table of lines."""
-    slots, bounds, malformed = _flatten(ids, offsets, pad_id, num_embeddings)
+    slots, bounds, malformed = _flatten(ids, offsets, pad_id, table.num_embeddings)
     none = ids.size
-
-    def is_better(x: Array, i: Any, y: Array, j: Array) -> Bool[Array, "..."]:
-        """Return whether x of the slot i wins over y of j, which is none at first."""
-        wins = (x > y if largest else x < y) | (jnp.isnan(x) & ~jnp.isnan(y))
-        is_equal = (x == y) | (jnp.isnan(x) & jnp.isnan(y))
-        return (i < none) & ((j == none) | wins | (is_equal & (i < j)))
 
     def body(visit: Visit, bounds: Any, values: Any, winners: Any) -> None:
         del bounds
 
         def keep(bag: Any, slot: Any, best: Carry, row: Array, own: Array) -> Carry:
             del bag
-            wins = own & is_better(row, slot, *best)
-            return jnp.where(wins, row, best[0]), jnp.where(wins, slot, best[1])
+            value, winner = best
+            wins = (row > value if largest else row < value) | jnp.isnan(row)
+            # The first value wins, and the first NaN.
+            wins = own & ((winner == none) | (wins & ~jnp.isnan(value)))
+            return jnp.where(wins, row, value), jnp.where(wins, slot, winner)
 
         def write(bag: Any, best: Carry) -> None:
             values[pl.ds(bag, 1), :], winners[pl.ds(bag, 1), :] = best
 
-        shape = (1, lines.shape[1])
-        visit((jnp.zeros(shape), jnp.full(shape, none, jnp.int32)), keep, write)
+        first = jnp.zeros((1, table.array.shape[1]), jnp.float32)
+        visit((first, jnp.full(first.shape, none, jnp.int32)), keep, write)
 
     bags = (slots, bounds, malformed, coefficients)
-    outputs = (jnp.float32, jnp.int32)
-    best = _call(body, lines, bags, rows_per_line, width, outputs=outputs)
-    values, winners = (_by_row(x, rows_per_line, width) for x in best)
-    value, winner = values[:, 0], winners[:, 0]
-    for row in range(1, rows_per_line):
-        wins = is_better(values[:, row], winners[:, row], value, winner)
-        value = jnp.where(wins, values[:, row], value)
-        winner = jnp.where(wins, winners[:, row], winner)
+    best = _call(body, table, bags, outputs=(jnp.float32, jnp.int32))
+    values, winners = (_split(x, table) for x in best)
+    worst = -jnp.inf if largest else jnp.inf
+    values = jnp.where(winners < none, values, worst)
+    value = values.max(1) if largest else values.min(1)
+    is_best = (values == value[:, None]) | jnp.isnan(values)
+    winner = jnp.where(is_best, winners, none).min(1)
+    value = jnp.where(winner < none, value, 0)
     if malformed is not None:
         value = jnp.where(malformed[:, None], jnp.nan, value)
         winner = jnp.where(malformed[:, None], none, winner)
@@ -191,10 +191,10 @@ def pad(x: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]
     return jnp.pad(x, pads) if x.shape != shape else x
 
 
-def _by_row(x: Shaped[Array, "B W"], rows_per_line: int, width: int) -> Array:
-    """Split lines into rows, [B, k, D]."""
-    x = x[:, : rows_per_line * width]
-    return x.reshape(x.shape[0], rows_per_line, width)
+def _split(x: Shaped[Array, "B W"], table: Lines) -> Shaped[Array, "B k D"]:
+    """Split lines into rows."""
+    shape = (x.shape[0], table.rows_per_line, table.embedding_dim)
+    return x[:, : shape[1] * shape[2]].reshape(shape)
 
 
 def _flatten(
@@ -211,10 +211,8 @@ def _flatten(
 
 def _call(
     body: Callable[..., None],
-    lines: Shaped[Array, "R W"],
+    table: Lines,
     bags: tuple[Array, Array, Array | None, Array | None],
-    rows_per_line: int,
-    width: int,
     *,
     outputs: Sequence[Any] = (),
     factors: Float[Array, "B W"] | None = None,
@@ -226,7 +224,7 @@ def _call(
     the factors, an output by pieces of slots, one piece in SMEM, and a semaphore.
     """
     slots, bounds, malformed, coefficients = bags
-    num_bags, lanes = bounds.size - 1, lines.shape[1]
+    num_bags, lanes = bounds.size - 1, table.array.shape[1]
     fits = max(8, _BLOCK_BYTES // (4 * lanes) // 8 * 8)
     block = min(fits, _MOST_BAGS, max(num_bags, 1))
     num_blocks = pl.cdiv(max(num_bags, 1), block)
@@ -243,51 +241,41 @@ def _call(
         for x in (slots, coefficients)
         if x is not None
     ]
-    dtype = lines.dtype
+    lines, dtype = table.array, table.array.dtype
     if dtype.itemsize == 2:
         lines = jax.lax.bitcast_convert_type(lines, jnp.uint16)
 
     def kernel(bounds: Any, *refs: Any) -> None:
         num = len(streams)
-        sources, table, refs = refs[:num], refs[num], refs[num + 1 :]
-        refs, pieces, (arrived, rows, read) = (
-            refs[: -num - 3],
-            refs[-num - 3 : -3],
-            refs[-3:],
-        )
+        copied = (refs[num], *refs[-2:])
+        slots = (bounds, refs[:num], refs[-num - 3 : -3], refs[-3])
+        visit = functools.partial(_visit, slots, copied, table)
+        body(visit, bounds, *refs[num + 1 : -num - 3])
 
-        def visit(*steps: Any) -> None:
-            slots = (bounds, sources, pieces, arrived)
-            _visit(slots, (table, rows, read), dtype, rows_per_line, width, *steps)
-
-        body(visit, bounds, *refs)
-
-    varying = jax.typeof(lines).manual_axis_type
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     by_bag = pl.BlockSpec((block, lanes), lambda i: (i, 0))
-    if factors is None:
-        shapes = [((max(num_bags, 1), lanes), x) for x in outputs]
-        own_scratch = []
-    else:
-        factors = pad(factors, (max(num_bags, 1), lanes))
-        shapes = [((num_pieces, _PIECE), jnp.float32)]
-        own_scratch = [pltpu.SMEM((_PIECE,), jnp.float32), pltpu.SemaphoreType.DMA]
+    dots: list[Any] = []
+    operands, out_spec = [*streams, lines], by_bag
+    shapes: list[Any] = [((max(num_bags, 1), lanes), x) for x in outputs]
+    if factors is not None:
+        operands.append(pad(factors, (max(num_bags, 1), lanes)))
+        out_spec, shapes = anywhere, [((num_pieces, _PIECE), jnp.float32)]
+        dots = [pltpu.SMEM((_PIECE,), jnp.float32), pltpu.SemaphoreType.DMA]
+    varying = jax.typeof(lines).manual_axis_type
+    bounds_spec = pl.BlockSpec(
+        (None, 3, block), lambda i: (i, 0, 0), memory_space=pltpu.SMEM
+    )
     results = pl.pallas_call(
         kernel,
         grid=(num_blocks,),
-        in_specs=[
-            pl.BlockSpec(
-                (None, 3, block), lambda i: (i, 0, 0), memory_space=pltpu.SMEM
-            ),
-            *[anywhere for _ in (*streams, lines)],
-            *([] if factors is None else [by_bag]),
-        ],
-        out_specs=[by_bag if factors is None else anywhere for _ in shapes],
+        in_specs=[bounds_spec, *(anywhere for _ in (*streams, lines))]
+        + [by_bag] * (factors is not None),
+        out_specs=[out_spec] * len(shapes),
         out_shape=[
             jax.ShapeDtypeStruct(*shape, manual_axis_type=varying) for shape in shapes
         ],
         scratch_shapes=[
-            *own_scratch,
+            *dots,
             *(pltpu.SMEM((_PIECES, _PIECE), x.dtype) for x in streams),
             pltpu.SemaphoreType.DMA((len(streams), _PIECES)),
             pltpu.VMEM((_IN_FLIGHT, 4 // dtype.itemsize, lanes), lines.dtype),
@@ -295,18 +283,16 @@ def _call(
         ],
         # Pieces of dots go from one block to the next.
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel" if factors is None else "arbitrary",)
+            dimension_semantics=("arbitrary" if dots else "parallel",)
         ),
-    )(blocks, *streams, lines, *([] if factors is None else [factors]))
-    return results if factors is not None else [x[:num_bags] for x in results]
+    )(blocks, *operands)
+    return results if dots else [x[:num_bags] for x in results]
 
 
 def _visit(
     slots: tuple[Any, ...],
-    table: tuple[Any, ...],
-    dtype: jnp.dtype,
-    rows_per_line: int,
-    width: int,
+    copied: tuple[Any, ...],
+    table: Lines,
     start: Carry,
     step: Callable[..., Carry],
     finish: Callable[[Any, Carry], None],
@@ -317,7 +303,8 @@ def _visit(
     NaN where no row has its id, and masks the lanes of the row.
     """
     bounds, sources, pieces, arrived = slots
-    lines, rows, read = table
+    lines, rows, read = copied
+    dtype = table.array.dtype
     block = bounds.shape[1]
     first, last = bounds[0, 0], bounds[1, block - 1]
 
@@ -340,13 +327,15 @@ def _visit(
         part = (slot >> _PIECE_BITS) & (_PIECES - 1)
         return pieces[n][part, slot & (_PIECE - 1)]
 
+    def line_of(index: Any) -> Any:
+        return jax.lax.div(index, jnp.int32(table.rows_per_line))
+
     def line_copy(slot: Any, index: Any) -> Any:
-        line = jax.lax.div(index, jnp.int32(rows_per_line))
-        if dtype.itemsize == 4:
-            source = lines.at[pl.ds(line, 1)]
-        else:
+        line, buffer = line_of(index), slot & (_IN_FLIGHT - 1)
+        if dtype.itemsize == 2:
             source = lines.at[pl.ds(pl.multiple_of(line & ~1, 2), 2)]
-        buffer = slot & (_IN_FLIGHT - 1)
+        else:
+            source = lines.at[pl.ds(line, 1)]
         return pltpu.make_async_copy(source, rows.at[buffer], read.at[buffer])
 
     def fetch(slot: Any) -> None:
@@ -373,18 +362,17 @@ def _visit(
             def _() -> None:
                 line_copy(slot, index).wait()
 
-            is_row = index >= 0
-            line = jax.lax.div(index, jnp.int32(rows_per_line))
-            begin = (index - line * rows_per_line) * width
-            everywhere = jnp.where(index == OUT_OF_RANGE_ID, lane.size, 0)
-            begin, end = (
-                jnp.where(is_row, begin, 0),
-                jnp.where(is_row, begin + width, everywhere),
-            )
+            is_row, line = index >= 0, line_of(index)
+            # An unknown id has all lanes, an empty slot none.
+            most = jnp.where(index == OUT_OF_RANGE_ID, lane.size, 0)
+            begin = (index - line * table.rows_per_line) * table.embedding_dim
+            begin = jnp.where(is_row, begin, 0)
+            end = jnp.where(is_row, begin + table.embedding_dim, most)
             own = (lane >= begin) & (lane < end)
-            scale = jnp.float32(1) if len(sources) == 1 else read_piece(1, slot)
+            scale = read_piece(1, slot) if len(sources) > 1 else jnp.float32(1)
+            scale = jnp.where(is_row, scale, jnp.nan)
             row = _decode(rows[slot & (_IN_FLIGHT - 1)], line, dtype)
-            row = jnp.where(own, jnp.where(is_row, scale, jnp.nan) * row, 0.0)
+            row = jnp.where(own, scale * row, 0.0)
             carry = step(bag, slot, carry, row, own)
 
             @pl.when(slot + _IN_FLIGHT < last)
@@ -400,8 +388,8 @@ def _visit(
     def _() -> None:
         load(first >> _PIECE_BITS)
 
-    most = jnp.minimum(first + _IN_FLIGHT, last)
-    jax.lax.fori_loop(first, most, lambda slot, _: fetch(slot), None)
+    ahead = jnp.minimum(first + _IN_FLIGHT, last)
+    jax.lax.fori_loop(first, ahead, lambda slot, _: fetch(slot), None)
     jax.lax.fori_loop(jnp.int32(0), jnp.int32(block), reduce_bag, None)
 
 

@@ -17,12 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from jbag.ops._row_gather import take
 from jbag.ops.kernels import xla
 from jbag.ops.kernels.line_reductions import (
     LANES,
+    Lines,
     extremum_lines,
     pad,
     sddmm_lines,
@@ -54,8 +55,8 @@ def spmm(
     dtype: jnp.dtype,
 ) -> Float[Array, "B D"]:
     """Compute `contract.Operations.spmm`."""
-    lines, options = _as_lines(table, ids, offsets)
-    options |= {"pad_id": pad_id, "average": average, "dtype": dtype}
+    lines = _as_lines(table, ids, offsets)
+    options: dict[str, Any] = {"pad_id": pad_id, "average": average, "dtype": dtype}
     return spmm_lines(lines, ids, offsets, coefficients, **options)
 
 
@@ -68,8 +69,8 @@ def sddmm(
     pad_id: int | None,
 ) -> Slots:
     """Compute `contract.Operations.sddmm`."""
-    lines, options = _as_lines(table, ids, offsets)
-    return sddmm_lines(lines, cotangent, ids, offsets, pad_id=pad_id, **options)
+    lines = _as_lines(table, ids, offsets)
+    return sddmm_lines(lines, cotangent, ids, offsets, pad_id=pad_id)
 
 
 def extremum(
@@ -82,8 +83,8 @@ def extremum(
     largest: bool,
 ) -> tuple[Float[Array, "B D"], Int[Array, "B D"]]:
     """Compute `contract.Operations.extremum`."""
-    lines, options = _as_lines(table, ids, offsets)
-    options |= {"pad_id": pad_id, "largest": largest}
+    lines = _as_lines(table, ids, offsets)
+    options: dict[str, Any] = {"pad_id": pad_id, "largest": largest}
     return extremum_lines(lines, ids, offsets, coefficients, **options)
 
 
@@ -133,7 +134,7 @@ def coalesce(
         bags = segment_ids(bounds, ids.size)
         kept &= ~take(malformed, bags, True)
     keys = xla.sort_keys(ids.reshape(-1), kept, num_embeddings)
-    carried = () if coefficients is None else (coefficients.reshape(-1),)
+    carried = [] if coefficients is None else [coefficients.reshape(-1)]
     # With the bags as keys it needs no slots to be stable.
     keys, bags, *carried = jax.lax.sort(
         (keys, bags, *carried), num_keys=2, is_stable=False
@@ -150,10 +151,11 @@ def coalesce(
     indices = jnp.pad(keys, room, constant_values=num_embeddings)[:max_unique_ids]
     missing = jnp.broadcast_to(num_slots, room[1:])
     starts = jnp.concatenate([starts, missing])[: max_unique_ids + 1]
-    lines, options = _as_lines(cotangent, bags, starts, rows_per_line=1)
-    options |= {"pad_id": None, "average": None, "dtype": cotangent.dtype}
+    lines = _as_lines(cotangent, bags, starts, rows_per_line=1)
+    options: dict[str, Any] = {"pad_id": None, "average": None}
     scale = carried[0] if carried else None
-    return indices, spmm_lines(lines, bags, starts, scale, **options)
+    sums = spmm_lines(lines, bags, starts, scale, dtype=cotangent.dtype, **options)
+    return indices, sums
 
 
 def update_rows(
@@ -191,8 +193,8 @@ def _as_lines(
     ids: Ids,
     offsets: Offsets,
     rows_per_line: int | None = None,
-) -> tuple[Shaped[Array, "R W"], dict[str, Any]]:
-    """Return a table as lines, and the options that say what they hold."""
+) -> Lines:
+    """Store a table as lines; check what the kernels take."""
     if table.dtype.name not in _DTYPES:
         raise ValueError(
             f"`implementation` 'tensorcore' takes tables of {', '.join(_DTYPES)}; "
@@ -208,8 +210,7 @@ def _as_lines(
     lines = pad(table, (num_lines * rows_per_line, width))
     lines = lines.reshape(num_lines, rows_per_line * width)
     lines = pad(lines, (num_lines, -(-max(lines.shape[1], 1) // LANES) * LANES))
-    options = {"num_embeddings": num_embeddings, "width": width}
-    return lines, {"rows_per_line": rows_per_line, **options}
+    return Lines(lines, num_embeddings, width, rows_per_line)
 
 
 def _check_static(*sizes: Size) -> None:

@@ -138,7 +138,8 @@ def test_pieces_of_slots_and_blocks_of_bags_join(num_bags):
 def test_lines_with_unused_lanes_equal_their_rows():
     table, ids, offsets, coefficients, bags = make_batch("ragged", "float32", 50, 7, 3)
     lines = jnp.pad(table.reshape(7, 150), ((0, 0), (0, 106)), constant_values=jnp.nan)
-    options = {"rows_per_line": 3, "num_embeddings": 21, "width": 50, "pad_id": None}
+    lines = line_reductions.Lines(lines, 21, 50, rows_per_line=3)
+    options = {"pad_id": None}
     sums = line_reductions.spmm_lines(
         lines,
         ids,
