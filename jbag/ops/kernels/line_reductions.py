@@ -1,8 +1,7 @@
 """Pallas kernels for the TensorCore of TPUs: bags over tables stored as lines.
 
-A table is lines [R, W] of 32-bit or, in pairs, of 16-bit numbers. W is a multiple of
-128, and a line holds k rows: row v lies in line v // k, in the lanes
-[(v % k) * D, (v % k + 1) * D).
+A table is lines [R, W], W a multiple of 128. A line holds k rows: row v lies in line
+v // k, in the lanes [(v % k) * D, (v % k + 1) * D).
 
 A kernel visits the slots of a block of bags in order. Their ids come from HBM to SMEM
 in pieces, their lines to VMEM by a DMA each, many at a time. So the memory on chip
@@ -74,11 +73,8 @@ def spmm_lines(
     """Compute `contract.Operations.spmm` of a table of lines."""
     slots, bounds, malformed = _flatten(ids, offsets, pad_id, table.num_embeddings)
 
-    def body(visit: Visit, bounds: Any, out: Any) -> None:
-        del bounds
-
-        def add(bag: Any, slot: Any, sums: Carry, row: Array, own: Array) -> Carry:
-            del bag, slot, own
+    def body(visit: Visit, _bounds: Any, out: Any) -> None:
+        def add(_bag: Any, _slot: Any, sums: Carry, row: Array, _own: Array) -> Carry:
             return (sums[0] + row,)
 
         def write(bag: Any, sums: Carry) -> None:
@@ -89,8 +85,7 @@ def spmm_lines(
     bags = (slots, bounds, malformed, coefficients)
     (sums,) = _call(body, table, bags, outputs=(jnp.float32,))
     out = _split(sums, table).sum(1)
-    if malformed is not None:
-        out = jnp.where(malformed[:, None], jnp.nan, out)
+    out = jnp.where(malformed[:, None], jnp.nan, out)
     if average is not None:
         # To count slots takes no rows.
         options: dict[str, Any] = {"pad_id": pad_id, "average": average}
@@ -153,11 +148,8 @@ def extremum_lines(
     slots, bounds, malformed = _flatten(ids, offsets, pad_id, table.num_embeddings)
     none = ids.size
 
-    def body(visit: Visit, bounds: Any, values: Any, winners: Any) -> None:
-        del bounds
-
-        def keep(bag: Any, slot: Any, best: Carry, row: Array, own: Array) -> Carry:
-            del bag
+    def body(visit: Visit, _bounds: Any, values: Any, winners: Any) -> None:
+        def keep(_bag: Any, slot: Any, best: Carry, row: Array, own: Array) -> Carry:
             value, winner = best
             wins = (row > value if largest else row < value) | jnp.isnan(row)
             # The first value wins, and the first NaN.
@@ -179,10 +171,8 @@ def extremum_lines(
     is_best = (values == value[:, None]) | jnp.isnan(values)
     winner = jnp.where(is_best, winners, none).min(1)
     value = jnp.where(winner < none, value, 0)
-    if malformed is not None:
-        value = jnp.where(malformed[:, None], jnp.nan, value)
-        winner = jnp.where(malformed[:, None], none, winner)
-    return value, winner
+    value = jnp.where(malformed[:, None], jnp.nan, value)
+    return value, jnp.where(malformed[:, None], none, winner)
 
 
 def pad(x: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
@@ -199,12 +189,13 @@ def _split(x: Shaped[Array, "B W"], table: Lines) -> Shaped[Array, "B k D"]:
 
 def _flatten(
     ids: Ids, offsets: Offsets, pad_id: int | None, num_embeddings: int
-) -> tuple[Int[Array, " N"], Int[Array, " ends"], Bool[Array, " B"] | None]:
+) -> tuple[Int[Array, " N"], Int[Array, " ends"], Bool[Array, " B"]]:
     """Return canonical ids, the bounds of bags, and a mask of malformed bags."""
     slots = canonicalize_ids(ids, pad_id, num_embeddings).reshape(-1).astype(jnp.int32)
     if offsets is None:
         num_bags, length = ids.shape
-        return slots, length * jnp.arange(num_bags + 1, dtype=jnp.int32), None
+        bounds = length * jnp.arange(num_bags + 1, dtype=jnp.int32)
+        return slots, bounds, jnp.zeros(num_bags, bool)
     bounds, malformed = bag_bounds(offsets, ids.size)
     return slots, bounds.astype(jnp.int32), malformed
 
@@ -212,7 +203,7 @@ def _flatten(
 def _call(
     body: Callable[..., None],
     table: Lines,
-    bags: tuple[Array, Array, Array | None, Array | None],
+    bags: tuple[Array, Array, Array, Array | None],
     *,
     outputs: Sequence[Any] = (),
     factors: Float[Array, "B W"] | None = None,
@@ -230,9 +221,7 @@ def _call(
     num_blocks = pl.cdiv(max(num_bags, 1), block)
     after = (0, num_blocks * block - num_bags)
     padded = jnp.pad(bounds, after, mode="edge")
-    if malformed is None:
-        malformed = jnp.zeros(num_bags, bool)
-    flags = jnp.pad(malformed.astype(jnp.int32), after)
+    flags = jnp.pad(malformed, after).astype(jnp.int32)
     columns = (padded[:-1], padded[1:], flags)
     blocks = jnp.stack([x.reshape(num_blocks, block) for x in columns], axis=1)
     num_pieces = pl.cdiv(max(slots.size, 1), _PIECE)
@@ -254,23 +243,23 @@ def _call(
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     by_bag = pl.BlockSpec((block, lanes), lambda i: (i, 0))
-    dots: list[Any] = []
-    operands, out_spec = [*streams, lines], by_bag
-    shapes: list[Any] = [((max(num_bags, 1), lanes), x) for x in outputs]
+    by_block = ((None, 3, block), lambda i: (i, 0, 0))
+    operands = [blocks, *streams, lines]
+    in_specs = [pl.BlockSpec(*by_block, memory_space=pltpu.SMEM)]
+    in_specs += [anywhere] * (len(operands) - 1)
+    shapes = [((max(num_bags, 1), lanes), x) for x in outputs]
+    out_specs, dots = [by_bag] * len(outputs), []
     if factors is not None:
         operands.append(pad(factors, (max(num_bags, 1), lanes)))
-        out_spec, shapes = anywhere, [((num_pieces, _PIECE), jnp.float32)]
+        in_specs.append(by_bag)
+        out_specs, shapes = [anywhere], [((num_pieces, _PIECE), jnp.float32)]
         dots = [pltpu.SMEM((_PIECE,), jnp.float32), pltpu.SemaphoreType.DMA]
     varying = jax.typeof(lines).manual_axis_type
-    bounds_spec = pl.BlockSpec(
-        (None, 3, block), lambda i: (i, 0, 0), memory_space=pltpu.SMEM
-    )
     results = pl.pallas_call(
         kernel,
         grid=(num_blocks,),
-        in_specs=[bounds_spec, *(anywhere for _ in (*streams, lines))]
-        + [by_bag] * (factors is not None),
-        out_specs=[out_spec] * len(shapes),
+        in_specs=in_specs,
+        out_specs=out_specs,
         out_shape=[
             jax.ShapeDtypeStruct(*shape, manual_axis_type=varying) for shape in shapes
         ],
@@ -285,7 +274,7 @@ def _call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary" if dots else "parallel",)
         ),
-    )(blocks, *operands)
+    )(*operands)
     return results if dots else [x[:num_bags] for x in results]
 
 
@@ -304,17 +293,15 @@ def _visit(
     """
     bounds, sources, pieces, arrived = slots
     lines, rows, read = copied
-    dtype = table.array.dtype
-    block = bounds.shape[1]
+    dtype, block = table.array.dtype, bounds.shape[1]
     first, last = bounds[0, 0], bounds[1, block - 1]
 
     def copies(piece: Any) -> list[Any]:
         part = piece & (_PIECES - 1)
+        both = enumerate(zip(sources, pieces, strict=True))
         return [
-            pltpu.make_async_copy(
-                source.at[piece], target.at[part], arrived.at[n, part]
-            )
-            for n, (source, target) in enumerate(zip(sources, pieces, strict=True))
+            pltpu.make_async_copy(x.at[piece], y.at[part], arrived.at[n, part])
+            for n, (x, y) in both
         ]
 
     def load(piece: Any) -> None:
