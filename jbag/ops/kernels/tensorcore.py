@@ -2,8 +2,8 @@
 
 `contract` defines the operations, and `line_reductions` the kernels. These read a table
 as lines of 128 lanes or more. A table whose D is a multiple of 128 is that already. Any
-other table is copied into lines in every call, and so is a 16-bit table with an odd
-number of lines.
+other table is copied into lines in every call, and so are float16 tables and those of
+bfloat16 with an odd number of rows. A table stored as `Lines` is not.
 
 `spmm_transpose` and `coalesce` sort the slots by id, and sum the bags' cotangents over
 the sorted slots by the kernel of `spmm`: the same bits in each run.
