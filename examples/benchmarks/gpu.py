@@ -123,13 +123,19 @@ def uniform(rows: int, columns: int, dtype: str) -> jax.Array:
 
 
 def jbag_program(
-    workload: Workload, what: Measurement, implementation: str | None
+    workload: Workload,
+    what: Measurement,
+    implementation: str | None,
+    packed: bool = False,
 ) -> tuple[Any, Any]:
     """Return a function of a table and a batch, and the table; both with the states.
 
-    It uses the kernel of a name, or the default. The states are an optimizer's.
+    It uses the kernel of a name, or the default. The states are an optimizer's. The
+    table is an array, or packed.
     """
     table = uniform(workload.V, workload.D, workload.dtype)
+    if packed:
+        table = jbag.pack(table, always=True)
     cotangent = uniform(workload.B, workload.D, workload.dtype)
 
     def pool(table: jax.Array, *batch: jax.Array) -> jax.Array:

@@ -53,8 +53,10 @@ class Packing(NamedTuple):
 
     @property
     def lines_per_block(self) -> int:
-        """The lines of a block."""
-        return -(-self.rows_per_block // self.rows_per_line)
+        """The lines of a block; an even number if it is the only one."""
+        lines = -(-self.rows_per_block // self.rows_per_line)
+        # Two lines of 16-bit numbers share 32-bit words.
+        return lines + lines % 2 if self.num_blocks == 1 else lines
 
     @property
     def shape(self) -> tuple[int, int]:

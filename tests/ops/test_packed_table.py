@@ -65,7 +65,7 @@ def test_values_and_gradients_equal_the_oracle(width, dtype, weighted):
     check(table, WORKED_IDS, OFFSETS, weights, packed=True, padding_idx=3)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "xla_gpu", "cpu"])
+@pytest.mark.parametrize("implementation", ["xla", "xla_gpu", "cpu", "tensorcore"])
 def test_every_kernel_takes_a_packed_table(implementation, require):
     require(implementation)
     ids = np.array([[1, 2, 2], [9, 0, 0]])
@@ -255,7 +255,7 @@ def test_bad_packed_tables_are_errors():
         jbag.pack(make_table(), always=1.5)
     lines = packed(make_table(rows=14))
     wrong = jbag.PackedTable(lines.lines[:, :3], lines.packing)
-    with pytest.raises(ValueError, match=r"`table.lines` must have shape \(1, 128\)"):
+    with pytest.raises(ValueError, match=r"`table.lines` must have shape \(2, 128\)"):
         jbag.embedding_bag(wrong, [[1]])
     with pytest.raises(IndexError, match="14"):
         jbag.embedding_bag(lines, [[14]])

@@ -6,12 +6,13 @@ A kernel is a module that implements the six operations of `contract`.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from typing import Any
 
 from jaxtyping import Array, Shaped
 
 from jbag.ops._packed_table import PackedTable
-from jbag.ops.kernels import cpu, cuda, tensorcore, xla, xla_gpu
+from jbag.ops.kernels import cpu, cuda, xla, xla_gpu
 from jbag.ops.kernels.contract import Operations
 from jbag.ragged._csr_arrays import Size
 
@@ -21,7 +22,7 @@ class Kernel:
     """An implementation of the operations.
 
     Attributes:
-      operations: a module with the six operations.
+      module: a module with the six operations; or its name, to import it on use.
       platforms: the platforms that it runs on; None means all.
       preferred_on: the platforms that get it by default: none of them if empty, all of
         `platforms` if None.
@@ -31,13 +32,19 @@ class Kernel:
       reads_packed: whether the operations take a `PackedTable`; else it is unpacked.
     """
 
-    operations: Operations
+    module: Operations | str
     platforms: tuple[str, ...] | None = None
     preferred_on: tuple[str, ...] | None = None
     missing: str | None = None
     portable: bool = False
     max_rows: int | None = None
     reads_packed: bool = False
+
+    @property
+    def operations(self) -> Operations:
+        """The module with the six operations."""
+        module: Any = self.module
+        return importlib.import_module(module) if isinstance(module, str) else module
 
     def readable(self, table: Shaped[Array, "V ..."] | PackedTable) -> Any:
         """Return a table, or a state of an optimizer, that the operations take."""
@@ -74,13 +81,14 @@ KERNELS: dict[str, Kernel] = {
         max_rows=cuda.MAX_ROWS,
         preferred_on=(),
     ),
-    # No TPU has run it yet.
+    # No TPU has run it yet. Pallas takes a second to import.
     "tensorcore": Kernel(
-        tensorcore,
+        "jbag.ops.kernels.tensorcore",
         platforms=("tpu",),
-        max_rows=tensorcore.MAX_ROWS,
         preferred_on=(),
         portable=True,
+        max_rows=2**31 - 1,  # SMEM holds ids of 32 bits
+        reads_packed=True,
     ),
     "xla_gpu": Kernel(xla_gpu, preferred_on=("cuda", "rocm"), portable=True),
     "xla": Kernel(xla, portable=True, reads_packed=True),

@@ -3,7 +3,7 @@
 `contract` defines the operations, and `line_reductions` the kernels. These read a table
 as lines of 128 lanes or more. A table whose D is a multiple of 128 is that already. Any
 other table is copied into lines in every call, and so are float16 tables and those of
-bfloat16 with an odd number of rows. A table stored as `Lines` is not.
+bfloat16 with an odd number of rows. A `PackedTable` of one block is not.
 
 `spmm_transpose` and `coalesce` sort the slots by id, and sum the bags' cotangents over
 the sorted slots by the kernel of `spmm`: the same bits in each run.
@@ -17,8 +17,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, Shaped, UInt32
 
+from jbag.ops._packed_table import AnyTable, PackedTable
+from jbag.ops._packing import Packing
 from jbag.ops._row_gather import take
 from jbag.ops.kernels import xla
 from jbag.ops.kernels.line_reductions import (
@@ -39,13 +41,11 @@ from jbag.ragged._csr_arrays import (
     segment_ids,
 )
 
-MAX_ROWS = 2**31 - 1  # SMEM holds ids of 32 bits
-
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def spmm(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Ids,
     offsets: Offsets,
     coefficients: Slots | None,
@@ -61,7 +61,7 @@ def spmm(
 
 
 def sddmm(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     cotangent: Float[Array, "B D"],
     ids: Ids,
     offsets: Offsets,
@@ -74,7 +74,7 @@ def sddmm(
 
 
 def extremum(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Ids,
     offsets: Offsets,
     coefficients: Slots | None,
@@ -97,7 +97,8 @@ def spmm_transpose(
     pad_id: int | None,
     num_embeddings: Size,
     dtype: jnp.dtype,
-) -> Float[Array, "V D"]:
+    packing: Packing | None = None,
+) -> Float[Array, "rows width"]:
     """Compute `contract.Operations.spmm_transpose`."""
     _check_static(*ids.shape, num_embeddings)
     indices, sums = coalesce(
@@ -109,6 +110,8 @@ def spmm_transpose(
         num_embeddings=num_embeddings,
         max_unique_ids=min(ids.size, num_embeddings),
     )
+    if packing is not None:
+        return packing.put_in_zeros(indices, sums, dtype)
     out = jnp.zeros((num_embeddings, cotangent.shape[1]), dtype)
     return xla.set_rows(out, indices, sums.astype(dtype))
 
@@ -159,8 +162,8 @@ def coalesce(
 
 
 def update_rows(
-    table: Float[Array, "V D"],
-    states: tuple[Array, ...],
+    table: AnyTable,
+    states: tuple[Shaped[Array, "V ..."] | PackedTable, ...],
     scalars: Float[Array, " H"],
     seed: UInt32[Array, "2"] | None,
     cotangent: Float[Array, "B D"],
@@ -189,7 +192,7 @@ def update_rows(
 
 
 def _as_lines(
-    table: Float[Array, "V D"],
+    table: AnyTable,
     ids: Ids,
     offsets: Offsets,
     rows_per_line: int | None = None,
@@ -202,10 +205,15 @@ def _as_lines(
         )
     _check_static(*table.shape, *ids.shape, *(() if offsets is None else offsets.shape))
     num_embeddings, width = table.shape
-    if rows_per_line is None:
-        rows_per_line = max(1, LANES // max(width, 1))
     # Two 16-bit lines share their words.
     together = 4 // table.dtype.itemsize
+    if isinstance(table, PackedTable):
+        if table.packing.num_blocks == 1:
+            rows_per_line = table.packing.rows_per_line
+            return Lines(table.lines, num_embeddings, width, rows_per_line)
+        table = table.packing.unpack(table.lines)
+    if rows_per_line is None:
+        rows_per_line = max(1, LANES // max(width, 1))
     num_lines = -(-max(num_embeddings, 1) // (rows_per_line * together)) * together
     lines = pad(table, (num_lines * rows_per_line, width))
     lines = lines.reshape(num_lines, rows_per_line * width)
