@@ -86,9 +86,9 @@ def embedding_bag(
       sparse: whether `jbag.value_and_grad` returns a row-sparse gradient for the table.
         `jax.grad` always returns a dense array.
       implementation: the kernel: "cpu" (C++), "cuda" (experimental: no GPU has run it),
-        "tensorcore" (Pallas, for TPUs; experimental: no TPU has run it), "xla_gpu" (JAX
-        operations in a form for GPUs), "xla" (the reference), or None for the best one
-        of the platform.
+        "sparsecore" and "tensorcore" (Pallas, for TPUs; experimental: no TPU has run
+        them), "xla_gpu" (JAX operations in a form for GPUs), "xla" (the reference), or
+        None for the best one of the platform.
 
     Returns:
       [B, D], the dtype of `table`. Data on a device is not checked by value. A bag with

@@ -201,7 +201,7 @@ def test_unknown_modes_and_implementations():
             pool(TABLE, IDS, [0], mode=mode)
     with pytest.raises(
         ValueError,
-        match="must be None or one of 'cpu', 'cuda', 'tensorcore', 'xla_gpu', 'xla'",
+        match="must be None or one of 'cpu', 'cuda', 'sparsecore', 'tensorcore', 'xla_",
     ):
         pool(TABLE, IDS, [0], implementation="triton")
     with pytest.raises(ValueError, match="`implementation` must be None or one of"):

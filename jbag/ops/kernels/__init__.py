@@ -81,7 +81,14 @@ KERNELS: dict[str, Kernel] = {
         max_rows=cuda.MAX_ROWS,
         preferred_on=(),
     ),
-    # No TPU has run it yet. Pallas takes a second to import.
+    # No TPU has run these two yet. Pallas takes a second to import.
+    "sparsecore": Kernel(
+        "jbag.ops.kernels.sparsecore",
+        platforms=("tpu",),
+        preferred_on=(),
+        max_rows=2**31 - 1,  # the indices of a stream have 32 bits
+        reads_packed=True,
+    ),
     "tensorcore": Kernel(
         "jbag.ops.kernels.tensorcore",
         platforms=("tpu",),
