@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from oracle import assert_close
 
+import jbag
 from jbag.ops import _extremum
 
 
@@ -53,3 +54,21 @@ def test_elements_by_slots_equal_those_of_the_table(layout, scaled):
         assert_close(to_table, gradient, "float32")
         if scaled:
             assert_close(to_scale.reshape(-1), of_scale, "float32")
+
+
+@pytest.mark.parametrize("layout", ["ragged", "rectangular"])
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_nan_wins_in_rows_of_any_width(implementation, layout, mode):
+    # XLA reduces wide rows by other instructions than narrow ones.
+    for width in (5, 112, 300):
+        table = np.random.default_rng(0).normal(size=(9, width)).astype(np.float32)
+        table[3, width // 2] = np.nan
+        ids = jnp.array([[1, 2, 3, 4], [5, 9, 6, 7], [-1, 8, 8, 8], [8, 7, 6, 5]])
+        offsets = None
+        if layout == "ragged":
+            ids, offsets = ids.reshape(-1), jnp.array([0, 4, 8, 12])
+        options = {"mode": mode, "implementation": implementation}
+        out = np.array(jbag.embedding_bag(table, ids, offsets, **options))
+        assert np.flatnonzero(np.isnan(out[0])).tolist() == [width // 2]
+        assert np.isnan(out[1:3]).all()
+        assert np.isfinite(out[3]).all()

@@ -168,6 +168,7 @@ def extremum_lines(
     worst = -jnp.inf if largest else jnp.inf
     values = jnp.where(winners < none, values, worst)
     value = values.max(1) if largest else values.min(1)
+    value = jnp.where(jnp.isnan(values).any(1), jnp.nan, value)  # see xla.extremum
     is_best = (values == value[:, None]) | jnp.isnan(values)
     winner = jnp.where(is_best, winners, none).min(1)
     value = jnp.where(winner < none, value, 0)

@@ -186,6 +186,8 @@ def extremum(
 
     if offsets is None:
         values = (rows.max if largest else rows.min)(axis=1, initial=worst)
+        # XLA's maximum on CPUs drops NaNs if there are some 100 features.
+        values = jnp.where(jnp.isnan(rows).any(axis=1), jnp.nan, values)
         best = values[:, None, :]
     else:
         bounds, malformed = bag_bounds(offsets, none)
