@@ -25,7 +25,7 @@ IMPORTS = {
     "collection": BELOW_COLLECTION,
     "data": {"_validation", "ragged"},
     "sharding": {*BELOW_COLLECTION, "collection", "data"},
-    "interop": {"_files", *BELOW_OPS, "sparse"},
+    "interop": {"_files", *BELOW_OPS, "ops", "sparse"},
     "text": {"_files", *BELOW_OPS, "interop"},
     "fasttext": {"_files", *BELOW_OPS, "ops", "text"},
     "linen": BELOW_FLAX,

@@ -197,7 +197,7 @@ class EmbeddingBagCollection(CollectionOptions, nnx.Module):
       concatenate: return one array, the features side by side.
       dtype: of the results; None for the tables' own.
       implementation: the kernel by name, or None for the platform's best one.
-      packed: whether the parameters are lines of `PackedTable`s; None packs on TPUs.
+      packed: whether parameters are the lines of a `PackedTable`; None packs on TPUs.
       rngs: gives the initializers their keys.
 
     Example:
