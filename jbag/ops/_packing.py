@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -13,6 +15,9 @@ LANES = 128  # the numbers of a row of a TPU's tile
 
 # A line is at most this many times as long as its rows.
 _MOST_PADDING = 1.3
+
+# The rows that are packed at once.
+_ROWS_AT_ONCE = 1 << 14
 
 
 class Packing(NamedTuple):
@@ -65,18 +70,61 @@ class Packing(NamedTuple):
 
     def pack(self, table: Shaped[Array, "V D"]) -> Shaped[Array, "R W"]:
         """Return the lines of a table."""
-        blocks = table.reshape(self.num_blocks, self.rows_per_block, self.features)
-        rows = self.lines_per_block * self.rows_per_line
-        blocks = jnp.pad(blocks, ((0, 0), (0, rows - blocks.shape[1]), (0, 0)))
-        lines = blocks.reshape(self.shape[0], self.rows_per_line * self.features)
-        return jnp.pad(lines, ((0, 0), (0, self.width - lines.shape[1])))
+        lines = jnp.zeros(self.shape, table.dtype)
+
+        def copy(lines: Array, row: Any, line: Any, num_rows: int) -> Array:
+            rows = jax.lax.dynamic_slice_in_dim(table, row, num_rows)
+            new = self._to_lines(rows)
+            return jax.lax.dynamic_update_slice_in_dim(lines, new, line, axis=0)
+
+        return self._in_parts(copy, lines)
 
     def unpack(self, lines: Shaped[Array, "R W"]) -> Shaped[Array, "V D"]:
         """Return the table of lines."""
+        table = jnp.zeros(self[:2], lines.dtype)
+
+        def copy(table: Array, row: Any, line: Any, num_rows: int) -> Array:
+            num_lines = -(-num_rows // self.rows_per_line)
+            own = jax.lax.dynamic_slice_in_dim(lines, line, num_lines)
+            new = self._to_rows(own)[:num_rows]
+            return jax.lax.dynamic_update_slice_in_dim(table, new, row, axis=0)
+
+        return self._in_parts(copy, table)
+
+    def _in_parts(self, copy: Callable[..., Array], result: Array) -> Array:
+        """Fold `copy` over parts of the table that begin with a line.
+
+        XLA makes an array of rows of 128 numbers of each part, so all rows at once
+        would take many times the memory of a narrow table.
+        """
+        num_lines = max(16, _ROWS_AT_ONCE // self.rows_per_line // 16 * 16)
+        num_rows, total = num_lines * self.rows_per_line, self.rows_per_block
+        num_parts = total // num_rows
+
+        def copy_block(number: Any, result: Array) -> Array:
+            row, line = number * self.rows_per_block, number * self.lines_per_block
+
+            def copy_part(part: Any, result: Array) -> Array:
+                return copy(
+                    result, row + part * num_rows, line + part * num_lines, num_rows
+                )
+
+            result = _repeat(num_parts, copy_part, result)
+            if rest := total - num_parts * num_rows:
+                at = row + num_parts * num_rows, line + num_parts * num_lines
+                result = copy(result, *at, rest)
+            return result
+
+        return _repeat(self.num_blocks, copy_block, result)
+
+    def _to_lines(self, rows: Shaped[Array, "N D"]) -> Shaped[Array, "lines W"]:
+        rows = jnp.pad(rows, ((0, -rows.shape[0] % self.rows_per_line), (0, 0)))
+        used = rows.reshape(-1, self.rows_per_line * self.features)
+        return jnp.pad(used, ((0, 0), (0, self.width - used.shape[1])))
+
+    def _to_rows(self, lines: Shaped[Array, "lines W"]) -> Shaped[Array, "N D"]:
         used = lines[:, : self.rows_per_line * self.features]
-        blocks = used.reshape(self.num_blocks, -1, self.features)
-        blocks = blocks[:, : self.rows_per_block]
-        return blocks.reshape(self.num_embeddings, self.features)
+        return used.reshape(-1, self.features)
 
     def locate(
         self, ids: Int[Array, "*slots"]
@@ -172,6 +220,13 @@ class Packing(NamedTuple):
         dropped = self.shape[0] + jnp.arange(ids.size, dtype=numbers.dtype)
         numbers = jnp.where(is_last & (numbers < self.shape[0]), numbers, dropped)
         return numbers, values, own
+
+
+def _repeat(count: int, body: Callable[[Any, Array], Array], result: Array) -> Array:
+    """Run `result = body(number, result)`; once without a loop."""
+    if count <= 1:
+        return body(0, result) if count else result
+    return jax.lax.fori_loop(0, count, body, result)
 
 
 def _shift(x: Shaped[Array, "U ..."], step: int, fill: Any) -> Shaped[Array, "U ..."]:

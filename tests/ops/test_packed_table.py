@@ -56,6 +56,18 @@ def test_rows_are_read_and_set_in_lines(width, blocks):
     assert_equal(actual, table.at[ids].set(rows, mode="drop"))
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_long_tables_are_packed_in_parts(blocks):
+    table = make_table(rows=70_000, features=10)
+    lines = packed(table, num_blocks=blocks)
+    assert_equal(lines.unpack(), table)
+    ids = jnp.array([[0, 16_319], [16_320, 34_999], [35_000, 69_999]])
+    expected = jbag.embedding_bag(table, ids)
+    assert_near(jbag.embedding_bag(lines, ids), expected)
+    gradient = jax.grad(lambda table: (packed(table).lines ** 2).sum())(table)
+    assert_near(gradient, 2 * table)
+
+
 @pytest.mark.parametrize("width", [1, 10, 100])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("weighted", [False, True])
