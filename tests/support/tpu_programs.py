@@ -109,6 +109,8 @@ def programs(width, dtype, bags_of_gradients):
         weighted = pool("mean", padding_idx=3)
         yield f"{layout}_weighted_mean", weighted, (table, weights, *bags), ()
         yield f"{layout}_max", pool("max"), plain, ()
+        by_dma = pool("sum", implementation="tensorcore")
+        yield f"{layout}_tensorcore_sum", by_dma, plain, ()
         bags = make_bags(layout, bags_of_gradients)
         plain = table, None, *bags
         yield f"{layout}_sum_gradient", jax.grad(squares(pool("sum"))), plain, ()
