@@ -66,7 +66,8 @@ class EmbeddingBag(EmbeddingBagOptions, nn.Module):
         with `nn.with_partitioning` around it.
       implementation: the kernel by name, or None for the platform's best one.
       freeze: whether the table is kept from training.
-      packed: whether the table is a `PackedTable`; None packs it on TPUs.
+      packed: whether the table is a `PackedTable`; None packs it on TPUs, unless it has
+        metadata, as for a mesh.
 
     Example:
       >>> bag = jbag.EmbeddingBag(num_embeddings=10, features=2, mode="sum")

@@ -80,7 +80,8 @@ class EmbeddingBag(EmbeddingBagOptions, nnx.Module):
         or `embedding_metadata`, brings metadata.
       implementation: the kernel by name, or None for the platform's best one.
       freeze: whether the table is kept from training.
-      packed: whether the table is a `PackedTable`; None packs it on TPUs.
+      packed: whether the table is a `PackedTable`; None packs it on TPUs, unless it has
+        metadata, as for a mesh.
       embedding_metadata: metadata of the variable, such as `out_sharding`.
       rngs: gives the initializer its key; not needed by `from_pretrained`.
 
@@ -99,7 +100,8 @@ class EmbeddingBag(EmbeddingBagOptions, nnx.Module):
         self, embedding_metadata: Mapping[str, Any], rngs: nnx.Rngs
     ) -> None:
         self._check_options()
-        table = self._initial_table(rngs.params(), _map_value, self.packed)
+        packed = bool(self.packed) if embedding_metadata else self.packed
+        table = self._initial_table(rngs.params(), _map_value, packed)
         del self.embedding_init  # a pretrained one would keep its table alive
         variable = Frozen if self.freeze else nnx.Param
         self.embedding = variable(

@@ -103,16 +103,16 @@ class EmbeddingBagOptions:
         map_boxed: Callable[[Callable[[Array], Any], Any], Any],
         packed: bool | None,
     ) -> Any:
-        """Initialize the table, packed if asked for; the row of `padding_idx` is zero.
+        """Initialize the table; the row of `padding_idx` is zero.
 
         `map_boxed` applies a function to the array in the box that the initializer
-        returns.
+        returns. What is in a box, as for a mesh, is packed only if `packed` is True.
         """
         init, padding_idx = self.embedding_init, self.padding_idx
         table = init(key, (self.num_embeddings, self.features), self.param_dtype)
         if padding_idx is not None and not isinstance(init, Pretrained):
             table = map_boxed(lambda array: array.at[padding_idx].set(0), table)
-        if packed is False:
+        if packed is False or (packed is None and not isinstance(table, jax.Array)):
             return table
         return map_boxed(functools.partial(pack, always=bool(packed)), table)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from jbag._validation import check_flag, check_table
+from jbag._validation import check_flag, check_integer, check_table
 from jbag.ops._packing import LANES, Packing
 from jbag.ops._row_gather import take
 
@@ -120,6 +120,7 @@ def pack(table: Any, *, always: bool = False, num_blocks: int = 1) -> Any:
       (1000, 10)
     """
     check_flag("always", always)
+    check_integer("num_blocks", num_blocks, low=1)
     if isinstance(table, PackedTable):
         return table
     array = check_table(table)

@@ -262,7 +262,8 @@ class RowSparse(metaclass=_RowSparseType):
 
     def fits(self, table: AnyArray) -> bool:
         """Return whether an array is such a table, or the lines of one."""
-        return self.shape in (table.shape, self._placement.table_shape(table.shape))
+        packing = self._placement.packing
+        return table.shape in (self.shape, packing and packing.shape)
 
     def update_table(
         self,
@@ -273,10 +274,7 @@ class RowSparse(metaclass=_RowSparseType):
         *,
         rule: str,
     ) -> tuple[Array, ...]:
-        """Update the rows of a table by a rule of `ops.kernels.update_rules`.
-
-        It returns the table and its states, updated in place if they are donated.
-        """
+        """Update a table by a rule of `kernels.update_rules`, in place if donated."""
         operands = (table, tuple(states), scalars, seed)
         return self._placement.update_rows(self.terms, *operands, rule=rule)
 

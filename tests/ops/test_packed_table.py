@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from flax import serialization
+from flax import nnx, serialization
 from oracle import assert_close
 from pooling import WORKED_IDS, check, make_table, make_weights
 
 import jbag
+from jbag.ops import _packed_table
 from jbag.ops._packing import Packing
 
 # A row or several a line; lines of 128, 256, 384 and 640 numbers.
@@ -245,6 +246,39 @@ def test_partitioning_metadata_boxes_a_packed_table():
     assert bag.apply(variables, [[1, 2]]).shape == (1, 10)
 
 
+def test_modules_pack_by_themselves_on_tpus(monkeypatch):
+    on_tpus = []
+    monkeypatch.setattr(_packed_table, "_on_tpu", lambda _: bool(on_tpus))
+    boxed = nn.with_partitioning(nn.initializers.normal(), ("x", None))
+    metadata = {"embedding_metadata": {"tag": 1}}
+
+    def makes():
+        linen = [
+            jbag.EmbeddingBag(50, 10, **options).init(jax.random.key(0), [[1]])
+            for options in ({}, {"packed": False}, {"embedding_init": boxed})
+        ]
+        variables = [
+            jbag.nnx.EmbeddingBag(50, 10, rngs=nnx.Rngs(0), **options).embedding
+            for options in ({}, {"packed": False}, metadata)
+        ]
+        collection = jbag.EmbeddingBagCollection(
+            {"a": jbag.Table(50, 10)}, {"f": jbag.Feature("a")}
+        )
+        packs = lambda tree: [
+            _packed_table.packs(x)
+            for x in jax.tree.leaves(tree, is_leaf=_packed_table.packs)
+        ]
+        batch = {"f": np.array([[1]])}
+        return [
+            *map(packs, [*linen, *variables]),
+            packs(collection.init(jax.random.key(0), batch)),
+        ]
+
+    assert makes() == [[False]] * 7
+    on_tpus.append(True)
+    assert makes() == [[True], [False], [False]] * 2 + [[True]]
+
+
 def test_arrays_of_a_packed_table_are_the_table():
     table = make_table(rows=14)
     assert_equal(np.asarray(packed(table)), table)
@@ -265,7 +299,12 @@ def test_bad_packed_tables_are_errors():
         packed(make_table(rows=14), num_blocks=4)
     with pytest.raises(TypeError, match="`always`"):
         jbag.pack(make_table(), always=1.5)
+    with pytest.raises(ValueError, match="`num_blocks`"):
+        packed(make_table(rows=14), num_blocks=0)
     lines = packed(make_table(rows=14))
+    rows = jbag.grad(loss_of([[1]], sparse=True))({"table": lines})["table"].lines
+    with pytest.raises(ValueError, match="Shapes must be equal"):
+        jnp.zeros((14, 128)) + rows
     wrong = jbag.PackedTable(lines.lines[:, :3], lines.packing)
     with pytest.raises(ValueError, match=r"`table.lines` must have shape \(2, 128\)"):
         jbag.embedding_bag(wrong, [[1]])
