@@ -24,8 +24,6 @@ from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
 import jbag
-from jbag.ops.kernels import sparsecore
-from jbag.ops.kernels.sparsecore_chunks import packed_lines
 
 V, B, L = 1_000_000, 4096, 20
 
@@ -46,6 +44,7 @@ def programs():
         ("float32", 64, "rectangular", ("sum", "packed")),
         ("float32", 32, "ragged", ("packed",)),
         ("bfloat16", 64, "ragged", ("packed",)),
+        ("float32", 100, "rectangular", ("packed",)),
     ):
         for kind in kinds:
             yield f"{layout}_{dtype}_{D}_{kind}", *program(dtype, D, layout, kind)
@@ -71,8 +70,8 @@ def program(dtype, D, layout, kind):  # noqa: N803  (the glossary's letter)
         )
 
     if kind == "packed":
-        table = jax.ShapeDtypeStruct((V * D // 128, 128), dtype)
-        return lambda *x: pool_packed(*x, width=D), (table, *bags), ()
+        table = jax.eval_shape(lambda table: jbag.pack(table, always=True), table)
+        return pool, (table, *bags), ()
     if kind == "weighted":
         weights = jax.ShapeDtypeStruct(shape, dtype)
         function = lambda *x: pool(*x, mode="mean", padding_idx=3)
@@ -94,16 +93,6 @@ def program(dtype, D, layout, kind):  # noqa: N803  (the glossary's letter)
         state = jax.eval_shape(optimizer.init, table)
         return step, (table, state, *bags), (0, 1)
     return lambda *x: pool(*x, mode=kind), (table, *bags), ()
-
-
-def pool_packed(array, ids, offsets=None, *, width):
-    """Sum rows that lie in lines of 128 numbers."""
-    lines = packed_lines(array, V, width)
-    if offsets is None:
-        return sparsecore._sum_rows(lines, ids, jnp.ones(ids.shape, bool))
-    bags, is_filled, _ = sparsecore._bags(ids, offsets)
-    kept = jnp.ones(ids.shape, bool)
-    return sparsecore._sum_segments(lines, ids, bags, kept, None, is_filled)
 
 
 def main(topology, *names):

@@ -18,6 +18,7 @@ import sparse_core
 import sparsecore_programs
 from oracle import MODES, assert_close
 from slow import slow
+from tpu_programs import without_tpu_compiler
 
 import jbag
 from jbag.ops import kernels
@@ -355,18 +356,36 @@ def test_lines_that_no_subcore_holds_are_an_error():
 PROGRAM = pathlib.Path(sparsecore_programs.__file__)
 
 
+SOME_PROGRAMS = (
+    "rectangular_float32_128_sum",
+    "ragged_float32_128_weighted",
+    "ragged_float32_128_max",
+    "rectangular_float32_64_packed",
+    "ragged_bfloat16_64_packed",
+    "rectangular_float32_100_packed",
+)
+
+
 def compile_programs(topology, *names):
     """Run the program that compiles for a TPU."""
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'jax[tpu]'")
+        without_tpu_compiler()
     command = [sys.executable, PROGRAM, topology, *names]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_programs_compile_and_copy_no_table_of_whole_lines(topology):
-    done = compile_programs(topology)
+@pytest.mark.parametrize(
+    ("topology", "programs"),
+    [
+        ("v6e:2x2", SOME_PROGRAMS),
+        *(
+            pytest.param(topology, (), marks=pytest.mark.slow)
+            for topology in ("v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+        ),
+    ],
+)
+def test_programs_compile_and_copy_no_table_of_whole_lines(topology, programs):
+    done = compile_programs(topology, *programs)
     assert done.returncode == 0, done.stderr
     for name, program in json.loads(done.stdout.splitlines()[-1]).items():
         _, dtype, width, kind = name.split("_")
@@ -377,7 +396,6 @@ def test_programs_compile_and_copy_no_table_of_whole_lines(topology):
             assert program["temporary_bytes"] < 0.25 * table, name
 
 
-@pytest.mark.slow
 def test_a_tpu_without_sparse_cores_is_an_error():
     done = compile_programs("v5e:2x2", "ragged_float32_128_sum")
     assert done.returncode == 1
