@@ -12,14 +12,14 @@ copied in every call.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from jbag.ops._packed_table import AnyTable, PackedTable, storage
-from jbag.ops._packing import Packing
 from jbag.ops._row_gather import take
 from jbag.ops.kernels import sparsecore_chunks as on_chip
 from jbag.ops.kernels import sparsecore_gather_add as gather_add
@@ -78,33 +78,6 @@ def spmm(
     if average is not None:
         out /= xla.divisors(xla.spmm, ids, offsets, out.dtype, **options)
     return out.astype(dtype)
-
-
-def spmm_transpose(
-    cotangent: Float[Array, "B D"],
-    ids: Ids,
-    offsets: Offsets,
-    coefficients: Slots | None,
-    *,
-    pad_id: int | None,
-    num_embeddings: Size,
-    dtype: jnp.dtype,
-    packing: Packing | None = None,
-) -> Float[Array, "rows width"]:
-    """Compute `contract.Operations.spmm_transpose`."""
-    indices, sums = coalesce(
-        cotangent,
-        ids,
-        offsets,
-        coefficients,
-        pad_id=pad_id,
-        num_embeddings=num_embeddings,
-        max_unique_ids=min(ids.size, num_embeddings),
-    )
-    if packing is not None:
-        return packing.put_in_zeros(indices, sums, dtype)
-    out = jnp.zeros((num_embeddings, cotangent.shape[1]), dtype)
-    return xla.set_rows(out, indices, sums.astype(dtype))
 
 
 # XLA's gathers run on the SparseCores, and the TensorCore multiplies.
@@ -225,33 +198,8 @@ def coalesce(
     return indices, sums[:, : cotangent.shape[1]].astype(cotangent.dtype)
 
 
-def update_rows(
-    table: AnyTable,
-    states: tuple[Shaped[Array, "V ..."] | PackedTable, ...],
-    scalars: Float[Array, " H"],
-    seed: UInt32[Array, "2"] | None,
-    cotangent: Float[Array, "B D"],
-    ids: Ids,
-    offsets: Offsets,
-    coefficients: Slots | None,
-    *,
-    pad_id: int | None,
-    rule: str,
-) -> tuple[Array, ...]:
-    """Compute `contract.Operations.update_rows`."""
-    num_embeddings = table.shape[0]
-    indices, gradient = coalesce(
-        cotangent,
-        ids,
-        offsets,
-        coefficients,
-        pad_id=pad_id,
-        num_embeddings=num_embeddings,
-        max_unique_ids=min(ids.size, num_embeddings),
-    )
-    return xla.update_unique_rows(
-        table, states, scalars, seed, indices, gradient, rule=rule
-    )
+spmm_transpose = functools.partial(xla.coalesce_and_store, coalesce)
+update_rows = functools.partial(xla.update_rows, coalesce=coalesce)
 
 
 def _check(dense: AnyTable, ids: Ids, offsets: Offsets, *sizes: Size) -> None:

@@ -13,14 +13,14 @@ Tables are float32, bfloat16 or float16, and all sizes are static.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped, UInt32
+from jaxtyping import Array, Float, Int
 
 from jbag.ops._packed_table import AnyTable, PackedTable
-from jbag.ops._packing import Packing
 from jbag.ops._row_gather import take
 from jbag.ops.kernels import xla
 from jbag.ops.kernels.line_reductions import (
@@ -88,34 +88,6 @@ def extremum(
     return extremum_lines(lines, ids, offsets, coefficients, **options)
 
 
-def spmm_transpose(
-    cotangent: Float[Array, "B D"],
-    ids: Ids,
-    offsets: Offsets,
-    coefficients: Slots | None,
-    *,
-    pad_id: int | None,
-    num_embeddings: Size,
-    dtype: jnp.dtype,
-    packing: Packing | None = None,
-) -> Float[Array, "rows width"]:
-    """Compute `contract.Operations.spmm_transpose`."""
-    _check_static(*ids.shape, num_embeddings)
-    indices, sums = coalesce(
-        cotangent,
-        ids,
-        offsets,
-        coefficients,
-        pad_id=pad_id,
-        num_embeddings=num_embeddings,
-        max_unique_ids=min(ids.size, num_embeddings),
-    )
-    if packing is not None:
-        return packing.put_in_zeros(indices, sums, dtype)
-    out = jnp.zeros((num_embeddings, cotangent.shape[1]), dtype)
-    return xla.set_rows(out, indices, sums.astype(dtype))
-
-
 def coalesce(
     cotangent: Float[Array, "B D"],
     ids: Ids,
@@ -161,34 +133,8 @@ def coalesce(
     return indices, sums
 
 
-def update_rows(
-    table: AnyTable,
-    states: tuple[Shaped[Array, "V ..."] | PackedTable, ...],
-    scalars: Float[Array, " H"],
-    seed: UInt32[Array, "2"] | None,
-    cotangent: Float[Array, "B D"],
-    ids: Ids,
-    offsets: Offsets,
-    coefficients: Slots | None,
-    *,
-    pad_id: int | None,
-    rule: str,
-) -> tuple[Array, ...]:
-    """Compute `contract.Operations.update_rows`."""
-    num_embeddings = table.shape[0]
-    indices, gradient = coalesce(
-        cotangent,
-        ids,
-        offsets,
-        coefficients,
-        pad_id=pad_id,
-        num_embeddings=num_embeddings,
-        max_unique_ids=min(ids.size, num_embeddings),
-    )
-    # A rule reads and writes each row once, which XLA fuses.
-    return xla.update_unique_rows(
-        table, states, scalars, seed, indices, gradient, rule=rule
-    )
+spmm_transpose = functools.partial(xla.coalesce_and_store, coalesce)
+update_rows = functools.partial(xla.update_rows, coalesce=coalesce)
 
 
 def _as_lines(

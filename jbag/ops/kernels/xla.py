@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from jbag.ops._packed_table import AnyTable, PackedTable, packing_of, take_rows
 from jbag.ops._packing import Packing
@@ -109,19 +109,17 @@ def spmm_transpose(
     """
     if _is_narrow(dtype, cotangent.dtype) and _is_less(ids.size, num_embeddings):
         # The sums of N rows; `segment_sum` makes V rows of a dtype twice as wide.
-        indices, sums = coalesce(
+        return coalesce_and_store(
+            coalesce,
             cotangent,
             ids,
             offsets,
             coefficients,
             pad_id=pad_id,
             num_embeddings=num_embeddings,
-            max_unique_ids=ids.size,
+            dtype=dtype,
+            packing=packing,
         )
-        if packing is not None:
-            return packing.put_in_zeros(indices, sums, dtype)
-        out = jnp.zeros((num_embeddings, cotangent.shape[1]), dtype)
-        return set_rows(out, indices, sums.astype(dtype))
     rows, kept = bag_rows(_as_wide(packing, cotangent), ids, offsets)
     if coefficients is not None:
         rows = coefficients[..., None] * rows
@@ -256,6 +254,34 @@ def sort_keys(
     return keys.astype(jnp.int32) if narrow else keys
 
 
+def coalesce_and_store(
+    coalesce: Callable[..., Any],
+    cotangent: Float[Array, "B D"],
+    ids: Ids,
+    offsets: Offsets,
+    coefficients: Slots | None,
+    *,
+    pad_id: int | None,
+    num_embeddings: Size,
+    dtype: jnp.dtype,
+    packing: Packing | None = None,
+) -> Float[Array, "rows width"]:
+    """Compute `spmm_transpose` by a kernel's `coalesce`: store the sum of each row."""
+    indices, sums = coalesce(
+        cotangent,
+        ids,
+        offsets,
+        coefficients,
+        pad_id=pad_id,
+        num_embeddings=num_embeddings,
+        max_unique_ids=min(ids.size, num_embeddings),
+    )
+    if packing is not None:
+        return packing.put_in_zeros(indices, sums, dtype)
+    out = jnp.zeros((num_embeddings, cotangent.shape[1]), dtype)
+    return set_rows(out, indices, sums.astype(dtype))
+
+
 def update_rows(
     table: AnyTable,
     states: tuple[Shaped[Array, "V ..."] | PackedTable, ...],
@@ -268,11 +294,12 @@ def update_rows(
     *,
     pad_id: int | None,
     rule: str,
+    coalesce: Callable[..., Any] = coalesce,
 ) -> tuple[Array, ...]:
     """Update the rows of the bags' ids by an update rule; return table and states.
 
-    Their gradient is that of `spmm_transpose`. Other rows don't change. The table
-    rounds once; with a `seed`, stochastically.
+    Their gradient is that of `coalesce`, which may be another kernel's. Other rows
+    don't change. The table rounds once; with a `seed`, stochastically.
     """
     num_embeddings = table.shape[0]
     indices, gradient = coalesce(
@@ -312,7 +339,7 @@ def update_unique_rows(
     if seed is None:
         rows = rows.astype(table.dtype)
     else:
-        rows = _round_stochastically(rows, seed, indices)
+        rows = rules.round_stochastically(rows, seed, indices)
     return tuple(
         x.packing.put(x.lines, indices, new)
         if isinstance(x, PackedTable)
@@ -336,29 +363,6 @@ def set_rows(
     return x.at[indices].set(
         rows, mode="drop", indices_are_sorted=True, unique_indices=unique
     )
-
-
-def _round_stochastically(
-    rows: Float32[Array, "U D"], seed: UInt32[Array, "2"], indices: Int[Array, " U"]
-) -> BFloat16[Array, "U D"]:
-    """Round to bfloat16 so that the expected value is exact.
-
-    The noise is a function of the seed, the index of the row and that of the column.
-    """
-    columns = jnp.arange(rows.shape[1], dtype=jnp.uint32)
-    hashed = _hash(indices.astype(jnp.uint32) ^ seed[0])[:, None]
-    noise = _hash(hashed + columns * jnp.uint32(0x9E3779B9) + seed[1]) >> 16
-    bits = jax.lax.bitcast_convert_type(rows, jnp.uint32)
-    upper = ((bits + noise) >> 16).astype(jnp.uint16)
-    rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
-    return jnp.where(jnp.isfinite(rows), rounded, rows.astype(jnp.bfloat16))
-
-
-def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Hash 32-bit integers (Wellons, Prospecting for Hash Functions, 2018)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
 
 
 def _stored_rows(table: AnyTable, ids: Ids) -> Float[Array, "*slots width"]:

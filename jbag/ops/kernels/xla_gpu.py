@@ -10,12 +10,13 @@ Memory traffic: a row is read once; pieces write and read at most one row for 4 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from jbag.ops._row_gather import accumulation_dtype, take
 from jbag.ops.kernels import xla
@@ -77,10 +78,7 @@ def spmm_transpose(
     options: dict[str, Any] = {"pad_id": pad_id, "num_embeddings": num_embeddings}
     if not _is_static(ids, offsets, num_embeddings):
         return xla.spmm_transpose(*operands, dtype=dtype, **options)
-    max_unique_ids = min(ids.size, num_embeddings)
-    indices, sums = coalesce(*operands, max_unique_ids=max_unique_ids, **options)
-    out = jnp.zeros((num_embeddings, cotangent.shape[1]), dtype)
-    return xla.set_rows(out, indices, sums.astype(dtype))
+    return xla.coalesce_and_store(coalesce, *operands, dtype=dtype, **options)
 
 
 sddmm = xla.sddmm
@@ -177,33 +175,7 @@ def coalesce(
     return indices, sums
 
 
-def update_rows(
-    table: Float[Array, "V D"],
-    states: tuple[Array, ...],
-    scalars: Float[Array, " H"],
-    seed: UInt32[Array, "2"] | None,
-    cotangent: Float[Array, "B D"],
-    ids: Ids,
-    offsets: Offsets,
-    coefficients: Slots | None,
-    *,
-    pad_id: int | None,
-    rule: str,
-) -> tuple[Array, ...]:
-    """Compute `contract.Operations.update_rows`."""
-    num_embeddings = table.shape[0]
-    indices, gradient = coalesce(
-        cotangent,
-        ids,
-        offsets,
-        coefficients,
-        pad_id=pad_id,
-        num_embeddings=num_embeddings,
-        max_unique_ids=min(ids.size, num_embeddings),
-    )
-    return xla.update_unique_rows(
-        table, states, scalars, seed, indices, gradient, rule=rule
-    )
+update_rows = functools.partial(xla.update_rows, coalesce=coalesce)
 
 
 def _is_static(ids: Ids, offsets: Offsets, *sizes: Size) -> bool:
