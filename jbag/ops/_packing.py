@@ -157,7 +157,8 @@ class Packing(NamedTuple):
     def fold(self, lines: Float[Array, "*slots W"]) -> Float[Array, "*slots D"]:
         """Return the sum of the rows of each line."""
         used = lines[..., : self.rows_per_line * self.features]
-        return used.reshape(*lines.shape[:-1], -1, self.features).sum(-2)
+        shape = (*lines.shape[:-1], self.rows_per_line, self.features)
+        return used.reshape(shape).sum(-2)
 
     def repeat(self, rows: Shaped[Array, "*slots D"]) -> Shaped[Array, "*slots W"]:
         """Return lines with the same row at each place."""

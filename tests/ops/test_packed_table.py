@@ -88,6 +88,17 @@ def test_every_kernel_takes_a_packed_table(implementation, require):
     check(table, ids, None, packed=True, scale_grad_by_freq=True)
 
 
+@pytest.mark.parametrize("shape", [(0, 2), (2, 0), (0, 0)])
+def test_batches_without_bags_or_slots_pool_to_zero(shape):
+    lines, ids = packed(make_table(rows=14)), jnp.zeros(shape, jnp.int32)
+    for mode in ("sum", "mean", "max"):
+        pool = lambda lines, mode=mode: jbag.embedding_bag(lines, ids, mode=mode)
+        out, pullback = jax.vjp(pool, lines)
+        assert_equal(out, np.zeros((shape[0], 3)))
+        (gradient,) = pullback(out)
+        assert not gradient.lines.any()
+
+
 def test_ids_out_of_range_and_padding_lanes_are_never_read():
     table = make_table(rows=13, features=10).at[5].set(jnp.nan)
     lines = packed(table)
