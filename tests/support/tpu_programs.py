@@ -169,6 +169,7 @@ def figures(name, function, operands, donated, device):
         "alias_bytes": memory.alias_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "operand_bytes": count_bytes(operands),
+        "table_bytes": count_bytes(jax.tree.leaves(operands)[0]),
         "donated_bytes": count_bytes([operands[at] for at in donated]),
         "operations": {each: found.count(each) for each in sorted(set(found))},
         "processor_seconds": round(seconds, 1),
