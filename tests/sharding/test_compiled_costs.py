@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -49,8 +51,11 @@ def on_tpus(request):
     """Figures of every strategy's programs, compiled for a mesh of TPUs."""
     if importlib.util.find_spec("libtpu") is None:
         without_tpu_compiler()
-    command = [sys.executable, mesh_programs.__file__, request.param]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    program = pathlib.Path(mesh_programs.__file__)
+    command = [sys.executable, str(program), request.param]
+    # PYTHONSAFEPATH would keep the program from its neighbours.
+    env = os.environ | {"PYTHONPATH": str(program.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
