@@ -165,8 +165,8 @@ class EmbeddingBagCollection(CollectionOptions, nn.Module):
       concatenate: return one array, the features side by side.
       dtype: of the results; None for the tables' own.
       implementation: the kernel by name, or None for the platform's best one.
-      packed: whether each parameter is a `PackedTable`; None packs them on TPUs. Over a
-        mesh they are arrays.
+      packed: whether each parameter is a `PackedTable`; None packs them on TPUs. Tables
+        that are sharded by columns are arrays.
 
     Example:
       >>> collection = jbag.EmbeddingBagCollection(

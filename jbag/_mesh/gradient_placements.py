@@ -30,7 +30,8 @@ from jbag.ops._factored_gradient import (
     TableStorage,
     concatenate_gradients,
 )
-from jbag.ops._row_gather import accumulation_dtype, take
+from jbag.ops._packed_table import AnyTable, put_rows, stored, take_rows
+from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops._row_updates import coalesce, update_rows
 from jbag.ops._spmm import spmm_transpose
 from jbag.ops.kernels import update_rules as rules
@@ -97,7 +98,7 @@ class LocalGradients(TableStorage):
         rule: str,
     ) -> tuple[Array, ...]:
         """Update the rows of each shard by a rule; see `RowSparse.update_table`."""
-        dtype = accumulation_dtype(table.dtype)
+        dtype, width = accumulation_dtype(table.dtype), self.table_shape(table.shape)[1]
         numbers = jnp.stack([jnp.asarray(x, dtype) for x in scalars])
         specs = tuple(self._spec(x) for x in (table, *states))
         # The mean square of a row is over the columns of all devices.
@@ -113,12 +114,14 @@ class LocalGradients(TableStorage):
             def receive(
                 arrays: tuple[Array, ...], term: FactoredGradient
             ) -> tuple[Array, ...]:
-                operands = (arrays[0], arrays[1:], numbers, seed)
                 if sums_squares:
-                    return _update_columns(term, *operands, rule, table.shape[1], axes)
-                return term.apply(update_rows, *operands, rule=rule)
+                    operands = (arrays[0], arrays[1:], numbers, seed)
+                    return _update_columns(term, *operands, rule, width, axes)
+                own, *states = map(self._shard_of, arrays)
+                return term.apply(update_rows, own, states, numbers, seed, rule=rule)
 
-            return self.collect(_on_one_device(terms), arrays[0].shape, receive, arrays)
+            shape = self._shard_of(arrays[0]).shape
+            return self.collect(_on_one_device(terms), shape, receive, arrays)
 
         axes = self.strategy.batch
         run = per_device(
@@ -219,8 +222,9 @@ class LocalGradients(TableStorage):
         spec, rows = self._spec(array), self._rows_spec(array)
 
         def get(array: Array, indices: Array) -> Array:
-            own = indices - _first_row(self.strategy, array.shape[0])
-            return take(array, own.astype(indices.dtype), 0)
+            shard = self._shard_of(array)
+            own = indices - _first_row(self.strategy, shard.shape[0])
+            return take_rows(shard, own.astype(indices.dtype), 0)
 
         specs = (spec, self.bags)
         return per_device(get, self.strategy, specs, rows, check=False)(array, indices)
@@ -235,13 +239,21 @@ class LocalGradients(TableStorage):
         spec, rows_spec = self._spec(array), self._rows_spec(array)
 
         def set_rows(array: Array, indices: Array, rows: Array) -> Array:
-            own = indices - _first_row(self.strategy, array.shape[0])
-            own = jnp.where((own >= 0) & (own < array.shape[0]), own, array.shape[0])
-            return array.at[own].set(rows, mode="drop")
+            shard = self._shard_of(array)
+            size = shard.shape[0]
+            own = indices - _first_row(self.strategy, size)
+            own = jnp.where((own >= 0) & (own < size), own, size)
+            return put_rows(shard, own, rows)
 
         specs = (spec, self.bags, rows_spec)
         run = per_device(set_rows, self.strategy, specs, spec, check=False)
         return run(array, indices, rows)
+
+    def _shard_of(self, array: Array) -> AnyTable:
+        """Return the shard of a table or of an optimizer state, from its array."""
+        own = self.strategy.shard_packing(self.packing)
+        is_packed = own is not None and array.shape == own.shape
+        return stored(array, own if is_packed else None)
 
     def _spec(self, array: Array) -> P:
         """Return the spec of a table or of an optimizer state."""
@@ -296,7 +308,7 @@ class AllGatheredGradients(LocalGradients):
 
     def received_placement(self) -> LocalGradients:
         """Override `LocalGradients`."""
-        return LocalGradients(self.strategy, P(), P())
+        return LocalGradients(self.strategy, P(), P(), packing=self.packing)
 
     def max_rows(self, terms: Sequence[FactoredGradient], rows: int) -> int:
         """Override `LocalGradients`."""
@@ -333,7 +345,8 @@ class AllToAllGradients(LocalGradients):
 
     def received_placement(self) -> LocalGradients:
         """Override `LocalGradients`."""
-        return LocalGradients(self.strategy, self.cotangent, self.bags)
+        specs = (self.cotangent, self.bags)
+        return LocalGradients(self.strategy, *specs, packing=self.packing)
 
     def max_rows(self, terms: Sequence[FactoredGradient], rows: int) -> int:
         """Override `LocalGradients`."""

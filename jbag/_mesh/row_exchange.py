@@ -27,6 +27,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jbag._mesh.strategies import Strategy, per_device
 from jbag.ops import _spmm
+from jbag.ops._packed_table import AnyTable, packing_of, storage, stored
+from jbag.ops._packing import Packing
 from jbag.ops._primitive import evaluate_compiled
 from jbag.ops._row_gather import accumulation_dtype, take
 from jbag.ragged._csr_arrays import OUT_OF_RANGE_ID
@@ -208,7 +210,7 @@ def router(
 
 
 def fetch(
-    table: Float[Array, "rows D"],
+    table: AnyTable,
     unique: Int[Array, " all_U"],
     *,
     strategy: Strategy,
@@ -221,9 +223,10 @@ def fetch(
     the table; its transpose sends one row per distinct id to the owner.
     """
     return fetch_p.bind(
-        table,
+        storage(table),
         unique,
         num_rows=table.shape[0],
+        packing=packing_of(table),
         strategy=strategy,
         rows_per_round=rows_per_round,
         implementation=implementation,
@@ -231,20 +234,23 @@ def fetch(
 
 
 def _fetch_impl(
-    table: Float[Array, "rows D"],
+    lines: Float[Array, "rows width"],
     unique: Int[Array, " all_U"],
     *,
     num_rows: int,
+    packing: Packing | None,
     strategy: Strategy,
     rows_per_round: int,
     implementation: str | None,
 ) -> Float[Array, "all_U D"]:
-    width, slots = table.shape[1], unique.size // strategy.size
+    width, slots = stored(lines, packing).shape[1], unique.size // strategy.size
     route = router(strategy, num_rows, slots, rows_per_round)
 
     def fetch_shard(
-        shard: Float[Array, "S D"], unique: Int[Array, " U"]
+        lines: Float[Array, "own width"], unique: Int[Array, " U"]
     ) -> Float[Array, "U D"]:
+        shard = strategy.shard(stored(lines, packing))
+
         def lookup(ids: Int[Array, "P C"]) -> Float[Array, "P C D"]:
             # One bag per id.
             rows = _spmm.spmm(
@@ -264,7 +270,7 @@ def _fetch_impl(
 
     rows = P(strategy.batch, None)
     specs = (rows, strategy.blocks)
-    return per_device(fetch_shard, strategy, specs, rows, check=False)(table, unique)
+    return per_device(fetch_shard, strategy, specs, rows, check=False)(lines, unique)
 
 
 def _scatter_add_impl(
@@ -272,12 +278,13 @@ def _scatter_add_impl(
     unique: Int[Array, " all_U"],
     *,
     num_rows: int,
+    packing: Packing | None,
     strategy: Strategy,
     rows_per_round: int,
     implementation: str | None,
-) -> Float[Array, "rows D"]:
-    """Return the [V', D] sums of the rows that each owner receives."""
-    dtype = accumulation_dtype(rows.dtype)
+) -> Float[Array, "rows width"]:
+    """Return the [V', D] sums of the rows that each owner receives, or their lines."""
+    dtype, own = accumulation_dtype(rows.dtype), strategy.shard_packing(packing)
     route = router(strategy, num_rows, unique.size // strategy.size, rows_per_round)
 
     def scatter_add_shard(rows: Float[Array, "U D"], unique: Int[Array, " U"]) -> Array:
@@ -288,12 +295,14 @@ def _scatter_add_impl(
                 None,
                 None,
                 num_embeddings=route.shard,
+                packing=own,
                 dtype=dtype,
                 pad_id=None,
                 implementation=implementation,
             )
 
-        total = jnp.zeros((route.shard, rows.shape[1]), dtype)
+        shape = (route.shard, rows.shape[1]) if own is None else own.shape
+        total = jnp.zeros(shape, dtype)
         total = route.scatter_rows(unique, rows.astype(dtype), receive, total)
         return total.astype(rows.dtype)
 

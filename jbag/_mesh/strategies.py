@@ -16,6 +16,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from jbag.ops._packed_table import AnyTable, packing_of, storage, stored
+from jbag.ops._packing import Packing
+
 Axis = tuple[str, ...]
 
 
@@ -105,6 +108,30 @@ class Strategy:
     def per_row(self) -> P:
         """The spec of optimizer states [V]."""
         return P(*self.table[:1])
+
+    def shard(self, table: AnyTable) -> AnyTable:
+        """Return a shard as a table of its own: the lines have those of all shards.
+
+        Raises:
+          ValueError: the blocks of a packed table are not those of the devices, or it
+            is column-wise.
+        """
+        return stored(storage(table), self.shard_packing(packing_of(table)))
+
+    def shard_packing(self, packing: Packing | None) -> Packing | None:
+        """Return how the shard of a packed table is packed."""
+        if packing is None or self.size == 1:
+            return packing
+        if self.sharding_type == ShardingType.COLUMN_WISE:
+            raise ValueError("A packed table can't be sharded by columns.")
+        if self.sharding_type == ShardingType.DATA_PARALLEL:
+            return packing
+        if packing.num_blocks % self.size:
+            raise ValueError(
+                f"The table must be packed with `num_blocks`, a multiple of the "
+                f"{self.size} devices that shard its rows; got {packing.num_blocks}."
+            )
+        return packing.divide(self.size)
 
     @property
     def is_explicit(self) -> bool:

@@ -36,7 +36,7 @@ from jbag.collection._stacking import (
     make_stacks,
 )
 from jbag.collection._tables_and_features import Feature, Table
-from jbag.ops._packed_table import AnyTable, pack, unpack
+from jbag.ops._packed_table import AnyTable, pack, storage, unpack
 from jbag.ops.kernels import check_implementation
 
 
@@ -185,19 +185,21 @@ def initializer(
 
     def init(key: Array) -> AnyTable:
         found = strategies(parts.stacks, options.mesh, options.batch_axis)
-        array = stack.init(key)
-        if stack.name not in found:
-            return _packed(array, packed)
-        return reshard(array, found[stack.name], found[stack.name].table)
+        array, own = stack.init(key), found.get(stack.name)
+        if own is not None:
+            array = reshard(array, own, own.table)
+        return _packed(array, packed, own)
 
     return init
 
 
-def _packed(array: Array, packed: bool | None) -> AnyTable:
-    """Pack a table on one device, by the option of that name; leave a state of rows."""
-    if packed is False or array.ndim != 2:
+def _packed(array: Array, packed: bool | None, own: Strategy | None) -> AnyTable:
+    """Pack a table by the option of that name; leave a state of rows."""
+    kind = None if own is None else own.sharding_type
+    if packed is False or array.ndim != 2 or kind == ShardingType.COLUMN_WISE:
         return array
-    return pack(array, always=bool(packed))
+    num_blocks = own.size if own is not None and kind in SHARDED_BY_ROWS else 1
+    return pack(array, always=bool(packed), num_blocks=num_blocks)
 
 
 def pool_collection(
@@ -334,7 +336,7 @@ def import_tables(
     found = strategies(parts.stacks, options.mesh, options.batch_axis)
     arrays = {stack.name: stack.fill(tables) for stack in parts.stacks}
     return {
-        name: array if name in found else _packed(array, options.packed)
+        name: _packed(array, options.packed, found.get(name))
         for name, array in arrays.items()
     }
 
@@ -350,11 +352,16 @@ def collection_shardings(options: CollectionOptions, tree: Any) -> Any:
     if not found:
         raise ValueError("`mesh` must be given, or set by jax.set_mesh; got neither.")
     mesh = next(iter(found.values())).mesh
+    lengths = {}
+    for stack in stacks:
+        own, array = found[stack.name], jax.ShapeDtypeStruct(stack.shape, stack.dtype)
+        packed = jax.eval_shape(lambda x, own=own: _packed(x, True, own), array)
+        lengths[stack.name] = {stack.shape[0], storage(packed).shape[0]}
 
     def one(path: Any, x: Any) -> NamedSharding:
         names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
         for stack in stacks:
-            if stack.name in names and x.shape[:1] == stack.shape[:1]:
+            if stack.name in names and x.shape and x.shape[0] in lengths[stack.name]:
                 own = found[stack.name]
                 return NamedSharding(mesh, own.table if x.ndim == 2 else own.per_row)
         return NamedSharding(mesh, P())

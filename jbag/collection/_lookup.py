@@ -32,7 +32,7 @@ from jbag._mesh.strategies import ShardingType, Strategy, per_device
 from jbag.collection._bag_dist import Bags, bag_dist, own_block
 from jbag.collection._stacking import Bag, Launch, Stack, only_in_bags
 from jbag.ops import _pooling
-from jbag.ops._packed_table import AnyTable, storage
+from jbag.ops._packed_table import AnyTable
 from jbag.ops._pooling import CsrBags
 from jbag.ops._row_gather import accumulation_dtype, take
 from jbag.ops._sparse_marks import mark_pooled, mark_table
@@ -58,9 +58,8 @@ def pool_stack(
     """Return each feature's pooled bags; over a mesh, sharded along the batch."""
     if strategy is None:
         return _pool_on_one_device(table, bags, stack, launches, sparse)
-    table = jnp.asarray(table)
     if sparse:
-        table = storage(mark_table(table))
+        table = mark_table(table)
     bags = _with_slots(bags, strategy)
     mapped = _Mapped(stack, launches, strategy, sparse)
     if strategy.sharding_type == ShardingType.ROW_WISE and strategy.size > 1:
@@ -210,7 +209,7 @@ def _with_slots(bags: Bags, strategy: Strategy) -> Bags:
 
 
 def _pool_row_wise(
-    table: Float[Array, "R D"], bags: Bags, mapped: _Mapped, rows_per_round: int | None
+    table: AnyTable, bags: Bags, mapped: _Mapped, rows_per_round: int | None
 ) -> Pooled:
     stack, launches, strategy, sparse = mapped
     blocks = strategy.blocks
@@ -293,7 +292,7 @@ def _pool_row_wise(
     return mapped.run(pool, specs, mapped.rows)(rows, bags, found, counts)
 
 
-def _pool_with_dist(table: Float[Array, "R D"], bags: Bags, mapped: _Mapped) -> Pooled:
+def _pool_with_dist(table: AnyTable, bags: Bags, mapped: _Mapped) -> Pooled:
     out: Pooled = {}
     for launch in mapped.launches:
         out |= _launch_with_dist(table, launch.own(bags), mapped, launch)
@@ -301,13 +300,14 @@ def _pool_with_dist(table: Float[Array, "R D"], bags: Bags, mapped: _Mapped) -> 
 
 
 def _launch_with_dist(
-    table: Float[Array, "R D"], bags: Bags, mapped: _Mapped, launch: Launch
+    table: AnyTable, bags: Bags, mapped: _Mapped, launch: Launch
 ) -> Pooled:
     stack, strategy = mapped.stack, mapped.strategy
     dist = bag_dist(stack, launch, strategy)
     spec, slots = dist.placement.cotangent, dist.placement.bags
 
-    def combine(table: Array, bags: Bags) -> tuple[Array, Array | None, CsrBags]:
+    def combine(table: AnyTable, bags: Bags) -> tuple[Array, Array | None, CsrBags]:
+        table = strategy.shard(table)
         ids, offsets, weights = dist.input_dist(bags)
         first = dist.first_row(table.shape[0])
         csr, _ = _pooling.prepare(

@@ -1,4 +1,4 @@
-"""Sharding of the pooled output along Explicit axes of a mesh."""
+"""Sharding of results along Explicit axes of a mesh."""
 
 from __future__ import annotations
 
@@ -42,6 +42,12 @@ def pooled_sharding(
             f"got {jax.typeof(table)} and {jax.typeof(ids)}. {advice}"
         )
     return NamedSharding(meshes[0], P(batch, columns))
+
+
+def explicit_sharding(x: Array) -> NamedSharding | None:
+    """Return the sharding of an array on a mesh with Explicit axes, or None."""
+    sharding = jax.typeof(x).sharding
+    return sharding if sharding.mesh.explicit_axes else None
 
 
 def partitioned(

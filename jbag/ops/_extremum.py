@@ -127,14 +127,19 @@ def _winning_by_slots(
     """
     num_slots, width = ids.size, table.shape[1]
     rows = spmm(table, ids.reshape(-1, 1), None, None, pad_id=None, implementation=None)
-    if scale is not None:
-        rows = scale.reshape(-1, 1) * rows
     # Distinct where there is no winner, too.
     none = num_slots + jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
     distinct = jnp.where(slots < num_slots, slots, none)
-    return rows.at[distinct, jnp.arange(width)].get(
-        mode="fill", fill_value=0, unique_indices=True
-    )
+
+    def win(elements: Float[Array, "N D"]) -> Float[Array, "B D"]:
+        return elements.at[distinct, jnp.arange(width)].get(
+            mode="fill", fill_value=0, unique_indices=True
+        )
+
+    if scale is None:
+        return win(rows)
+    # Multiplied after the selection: the weight of a slot that does not win may be NaN.
+    return win(jnp.broadcast_to(scale.reshape(-1, 1), rows.shape)) * win(rows)
 
 
 def _gather_elements(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jbag.ops import _row_gather
-from jbag.ops._packed_table import AnyTable, PackedTable, stored, take_rows
+from jbag.ops._packed_table import AnyTable, put_rows, stored, take_rows
 from jbag.ops._packing import Packing
 from jbag.ops._row_updates import coalesce, update_rows
 from jbag.ops._spmm import divided, spmm_transpose
@@ -186,10 +186,7 @@ class OneDevice(TableStorage):
         rows: Shaped[Array, "N ..."],
     ) -> Shaped[Array, "V ..."]:
         """Scatter rows at sorted indices; drop those out of range."""
-        table = self.table_of(array)
-        if isinstance(table, PackedTable):
-            return table.packing.put(array, indices, rows)
-        return array.at[indices].set(rows, mode="drop", indices_are_sorted=True)
+        return put_rows(self.table_of(array), indices, rows)
 
     def zeros(self, shape: Shape, dtype: Any) -> Array:
         """Return zeros with the layout of a cotangent."""

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from jbag._validation import check_flag, check_integer, check_table
+from jbag.ops._explicit_axes import explicit_sharding, partitioned
 from jbag.ops._packing import LANES, Packing
 from jbag.ops._row_gather import take
 
@@ -69,7 +70,7 @@ class PackedTable:
         """Return the array [V, D]; of a row-wise state, [V]; or the `RowSparse`."""
         if getattr(self.lines, "shape", None) != self.packing.shape:
             return self.lines
-        return _unpack(self.packing, self.lines)
+        return unpack_lines(self.packing, self.lines)
 
     def __getitem__(self, key: Any) -> PackedTable:
         """Return itself for `...`, with which a variable of NNX reads its value."""
@@ -89,8 +90,17 @@ class PackedTable:
 
 AnyTable = Float[Array, "V D"] | PackedTable
 
-_pack = jax.jit(Packing.pack, static_argnums=0)
-_unpack = jax.jit(Packing.unpack, static_argnums=0)
+
+@functools.partial(jax.jit, static_argnums=0)
+def pack_lines(packing: Packing, table: Shaped[Array, "V D"]) -> Shaped[Array, "R W"]:
+    """Return the lines of a table, sharded as it is."""
+    return partitioned(packing.pack, explicit_sharding(table))(table)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def unpack_lines(packing: Packing, lines: Shaped[Array, "R W"]) -> Shaped[Array, "V D"]:
+    """Return the table of lines, sharded as they are."""
+    return partitioned(packing.unpack, explicit_sharding(lines))(lines)
 
 
 def pack(table: Any, *, always: bool = False, num_blocks: int = 1) -> Any:
@@ -132,7 +142,7 @@ def pack(table: Any, *, always: bool = False, num_blocks: int = 1) -> Any:
     if width % LANES == 0 or rows == 0 or not (always or _on_tpu(array)):
         return table
     packing = Packing(rows, width, num_blocks)
-    return PackedTable(_pack(packing, array), packing)
+    return PackedTable(pack_lines(packing, array), packing)
 
 
 def unpack(tree: Any) -> Any:
@@ -150,7 +160,7 @@ def unpack(tree: Any) -> Any:
     def one(x: Any) -> Any:
         if isinstance(x, PackedTable):
             return x.unpack()
-        return _map_lines(lambda lines: _unpack(x.packing, lines), x)
+        return _map_lines(lambda lines: unpack_lines(x.packing, lines), x)
 
     return map_packed(one, tree)
 
@@ -183,7 +193,7 @@ def pack_like(tree: Any, like: Any) -> Any:
                 f"A table of `tree` must be {wanted}; got {np.shape(value)}."
             )
         if wanted == old.packing[:2]:
-            value = _pack(old.packing, jnp.asarray(value))
+            value = pack_lines(old.packing, jnp.asarray(value))
         return jax.tree.map(lambda _: value, old)
 
     return map_packed(one, like, tree)
@@ -250,6 +260,20 @@ def take_rows(
         return take(table, ids, fill)
     lines, places = table.packing.locate(ids)
     return table.packing.select(take(table.lines, lines, fill), places)
+
+
+def put_rows(
+    table: Shaped[Array, "V ..."] | PackedTable,
+    ids: Int[Array, " U"],
+    rows: Shaped[Array, "U ..."],
+) -> Array:
+    """Set rows at distinct, sorted ids; drop those out of range, which come last.
+
+    It returns the array that stores the table.
+    """
+    if isinstance(table, PackedTable):
+        return table.packing.put(table.lines, ids, rows)
+    return table.at[ids].set(rows, mode="drop", indices_are_sorted=True)
 
 
 def _on_tpu(array: Array) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,8 @@ class Packing(NamedTuple):
     Attributes:
       num_embeddings: V.
       features: D.
-      num_blocks: the number of blocks of equally many rows, a divisor of V.
+      num_blocks: the number of blocks of equally many rows, a divisor of V; over a
+        mesh, that of the devices that shard the rows.
     """
 
     num_embeddings: int
@@ -58,18 +60,41 @@ class Packing(NamedTuple):
 
     @property
     def lines_per_block(self) -> int:
-        """The lines of a block; an even number if it is the only one."""
+        """The lines of a block, an even number."""
         lines = -(-self.rows_per_block // self.rows_per_line)
-        # Two lines of 16-bit numbers share 32-bit words.
-        return lines + lines % 2 if self.num_blocks == 1 else lines
+        return lines + lines % 2  # two lines of 16-bit numbers share 32-bit words
 
     @property
     def shape(self) -> tuple[int, int]:
         """The shape of the lines, (R, W)."""
         return self.num_blocks * self.lines_per_block, self.width
 
+    def divide(self, num_parts: int) -> Packing:
+        """Return the packing of one of equal parts of the blocks."""
+        rows, blocks = self.num_embeddings // num_parts, self.num_blocks // num_parts
+        return Packing(rows, self.features, blocks)
+
     def pack(self, table: Shaped[Array, "V D"]) -> Shaped[Array, "R W"]:
         """Return the lines of a table."""
+        return self._each_block(Packing._pack_block, table).reshape(self.shape)
+
+    def unpack(self, lines: Shaped[Array, "R W"]) -> Shaped[Array, "V D"]:
+        """Return the table of lines."""
+        return self._each_block(Packing._unpack_block, lines).reshape(self[:2])
+
+    def _each_block(
+        self, function: Callable[[Packing, Array], Array], array: Array
+    ) -> Array:
+        """Apply a function to each block of rows or lines, side by side."""
+        if self.num_blocks == 1:
+            return function(self, array)
+        # The compiler keeps blocks on the devices of a mesh that hold them.
+        rows, width = array.shape
+        blocks = array.reshape(self.num_blocks, rows // self.num_blocks, width)
+        own = self.divide(self.num_blocks)
+        return jax.vmap(functools.partial(function, own))(blocks)
+
+    def _pack_block(self, table: Shaped[Array, "V D"]) -> Shaped[Array, "R W"]:
         lines = jnp.zeros(self.shape, table.dtype)
 
         def copy(lines: Array, row: Any, line: Any, num_rows: int) -> Array:
@@ -79,8 +104,7 @@ class Packing(NamedTuple):
 
         return self._in_parts(copy, lines)
 
-    def unpack(self, lines: Shaped[Array, "R W"]) -> Shaped[Array, "V D"]:
-        """Return the table of lines."""
+    def _unpack_block(self, lines: Shaped[Array, "R W"]) -> Shaped[Array, "V D"]:
         table = jnp.zeros(self[:2], lines.dtype)
 
         def copy(table: Array, row: Any, line: Any, num_rows: int) -> Array:
@@ -98,24 +122,19 @@ class Packing(NamedTuple):
         would take many times the memory of a narrow table.
         """
         num_lines = max(16, _ROWS_AT_ONCE // self.rows_per_line // 16 * 16)
-        num_rows, total = num_lines * self.rows_per_line, self.rows_per_block
-        num_parts = total // num_rows
+        num_rows = num_lines * self.rows_per_line
+        num_parts, rest = divmod(self.num_embeddings, num_rows)
 
-        def copy_block(number: Any, result: Array) -> Array:
-            row, line = number * self.rows_per_block, number * self.lines_per_block
+        def copy_part(part: Any, result: Array) -> Array:
+            return copy(result, part * num_rows, part * num_lines, num_rows)
 
-            def copy_part(part: Any, result: Array) -> Array:
-                return copy(
-                    result, row + part * num_rows, line + part * num_lines, num_rows
-                )
-
-            result = _repeat(num_parts, copy_part, result)
-            if rest := total - num_parts * num_rows:
-                at = row + num_parts * num_rows, line + num_parts * num_lines
-                result = copy(result, *at, rest)
-            return result
-
-        return _repeat(self.num_blocks, copy_block, result)
+        if num_parts == 1:
+            result = copy_part(0, result)
+        elif num_parts:
+            result = jax.lax.fori_loop(0, num_parts, copy_part, result)
+        if rest:
+            result = copy(result, num_parts * num_rows, num_parts * num_lines, rest)
+        return result
 
     def _to_lines(self, rows: Shaped[Array, "N D"]) -> Shaped[Array, "lines W"]:
         rows = jnp.pad(rows, ((0, -rows.shape[0] % self.rows_per_line), (0, 0)))
@@ -152,7 +171,8 @@ class Packing(NamedTuple):
         return jnp.where(self._is_own(places), lines, fill)
 
     def _is_own(self, places: Int[Array, "*slots"]) -> Bool[Array, "*slots W"]:
-        return jnp.arange(self.width) // self.features == places[..., None]
+        lanes = jnp.arange(self.width, dtype=places.dtype)
+        return lanes // self.features == places[..., None]
 
     def fold(self, lines: Float[Array, "*slots W"]) -> Float[Array, "*slots D"]:
         """Return the sum of the rows of each line."""
@@ -221,13 +241,6 @@ class Packing(NamedTuple):
         dropped = self.shape[0] + jnp.arange(ids.size, dtype=numbers.dtype)
         numbers = jnp.where(is_last & (numbers < self.shape[0]), numbers, dropped)
         return numbers, values, own
-
-
-def _repeat(count: int, body: Callable[[Any, Array], Array], result: Array) -> Array:
-    """Run `result = body(number, result)`; once without a loop."""
-    if count <= 1:
-        return body(0, result) if count else result
-    return jax.lax.fori_loop(0, count, body, result)
 
 
 def _shift(x: Shaped[Array, "U ..."], step: int, fill: Any) -> Shaped[Array, "U ..."]:

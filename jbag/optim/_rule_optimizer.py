@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jbag._validation import check_integer
-from jbag.ops._packed_table import packs
+from jbag.ops._packed_table import pack_lines, packs, unpack_lines
 from jbag.ops._packing import Packing
 from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels.huge_pages import to_huge_pages
@@ -80,7 +80,8 @@ def optimizer_from_rule(
                 parameter = jnp.asarray(parameter)
                 if packing is None:
                     return initial(parameter.astype(dtype))
-                return packing.pack(initial(packing.unpack(parameter).astype(dtype)))
+                table = unpack_lines(packing, parameter).astype(dtype)
+                return pack_lines(packing, initial(table))
             if name in per_row:
                 shape = jnp.shape(parameter)[:-1] if packing is None else packing[:1]
                 return jnp.full(

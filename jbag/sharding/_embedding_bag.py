@@ -9,13 +9,13 @@ from jaxtyping import Array, Float
 
 from jbag._mesh.row_layout import Layout
 from jbag._mesh.strategies import TableWise, current_mesh
-from jbag._validation import check_table
 from jbag.collection._collection import (
     CollectionOptions,
     check_parts,
     pool_collection,
 )
 from jbag.collection._tables_and_features import Feature, Table
+from jbag.ops._packed_table import check_stored
 
 
 def embedding_bag(
@@ -40,7 +40,8 @@ def embedding_bag(
     The result equals that of `jbag.embedding_bag` on the unsharded table.
 
     Args:
-      table: [V', D], the rows in the order of `layout`.
+      table: [V', D], the rows in the order of `layout`; or a `PackedTable` of a block
+        for each device, if its rows are sharded.
       bags: stacked `Bags`, one block per device, with or without weights; or ids
         [B, L].
       spec: the sharding: ``P()``, ``P("x", None)`` or ``P(None, "x")``.
@@ -79,7 +80,7 @@ def embedding_bag(
       ... ).shape
       (8, 4)
     """
-    table = check_table(table)
+    table = check_stored(table)
     if layout is None:
         layout = Layout(table.shape[0], grid=1)
     if not isinstance(layout, Layout):

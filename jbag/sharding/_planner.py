@@ -209,7 +209,8 @@ def plan(
       loads: a dict by feature name of `Load`.
       num_devices: P.
       batch_size: B, a multiple of P.
-      memory: the bytes of memory of a device.
+      memory: the bytes of memory of a device. On TPUs, tables and states of less than
+        128 features, or no multiple of it, hold up to 30 % more than is planned.
       axis: the mesh axis, or a tuple of axes, that shards tables and batches.
       optimizer: the optimizer that defines the state: "sgd", "rowwise_adagrad", ...
       spare: the fraction of `memory` to leave unused.

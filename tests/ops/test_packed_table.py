@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx, serialization
-from oracle import assert_close
+from oracle import MODES, assert_close
 from pooling import WORKED_IDS, check, make_table, make_weights
 
 import jbag
@@ -113,6 +113,23 @@ def test_ids_out_of_range_and_padding_lanes_are_never_read():
         assert_near(
             pool(lines, ids, weights=infinite), pool(table, ids, weights=infinite)
         )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_of_slots_that_do_not_win_or_are_in_no_bag_reach_no_row(mode):
+    table = make_table(rows=13, features=10)
+    ids = jnp.array([1, 2, 3, 4, 3, 13])
+    weights = jnp.array([1.0, jnp.inf, -2.0, 3.0, jnp.nan, jnp.nan])
+
+    def loss(table, weights):
+        bags = jbag.Bags(ids, jnp.array([0, 2, 4]), weights)
+        return jnp.sin(jbag.embedding_bag(table, bags, mode=mode)).sum()
+
+    expected = jax.grad(loss, argnums=(0, 1))(table, weights)
+    actual = jax.grad(loss, argnums=(0, 1))(packed(table), weights)
+    assert_near(jbag.unpack(actual), expected)
+    assert np.isfinite(expected[0][3:]).all()
+    assert not expected[1][4:].any()
 
 
 def loss_of(bags, **options):

@@ -47,6 +47,26 @@ def test_values_and_gradients_are_those_of_the_oracle(strategy):
     cases.check(make(*own, STRATEGIES[strategy], make_mesh("auto")), 4)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "kind"),
+    [
+        ("row_wise", "auto"),
+        *slow(
+            ("row_wise", "explicit"),
+            ("table_wise", "explicit"),
+            ("data_parallel", "auto"),
+            ("column_wise", "auto"),
+        ),
+    ],
+)
+def test_packed_tables_give_what_the_oracle_does(strategy, kind):
+    own = cases.only(*FIRST[strategy])
+    collection = make(*own, STRATEGIES[strategy], make_mesh(kind), packed=True)
+    table = cases.start(collection)["embedding_4"]
+    assert isinstance(table, jbag.PackedTable) == (strategy != "column_wise")
+    cases.check(collection, 4)
+
+
 # The other features, or every other one of them.
 OTHERS = {
     strategy: [name for name in cases.FEATURES if name not in first]
@@ -264,7 +284,8 @@ def test_a_malformed_bag_is_nan_alone(strategy):
 
 
 @pytest.mark.slow
-def test_one_table_by_itself_and_without_jit():
+@pytest.mark.parametrize("packed", [False, *slow(True)])
+def test_one_table_by_itself_and_without_jit(packed):
     V, mesh, spec = 24, make_mesh("explicit"), P("x", None)
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(V, 8)).astype(np.float32)
@@ -272,6 +293,10 @@ def test_one_table_by_itself_and_without_jit():
     layout = jbag.sharding.Layout(V, grid=20)
     table = layout.to_physical(rows)
     table = jax.device_put(table, jax.sharding.NamedSharding(mesh, spec))
+    if packed:
+        table = jbag.pack(table, always=True, num_blocks=4)
+        assert jax.typeof(table.lines).sharding.spec == spec
+        assert jax.typeof(jbag.unpack(table)).sharding.spec == spec
     ids = rng.integers(0, V, (8, 5))
     options = {"mode": "sum", "padding_idx": -1, "sparse": True}
     pool = functools.partial(
@@ -289,7 +314,7 @@ def test_one_table_by_itself_and_without_jit():
     bags = [[(i, None) for i in bag] for bag in ids]
     oracle.assert_close(out, oracle.forward(rows, bags, "sum", padding_idx=V - 1))
     wanted, _ = oracle.gradients(rows, bags, g, "sum", padding_idx=V - 1)
-    for found in (gradient.todense(), dense):
+    for found in (jbag.unpack(gradient).todense(), jbag.unpack(dense)):
         oracle.assert_close(layout.to_logical(np.asarray(found)), wanted)
 
 
@@ -575,6 +600,11 @@ def test_what_does_not_fit_one_table_is_named():
         pool(table, bags=jbag.Bags.from_lists([[1, 2, 3]]), mesh=mesh)
     with pytest.raises(TypeError, match="`table` must be a matrix of"):
         pool(np.ones((4, 4), int), mesh=mesh)
+    packed = jbag.pack(table, always=True, num_blocks=2)
+    with pytest.raises(ValueError, match=r"multiple of the 4 devices.*; got 2"):
+        pool(packed, spec=P("x"), mesh=mesh)
+    with pytest.raises(ValueError, match="can't be sharded by columns"):
+        pool(packed, spec=P(None, "x"), mesh=mesh)
     collection = jbag.EmbeddingBagCollection(TWO, BOTH)
     with pytest.raises(ValueError, match="`mesh` must be given, or set by"):
         collection.shardings({})

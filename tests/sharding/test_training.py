@@ -131,15 +131,24 @@ def on_one_device():
 
 
 @pytest.mark.parametrize(
-    "strategy",
+    ("strategy", "packed"),
     [
-        "row_wise",
-        *slow("row_wise in rounds", "column_wise", "table_wise", "data_parallel"),
+        ("row_wise", False),
+        *slow(
+            ("row_wise in rounds", False),
+            ("column_wise", False),
+            ("table_wise", False),
+            ("data_parallel", False),
+            ("row_wise", True),
+            ("row_wise in rounds", True),
+            ("table_wise", True),
+            ("data_parallel", True),
+        ),
     ],
 )
-def test_each_optimizer_moves_tables_as_on_one_device(strategy):
+def test_each_optimizer_moves_tables_as_on_one_device(strategy, packed):
     kind = "explicit" if strategy == "row_wise" else "auto"
-    collection = make(strategy, make_mesh(kind))
+    collection = make(strategy, make_mesh(kind), packed=packed)
     trained = train(collection, [batch_of(step, 4) for step in range(3)])
     jax.tree.map(close, trained, on_one_device())
 
@@ -231,6 +240,44 @@ def make_state(collection, key=None):
     params = model.init(key, batch_of(0, None if collection.mesh is None else 4))
     tx = optim.adam(0.1, eps=1e-3)
     return TrainState.create(apply_fn=model.apply, params=params["params"], tx=tx)
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), *slow((2, 4))])
+def test_packed_tables_go_on_with_other_devices(before, after):
+    """Lines of blocks for some devices are restored to blocks for others."""
+    optimizer = optim.adam(0.1, eps=1e-3)
+
+    def train(devices, steps, restored=None):
+        collection = make("row_wise", make_mesh(sizes=(devices,)), packed=True)
+        params = start(collection)
+        state = optimizer.init(params)
+        trained = jax.device_put((params, state), collection.shardings((params, state)))
+        if restored is not None:
+            trained = jbag.pack_like(restored, like=trained)
+            trained = jax.device_put(trained, collection.shardings(trained))
+        lines = trained[0]["tables"]["embedding_4"].lines
+        assert lines.sharding.spec == P("x", None)
+        assert {x.data.shape[0] for x in lines.addressable_shards} == {
+            lines.shape[0] // devices
+        }
+
+        @jax.jit
+        def step(trained, batch):
+            params, state = trained
+            loss = functools.partial(squares, collection)
+            gradient = jbag.grad(loss)(params, batch)
+            updates, state = optimizer.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        for k in steps:
+            trained = step(trained, batch_of(k, devices))
+        return jax.device_get(jbag.unpack(trained))
+
+    whole = train(before, range(4))
+    saved = train(before, range(2))
+    tables = [x for x in jax.tree.leaves(saved) if x.ndim == 2]
+    assert {x.shape for x in tables} == {(60, cases.D)}
+    jax.tree.map(close, train(after, range(2, 4), saved), whole)
 
 
 @pytest.mark.parametrize(

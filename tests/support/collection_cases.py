@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 from flax import nnx
 from oracle import MODES
@@ -256,16 +257,17 @@ def results(collection, params, batch, cotangents):
 
     args = params, weights_of(batch)
     dense, out = jax.grad(loss, argnums=(0, 1), has_aux=True)(*args)
-    rows, _ = jbag.grad(loss, argnums=(0, 1), has_aux=True)(*args)
-    coalesced = {k: x.coalesce() for k, x in rows[0].items()}
+    (update, weights_gradient), _ = jbag.grad(loss, argnums=(0, 1), has_aux=True)(*args)
+    rows = jbag.unpack(update)
+    coalesced = {k: x.coalesce() for k, x in rows.items()}
     return {
         "out": out,
         "dense": dense,
-        "rows": ({k: x.todense() for k, x in rows[0].items()}, rows[1]),
+        "rows": ({k: x.todense() for k, x in rows.items()}, weights_gradient),
         "found": {
-            k: (x.indices, x.values, rows[0][k].num_rows) for k, x in coalesced.items()
+            k: (x.indices, x.values, rows[k].num_rows) for k, x in coalesced.items()
         },
-        "added": {k: params[k] + rows[0][k] for k in params},
+        "added": optax.apply_updates(params, update),
     }
 
 

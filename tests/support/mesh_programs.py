@@ -32,7 +32,8 @@ from jbag.sharding._cost_model import CostModel
 from jbag.sharding._feature_loads import check_table_loads
 
 BAGS, COUNT = 64, 5  # bags of a feature on a device, and features
-STRATEGIES = ("row_wise", "column_wise", "data_parallel", "table_wise")
+# By strategy: the features of the tables on TPUs. All but those by columns are packed.
+STRATEGIES = {"row_wise": 32, "column_wise": 128, "data_parallel": 64, "table_wise": 10}
 
 
 def spec_of(strategy, devices):
@@ -44,19 +45,20 @@ def spec_of(strategy, devices):
     }[strategy]
 
 
-def make_collection(strategy, mesh, rows, width):
+def make_collection(strategy, mesh, rows, width, packed):
     return jbag.EmbeddingBagCollection(
         tables={f"t{i}": jbag.Table(rows + i, width) for i in range(COUNT)},
         features={f"f{i}": jbag.Feature(f"t{i}", "sum") for i in range(COUNT)},
         specs={"embedding": spec_of(strategy, mesh.size)},
         mesh=mesh,
         sparse=True,
+        packed=packed,
     )
 
 
-def lower(strategy, mesh, *, rows, width, slots, weighted=False):
+def lower(strategy, mesh, *, rows, width, slots, weighted=False, packed=False):
     """Return a forward pass and a step of row-wise Adagrad, lowered."""
-    collection = make_collection(strategy, mesh, rows, width)
+    collection = make_collection(strategy, mesh, rows, width, packed)
     block = jbag.Bags.from_lengths(
         np.zeros(slots, np.int32),
         np.bincount(np.arange(slots) % BAGS),
@@ -117,12 +119,13 @@ def batch_bytes(slots, weighted=False):
     return COUNT * 4 * (slots * (1 + weighted) + BAGS + 1)
 
 
-def options_on_tpus(devices):
+def options_on_tpus(strategy, devices):
     """Return the options of tables of 5 GB, and of as many ids on few or many TPUs.
 
     The compiler takes its time for the sort of all ids.
     """
-    return {"rows": 2_000_000, "width": 128, "slots": 2000 // devices}
+    width = STRATEGIES[strategy]
+    return {"rows": (1 << 28) // width, "width": width, "slots": 2000 // devices}
 
 
 def measure(lowered_forward, lowered_step, devices):
@@ -143,7 +146,8 @@ def main(topology):
     figures = {}
     for strategy in STRATEGIES:
         start = time.process_time()
-        lowered = lower(strategy, mesh, **options_on_tpus(mesh.size))
+        options = options_on_tpus(strategy, mesh.size)
+        lowered = lower(strategy, mesh, packed=True, **options)
         figures[strategy] = measure(*lowered, mesh.size)
         print(strategy, figures[strategy], time.process_time() - start, file=sys.stderr)
     print(json.dumps({"devices": mesh.size, "figures": figures}))

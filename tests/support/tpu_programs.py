@@ -37,7 +37,15 @@ TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 TABLE_BYTES, B, L, STEPS = 1 << 30, 4096, 20, 100
 WIDTHS = (10, 16, 32, 64, 100, 128, 300)
 DTYPES = ("float32", "bfloat16")
-RULES = ("sgd", "rowwise_adagrad", "adam")
+RULES = ("sgd", "rowwise_adagrad", "adam")  # each in several programs
+OPTIMIZERS = {
+    **{rule: getattr(jbag.optim, rule)(0.05) for rule in RULES},
+    "momentum": jbag.optim.sgd(0.05, momentum=0.9),
+    "adagrad": jbag.optim.adagrad(0.05, weight_decay=0.1),
+    "rowwise_adam": jbag.optim.rowwise_adam(0.05),
+    "rowwise_rmsprop": jbag.optim.rowwise_adam(0.05, b1=0),
+    "ftrl": jbag.optim.ftrl(0.05, l1=0.1),
+}
 OPERATIONS = "while|sort|scatter|gather|copy|copy-start|fusion|custom-call"
 
 
@@ -77,9 +85,8 @@ def squares(bag):
     return lambda *operands: (bag(*operands).astype(jnp.float32) ** 2).sum()
 
 
-def make_step(rule):
-    """Return an optimizer and its step, of (table, state) and a batch."""
-    optimizer = getattr(jbag.optim, rule)(0.05)
+def make_step(optimizer):
+    """Return the step of an optimizer, of (table, state) and a batch."""
     loss = squares(pool("sum", sparse=True))
 
     def step(trained, batch):
@@ -88,7 +95,7 @@ def make_step(rule):
         update, state = optimizer.update(gradient, state, table)
         return (optax.apply_updates(table, update), state), None
 
-    return optimizer, step
+    return step
 
 
 def make_bags(layout, num_bags):
@@ -115,10 +122,12 @@ def programs(width, dtype, bags_of_gradients):
         plain = table, None, *bags
         yield f"{layout}_sum_gradient", jax.grad(squares(pool("sum"))), plain, ()
         yield f"{layout}_max_gradient", jax.grad(squares(pool("max"))), plain, ()
-        for rule in RULES:
-            optimizer, step = make_step(rule)
+        for rule, optimizer in OPTIMIZERS.items():
+            step = make_step(optimizer)
             trained = table, jax.eval_shape(optimizer.init, table)
             yield f"{layout}_step_{rule}", step, (trained, bags), (0,)
+            if rule not in RULES:
+                continue
             batches = [jax.ShapeDtypeStruct((STEPS, *x.shape), x.dtype) for x in bags]
 
             def scan(trained, batches, step=step):
@@ -131,7 +140,8 @@ def cases(topology, everything):
     """Yield widths, dtypes and programs: all, or a selection for the tests.
 
     It has each program for ragged bags or for rectangular ones, the other for the next
-    generation, and each time in another of the widths and dtypes; and one scan.
+    generation, and each time in another of the widths and dtypes; one scan; and steps
+    of optimizers that are not in `RULES` for one generation each.
     """
     if everything:
         for width, dtype in itertools.product(WIDTHS, DTYPES):
@@ -141,10 +151,14 @@ def cases(topology, everything):
     generation = TOPOLOGIES.index(topology)
     kinds = list(itertools.product(WIDTHS, DTYPES))
     found = {kind: list(programs(*kind, 128)) for kind in kinds}
+    left_out = [f"_scan_{rule}" for at, rule in enumerate(RULES) if at != generation]
+    for at, rule in enumerate(OPTIMIZERS):
+        if rule not in RULES and at % len(TOPOLOGIES) != generation:
+            left_out.append(f"_step_{rule}")
     for at in range(generation % 2, len(found[kinds[0]]), 2):
         kind = kinds[(at // 2 + generation) % len(kinds)]
         program = found[kind][at]
-        if "_scan_" not in program[0] or program[0].endswith(RULES[generation]):
+        if not program[0].endswith(tuple(left_out)):
             yield *kind, program
 
 
