@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -53,10 +52,9 @@ def on_tpus(request):
     """Figures of every strategy's programs, compiled for a mesh of TPUs."""
     if importlib.util.find_spec("libtpu") is None:
         without_tpu_compiler()
-    program = pathlib.Path(mesh_programs.__file__)
-    command = [sys.executable, str(program), request.param]
-    # PYTHONSAFEPATH would keep the program from its neighbours.
-    env = os.environ | {"PYTHONPATH": str(program.parent)}
+    command = [sys.executable, mesh_programs.__file__, request.param]
+    # It would keep the program from the modules beside it.
+    env = {k: x for k, x in os.environ.items() if k != "PYTHONSAFEPATH"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
