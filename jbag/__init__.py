@@ -10,6 +10,7 @@ from jbag._files import atomic_write
 from jbag.collection._tables_and_features import Feature, Table
 from jbag.interop._load_table import load_table
 from jbag.ops._embedding_bag import embedding_bag
+from jbag.ops._embedding_lookup import embedding_lookup
 from jbag.ops._max_norm import renorm
 from jbag.ops._packed_table import PackedTable, pack, pack_like, unpack
 from jbag.ops.kernels.huge_pages import to_huge_pages
@@ -39,6 +40,7 @@ __all__ = [
     "bucket",
     "data",
     "embedding_bag",
+    "embedding_lookup",
     "fasttext",
     "from_torch",
     "grad",

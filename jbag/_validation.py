@@ -140,7 +140,11 @@ def _check_monotone(offsets: np.ndarray, capacity: int) -> None:
 
 
 def check_ids(
-    ids: np.ndarray, num_embeddings: int, counted: np.ndarray | None = None
+    ids: np.ndarray,
+    num_embeddings: int,
+    counted: np.ndarray | None = None,
+    *,
+    name: str = "indices",
 ) -> None:
     """Raise IndexError at the first id outside [0, num_embeddings).
 
@@ -152,7 +156,7 @@ def check_ids(
     if bad.any():
         at = tuple(int(i) for i in np.unravel_index(np.argmax(bad), bad.shape))
         raise IndexError(
-            f"`indices` must lie in [0, {num_embeddings}), the rows of the table; "
+            f"`{name}` must lie in [0, {num_embeddings}), the rows of the table; "
             f"got {ids[at]} at position {at[0] if len(at) == 1 else at}."
         )
 

@@ -36,7 +36,7 @@ def pooled_sharding(
             "`table` must not be sharded by rows along Explicit axes of a mesh; "
             f"got {jax.typeof(table)}. {advice}"
         )
-    if _names(batch) & _names(columns):
+    if set(_names(batch)) & set(_names(columns)):
         raise ValueError(
             "`table` must be sharded along other Explicit axes than `indices`; "
             f"got {jax.typeof(table)} and {jax.typeof(ids)}. {advice}"
@@ -50,6 +50,27 @@ def explicit_sharding(x: Array) -> NamedSharding | None:
     return sharding if sharding.mesh.explicit_axes else None
 
 
+def flatten_slots(ids: Array) -> Array:
+    """Return the ids in one column, [N, 1], sharded along the axes of `ids`."""
+    shape = (ids.size, 1)
+    if not is_sharded(ids):
+        return ids.reshape(shape)
+    mesh, spec = jax.typeof(ids).sharding.mesh, jax.typeof(ids).sharding.spec
+    axes = tuple(name for axis in spec for name in _names(axis))
+    return jax.lax.reshape(ids, shape, out_sharding=NamedSharding(mesh, P(axes, None)))
+
+
+def unflatten_slots(rows: Array, ids: Array) -> Array:
+    """Return rows [N, D] as [*ids.shape, D], sharded like `ids` and their columns."""
+    shape = (*ids.shape, rows.shape[1])
+    if not is_sharded(rows):
+        return rows.reshape(shape)
+    mesh, spec = jax.typeof(rows).sharding.mesh, jax.typeof(ids).sharding.spec
+    columns = jax.typeof(rows).sharding.spec[1]
+    sharding = NamedSharding(mesh, P(*spec, columns))
+    return jax.lax.reshape(rows, shape, out_sharding=sharding)
+
+
 def partitioned(
     function: Callable[..., Any], sharding: NamedSharding | None
 ) -> Callable[..., Any]:
@@ -60,5 +81,7 @@ def partitioned(
     return jax.sharding.auto_axes(function, axes=axes, out_sharding=sharding)
 
 
-def _names(axes: Any) -> set[str]:
-    return set(axes) if isinstance(axes, tuple) else {axes} - {None}
+def _names(axis: Any) -> tuple[str, ...]:
+    if axis is None:
+        return ()
+    return axis if isinstance(axis, tuple) else (axis,)

@@ -53,13 +53,14 @@ class PoolingOptions(NamedTuple):
 
 
 class CsrBags(NamedTuple):
-    """The sparse matrix A of the bags; the last three fields multiply to its values."""
+    """The sparse matrix A of the bags: its values are the weights times a scale."""
 
     ids: Ids
     offsets: Offsets
     weights: Slots | None = None
     value_scale: Slots | None = None  # constant; scales values only
     gradient_scale: Slots | None = None  # constant; scales the table's gradient only
+    gradient_ids: Ids | None = None  # of the table's gradient; None means `ids`
 
 
 @functools.partial(jax.jit, static_argnames=("pooling", "padding_idx", "sparse"))
@@ -70,6 +71,7 @@ def pool(
     weights: Slots | None,
     max_norm: Shaped[Array, ""] | None,
     frequencies: Slots | None = None,
+    gradient_ids: Ids | None = None,
     *,
     pooling: PoolingOptions,
     padding_idx: int | None,
@@ -78,7 +80,9 @@ def pool(
     """Pool bags; with `sparse`, insert the marks of `_sparse_marks`.
 
     `frequencies` counts the slots of the batch that hold each slot's id; None computes
-    it if it is needed.
+    it if it is needed. `gradient_ids` are the ids of the table's gradient, with
+    `padding_idx` in slots that give none; None means `indices`. "max" and "min" take no
+    `gradient_ids`.
     """
     sharding = pooled_sharding(storage(table), indices, offsets, weights)
     indices, offsets, weights, frequencies = map(
@@ -93,6 +97,7 @@ def pool(
         pooling=pooling,
         padding_idx=padding_idx,
         frequencies=frequencies,
+        gradient_ids=unsharded(gradient_ids),
     )
     if sparse:
         table = mark_table(table)
@@ -115,6 +120,7 @@ def prepare(
     pooling: PoolingOptions,
     padding_idx: int | None,
     frequencies: Slots | None = None,
+    gradient_ids: Ids | None = None,
     columns: Any = None,
     replicas: Any = None,
 ) -> tuple[CsrBags, int | None]:
@@ -129,6 +135,7 @@ def prepare(
       pooling: the options.
       padding_idx: the id that marks padding, or None.
       frequencies: as in `pool`.
+      gradient_ids: as in `pool`.
       columns: the mesh axis that shards the columns of the table.
       replicas: the mesh axis that shards the batch.
     """
@@ -159,7 +166,7 @@ def prepare(
         value_scale = row_scale(table, ids, max_norm, pooling.norm_type, columns)
     if counted:
         frequencies = _count_ids(
-            ids,
+            ids if gradient_ids is None else gradient_ids,
             offsets,
             num_embeddings,
             dtype,
@@ -169,7 +176,8 @@ def prepare(
         )
     if frequencies is not None:
         gradient_scale = 1 / frequencies
-    return CsrBags(ids, offsets, weights, value_scale, gradient_scale), pad_id
+    scales = value_scale, gradient_scale
+    return CsrBags(ids, offsets, weights, *scales, gradient_ids), pad_id
 
 
 def combine(
@@ -188,7 +196,7 @@ def combine(
         "implementation": pooling.implementation,
     }
     if pooling.mode in ("max", "min"):
-        return extremum(table, *csr, largest=pooling.mode == "max", **options)
+        return extremum(table, *csr[:5], largest=pooling.mode == "max", **options)
     if not _is_divided(csr, pooling):
         options |= {"average": _average(csr, pooling), "dtype": table.dtype}
     return _spmm.spmm_scaled(table, *csr, **options), None
@@ -228,7 +236,8 @@ def transposed(
         "pad_id": pad_id,
         "implementation": pooling.implementation,
     }
-    return csr.ids, csr.offsets, coefficients, options
+    ids = csr.ids if csr.gradient_ids is None else csr.gradient_ids
+    return ids, csr.offsets, coefficients, options
 
 
 def finish(

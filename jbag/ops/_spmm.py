@@ -43,18 +43,21 @@ def spmm_scaled(
     coefficients: Slots | None,
     value_scale: Slots | None,
     gradient_scale: Slots | None,
+    gradient_ids: Ids | None,
     **options: Any,
 ) -> Float[Array, "B D"]:
     """Compute `spmm` with the coefficients c[i] * value_scale[i].
 
-    The gradient of the table has the coefficients c[i] * gradient_scale[i] instead. The
-    scales are constants to autodiff, and None means ones.
+    The gradient of the table has the coefficients c[i] * gradient_scale[i] and the ids
+    `gradient_ids` instead. The scales are constants to autodiff, and None means ones;
+    `gradient_ids` of None means `ids`.
     """
     pool: Callable[..., Any] = functools.partial(spmm, **options)
     bags = (ids, offsets, coefficients)
-    if value_scale is None and gradient_scale is None:
+    constants = (value_scale, gradient_scale, gradient_ids)
+    if all(x is None for x in constants):
         return pool(table, *bags)
-    return _spmm_scaled(pool, table, *bags, value_scale, gradient_scale)
+    return _spmm_scaled(pool, table, *bags, *constants)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -66,8 +69,9 @@ def _spmm_scaled(
     coefficients: Slots | None,
     value_scale: Slots | None,
     gradient_scale: Slots | None,
+    gradient_ids: Ids | None,
 ) -> Float[Array, "B D"]:
-    del gradient_scale
+    del gradient_scale, gradient_ids
     return pool(table, ids, offsets, times(coefficients, value_scale))
 
 
@@ -75,13 +79,15 @@ def _spmm_scaled(
 def _spmm_scaled_jvp(
     pool: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Array]:
-    table, ids, offsets, coefficients, value_scale, gradient_scale = primals
+    table, ids, offsets, coefficients, value_scale, *of_gradient = primals
+    gradient_scale, gradient_ids = of_gradient
     value = _spmm_scaled(pool, *primals)
     pool = functools.partial(pool, dtype=None)  # round only the sum of both terms
     tangent = jnp.zeros(value.shape, _row_gather.accumulation_dtype(table.dtype))
     if varies(tangents[0]):
         scaled = times(coefficients, gradient_scale)
-        tangent += pool(tangents[0], ids, offsets, scaled)
+        named = ids if gradient_ids is None else gradient_ids
+        tangent += pool(tangents[0], named, offsets, scaled)
     if coefficients is not None and varies(tangents[3]):
         tangent += pool(table, ids, offsets, times(tangents[3], value_scale))
     return value, tangent.astype(value.dtype)

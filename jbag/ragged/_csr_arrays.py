@@ -45,6 +45,19 @@ def segment_ids(bounds: Int[Array, " ends"], capacity: Size) -> Int[Array, " N"]
     return jax.lax.optimization_barrier(jnp.cumsum(ends[:capacity]))
 
 
+def slots_of_bags(ids: Int[Array, " N"], offsets: Int[Array, " ends"]) -> Ids:
+    """Return the id of each slot, for lookups without pooling.
+
+    Slots in no bag get `PAD_ID`; negative ids, and the ids of malformed bags, get
+    `OUT_OF_RANGE_ID`.
+    """
+    bounds, malformed = bag_bounds(offsets, ids.size)
+    bags = segment_ids(bounds, ids.size)
+    unknown = (ids < 0) | jnp.append(malformed, False)[bags]
+    ids = jnp.where(unknown, OUT_OF_RANGE_ID, ids)
+    return jnp.where(bags == malformed.size, PAD_ID, ids)
+
+
 def merge_axes(x: Shaped[Array, "K first ..."]) -> Shaped[Array, "K*first ..."]:
     """Merge the two leading axes of x."""
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
