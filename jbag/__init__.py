@@ -24,11 +24,18 @@ if TYPE_CHECKING:
     __version__: str
 
     from jbag import data, fasttext, linen, nnx, optim, sharding, sparse, text
-    from jbag.linen import EmbeddingBag, EmbeddingBagCollection, from_torch, to_torch
+    from jbag.linen import (
+        Embed,
+        EmbeddingBag,
+        EmbeddingBagCollection,
+        from_torch,
+        to_torch,
+    )
 
 __all__ = [
     "Bags",
     "DenseGradientWarning",
+    "Embed",
     "EmbeddingBag",
     "EmbeddingBagCollection",
     "Feature",
@@ -64,7 +71,13 @@ __all__ = [
 
 # Flax and Optax take longer to import than the function needs: loaded on use.
 _MODULES = ("data", "fasttext", "linen", "nnx", "optim", "sharding", "sparse", "text")
-_FROM_LINEN = ("EmbeddingBag", "EmbeddingBagCollection", "from_torch", "to_torch")
+_FROM_LINEN = (
+    "Embed",
+    "EmbeddingBag",
+    "EmbeddingBagCollection",
+    "from_torch",
+    "to_torch",
+)
 
 
 def __getattr__(name: str) -> object:

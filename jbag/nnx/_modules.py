@@ -28,7 +28,11 @@ from jbag.collection._collection import (
 from jbag.collection._lookup import Traffic
 from jbag.interop import _flax_serialization as _flax_serialization  # registers types
 from jbag.interop import _torch
-from jbag.ops._module_options import EmbeddingBagOptions, pretrained_options
+from jbag.ops._module_options import (
+    EmbeddingBagOptions,
+    TableOptions,
+    pretrained_options,
+)
 from jbag.ops._packed_table import (
     AnyTable,
     PackedTable,
@@ -100,13 +104,8 @@ class EmbeddingBag(EmbeddingBagOptions, nnx.Module):
         self, embedding_metadata: Mapping[str, Any], rngs: nnx.Rngs
     ) -> None:
         self._check_options()
-        packed = bool(self.packed) if embedding_metadata else self.packed
-        table = self._initial_table(rngs.params(), _map_value, packed)
+        self.embedding = make_variable(self, embedding_metadata, rngs)
         del self.embedding_init  # a pretrained one would keep its table alive
-        variable = Frozen if self.freeze else nnx.Param
-        self.embedding = variable(
-            _map_value(storage, table), **_packing(table), **embedding_metadata
-        )
 
     def __call__(
         self,
@@ -124,7 +123,7 @@ class EmbeddingBag(EmbeddingBagOptions, nnx.Module):
         Returns:
           [B, D], of `dtype`.
         """
-        return self._pool(_table_of(self.embedding), indices, offsets, weights)
+        return self._pool(table_of(self.embedding), indices, offsets, weights)
 
     @classmethod
     def from_pretrained(
@@ -163,7 +162,7 @@ class EmbeddingBag(EmbeddingBagOptions, nnx.Module):
           >>> module = torch.nn.EmbeddingBag(10, 3)  # doctest: +SKIP
           >>> bag = jbag.nnx.EmbeddingBag.from_torch(module)  # doctest: +SKIP
         """
-        table, options = _torch.read(module)
+        table, options = _torch.read(module, "EmbeddingBag")
         return cls.from_pretrained(table, **options)
 
     def to_torch(self) -> torch.nn.EmbeddingBag:
@@ -175,7 +174,7 @@ class EmbeddingBag(EmbeddingBagOptions, nnx.Module):
         Example:
           >>> module = bag.to_torch()  # doctest: +SKIP
         """
-        return _torch.write(_table_of(self.embedding), self)
+        return _torch.write(table_of(self.embedding), self)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -239,7 +238,7 @@ class EmbeddingBagCollection(CollectionOptions, nnx.Module):
 
     def _arrays(self) -> dict[str, AnyTable]:
         names = [stack.name for stack in check_parts(self).stacks]
-        return {name: _table_of(getattr(self, name)) for name in names}
+        return {name: table_of(getattr(self, name)) for name in names}
 
     def validate(self, batch: Any) -> Any:
         """Check a batch by value; see `jbag.linen.EmbeddingBagCollection.validate`."""
@@ -265,6 +264,16 @@ class EmbeddingBagCollection(CollectionOptions, nnx.Module):
             getattr(self, name)[...] = storage(table)
 
 
+def make_variable(
+    module: TableOptions, embedding_metadata: Mapping[str, Any], rngs: nnx.Rngs
+) -> nnx.Variable[Array]:
+    """Return the variable with the initial table of a module."""
+    packed = bool(module.packed) if embedding_metadata else module.packed
+    table = module._initial_table(rngs.params(), _map_value, packed)
+    variable = Frozen if module.freeze else nnx.Param
+    return variable(_map_value(storage, table), **_packing(table), **embedding_metadata)
+
+
 def _map_value(function: Callable[[Array], Any], value: Any) -> Any:
     """Apply a function to a table, inside its metadata if it has some."""
     if isinstance(value, nnx.VariableMetadata):
@@ -278,7 +287,7 @@ def _packing(value: Any) -> dict[str, Any]:
     return {"packing": table.packing} if isinstance(table, PackedTable) else {}
 
 
-def _table_of(variable: nnx.Variable[Array]) -> AnyTable:
+def table_of(variable: nnx.Variable[Array]) -> AnyTable:
     """Return the table in a variable, packed if its metadata says so."""
     array = variable[...]
     packing = variable.packing if packs(variable) else None

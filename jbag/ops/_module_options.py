@@ -1,4 +1,4 @@
-"""The parts that the `EmbeddingBag` modules of Linen and NNX share."""
+"""The parts that the modules of one table share, in Linen and in NNX."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jbag._validation import Floats, Integers, check_flag, check_integer, check_table
 from jbag.ops._embedding_bag import check_mode, check_padding_idx, embedding_bag
+from jbag.ops._embedding_lookup import embedding_lookup
 from jbag.ops._max_norm import check_norm
 from jbag.ops._packed_table import AnyTable, pack
 from jbag.ops.kernels import check_implementation
@@ -56,28 +57,25 @@ def pretrained_options(table: ArrayLike, options: dict[str, Any]) -> dict[str, A
     }
 
 
-@dataclasses.dataclass(eq=False, repr=False)
-class EmbeddingBagOptions:
-    """The options and methods that the `EmbeddingBag` modules of Linen and NNX share.
+class TableOptions:
+    """The options and methods that every module of one table has.
 
-    It is not a frozen dataclass, as Linen freezes its modules itself.
+    The children are dataclasses with these fields, each in the order of its peers.
     """
 
     num_embeddings: int
     features: int
-    mode: str = "mean"
-    padding_idx: int | None = None
-    include_last_offset: bool = False
-    max_norm: float | None = None
-    norm_type: float = 2.0
-    scale_grad_by_freq: bool = False
-    sparse: bool = False
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    embedding_init: Initializer = default_embedding_init
-    implementation: str | None = None
-    freeze: bool = False
-    packed: bool | None = None
+    padding_idx: int | None
+    max_norm: float | None
+    norm_type: float
+    scale_grad_by_freq: bool
+    sparse: bool
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+    embedding_init: Initializer
+    implementation: str | None
+    freeze: bool
+    packed: bool | None
 
     def _check_options(self) -> None:
         """Check the options before the table is initialized."""
@@ -87,10 +85,9 @@ class EmbeddingBagOptions:
             dtype = getattr(self, name)
             if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
                 raise TypeError(f"`{name}` must be floating; got {jnp.dtype(dtype)}.")
-        check_mode(self.mode)
         check_implementation(self.implementation)
         check_norm(self.max_norm, self.norm_type)
-        for flag in ("include_last_offset", "scale_grad_by_freq", "sparse", "freeze"):
+        for flag in ("scale_grad_by_freq", "sparse", "freeze"):
             check_flag(flag, getattr(self, flag))
         if self.packed is not None:
             check_flag("packed", self.packed)
@@ -116,6 +113,35 @@ class EmbeddingBagOptions:
             return table
         return map_boxed(functools.partial(pack, always=bool(packed)), table)
 
+
+@dataclasses.dataclass(eq=False, repr=False)
+class EmbeddingBagOptions(TableOptions):
+    """The options and methods that the `EmbeddingBag` modules of Linen and NNX share.
+
+    It is not a frozen dataclass, as Linen freezes its modules itself.
+    """
+
+    num_embeddings: int
+    features: int
+    mode: str = "mean"
+    padding_idx: int | None = None
+    include_last_offset: bool = False
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    scale_grad_by_freq: bool = False
+    sparse: bool = False
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    embedding_init: Initializer = default_embedding_init
+    implementation: str | None = None
+    freeze: bool = False
+    packed: bool | None = None
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        check_mode(self.mode)
+        check_flag("include_last_offset", self.include_last_offset)
+
     def _pool(
         self,
         table: AnyTable,
@@ -139,3 +165,41 @@ class EmbeddingBagOptions:
             implementation=self.implementation,
         )
         return out if self.dtype is None else out.astype(self.dtype)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class EmbedOptions(TableOptions):
+    """The options and methods that the `Embed` modules of Linen and NNX share.
+
+    The positional fields are those of Flax's `Embed`.
+    """
+
+    num_embeddings: int
+    features: int
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    embedding_init: Initializer = default_embedding_init
+    _: dataclasses.KW_ONLY
+    padding_idx: int | None = None
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    scale_grad_by_freq: bool = False
+    sparse: bool = False
+    implementation: str | None = None
+    freeze: bool = False
+    packed: bool | None = None
+
+    def _look_up(
+        self, table: AnyTable, inputs: Integers | Bags
+    ) -> Float[Array, "*slots D"]:
+        """Call `embedding_lookup` with these options."""
+        return embedding_lookup(
+            table,
+            inputs,
+            padding_idx=self.padding_idx,
+            max_norm=self.max_norm,
+            norm_type=self.norm_type,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+            implementation=self.implementation,
+        )

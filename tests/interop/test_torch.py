@@ -67,6 +67,40 @@ def test_what_pytorch_lacks_is_an_error():
     with pytest.raises(ValueError, match="must be 'sum', 'mean' or 'max' in PyTorch"):
         jbag.to_torch(bag, variables)
     with pytest.raises(
-        TypeError, match=r"must be a torch\.nn\.EmbeddingBag; got Linear"
+        TypeError,
+        match=r"a torch\.nn\.EmbeddingBag or a torch\.nn\.Embedding; got Linear",
     ):
         jbag.from_torch(torch.nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padding_idx": -3}, {"max_norm": 0.5, "norm_type": 1.0, "sparse": True}],
+)
+def test_lookups_move_over_and_back(options):
+    peer = torch.nn.Embedding(10, 3, **options)
+    ids = np.array([[0, 7], [7, 9]])
+    embed, variables = jbag.from_torch(peer)
+    other = jbag.nnx.Embed.from_torch(peer)
+    assert isinstance(embed, jbag.linen.Embed)
+    weight = peer.weight.detach().numpy().copy()
+    expected = peer(torch.tensor(ids)).detach().numpy()
+    oracle.assert_close(embed.apply(variables, ids), expected)
+    oracle.assert_close(other(ids), expected)
+    for back in (jbag.to_torch(embed, variables), other.to_torch()):
+        assert isinstance(back, torch.nn.Embedding)
+        np.testing.assert_array_equal(back.weight.detach().numpy(), weight)
+        for name in (*options, "num_embeddings", "embedding_dim"):
+            assert getattr(back, name) == getattr(peer, name)
+
+
+def test_a_frozen_lookup_stays_frozen_and_others_raise():
+    embed, variables = jbag.from_torch(
+        torch.nn.Embedding.from_pretrained(torch.ones(2, 3))
+    )
+    assert list(variables) == ["frozen"]
+    assert not jbag.to_torch(embed, variables).weight.requires_grad
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Embedding; got Emb"):
+        jbag.nnx.Embed.from_torch(torch.nn.EmbeddingBag(2, 3))
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.EmbeddingBag; got Emb"):
+        jbag.nnx.EmbeddingBag.from_torch(torch.nn.Embedding(2, 3))

@@ -1,9 +1,9 @@
-"""The embedding bag as a Flax Linen module."""
+"""The embedding bag and its collection as Flax Linen modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 from jax.typing import ArrayLike
@@ -23,23 +23,13 @@ from jbag.collection._collection import (
 )
 from jbag.collection._lookup import Traffic
 from jbag.interop import _flax_serialization as _flax_serialization  # registers types
-from jbag.interop import _torch
+from jbag.linen._table_variable import TableVariable
 from jbag.ops._module_options import EmbeddingBagOptions, pretrained_options
 from jbag.ops._packed_table import AnyTable, packs
 from jbag.ragged._bags import Bags
 
-if TYPE_CHECKING:
-    import torch
 
-__all__ = [
-    "EmbeddingBag",
-    "EmbeddingBagCollection",
-    "from_torch",
-    "to_torch",
-]
-
-
-class EmbeddingBag(EmbeddingBagOptions, nn.Module):
+class EmbeddingBag(TableVariable, EmbeddingBagOptions, nn.Module):
     """A table of embeddings, pooled over bags of ids by `jbag.embedding_bag`.
 
     The table is the parameter "embedding", [V, D]. Frozen, it is in the collection
@@ -77,23 +67,6 @@ class EmbeddingBag(EmbeddingBagOptions, nn.Module):
       (3, 2)
     """
 
-    def setup(self) -> None:
-        """Check the options and make the table."""
-        self._check_options()
-        if self.freeze:
-            self.frozen = self.variable(
-                "frozen", "embedding", lambda: self._initial(self.make_rng("params"))
-            )
-        else:
-            self.embedding = self.param("embedding", self._initial)
-
-    def _initial(self, key: Array) -> Any:
-        collection = "frozen" if self.freeze else "params"
-        given = nn.meta.unbox(self.get_variable(collection, "embedding"))
-        # Linen compares a given table with the shape of an initial one.
-        packed = self.packed if given is None else packs(given)
-        return self._initial_table(key, _map_boxed, packed)
-
     def __call__(
         self,
         indices: Integers | Bags,
@@ -110,8 +83,7 @@ class EmbeddingBag(EmbeddingBagOptions, nn.Module):
         Returns:
           [B, D], of `dtype`.
         """
-        table = self.frozen.value if self.freeze else self.embedding
-        return self._pool(table, indices, offsets, weights)
+        return self._pool(self._table(), indices, offsets, weights)
 
     @classmethod
     def from_pretrained(
@@ -261,50 +233,3 @@ class EmbeddingBagCollection(CollectionOptions, nn.Module):
     def import_tables(self, tables: Mapping[str, ArrayLike]) -> dict[str, AnyTable]:
         """Return the parameters that hold such tables; see `export_tables`."""
         return import_tables(self, tables)
-
-
-def _map_boxed(function: Callable[[Array], Any], value: Any) -> Any:
-    """Apply a function to a table, inside its metadata if it has some."""
-    if isinstance(value, nn.meta.AxisMetadata):
-        return value.replace_boxed(function(value.unbox()))
-    return function(value)
-
-
-def from_torch(module: torch.nn.EmbeddingBag) -> tuple[EmbeddingBag, dict[str, Any]]:
-    """Return the Linen module and the variables that equal a PyTorch module.
-
-    Args:
-      module: its state is copied; a weight that requires no gradient comes frozen.
-
-    Returns:
-      (module, variables): `module.apply(variables, indices, offsets)` gives what the
-      PyTorch module gives.
-
-    Raises:
-      TypeError: `module` is not a `torch.nn.EmbeddingBag`.
-
-    Example:
-      >>> module = torch.nn.EmbeddingBag(10, 3)  # doctest: +SKIP
-      >>> bag, variables = jbag.from_torch(module)  # doctest: +SKIP
-    """
-    table, options = _torch.read(module)
-    bag = EmbeddingBag(param_dtype=table.dtype, **options)
-    return bag, {"frozen" if bag.freeze else "params": {"embedding": table}}
-
-
-def to_torch(module: EmbeddingBag, variables: Any) -> torch.nn.EmbeddingBag:
-    """Return the PyTorch module that equals a Linen module with its variables.
-
-    Args:
-      module: `dtype`, `implementation` and initializers have no counterpart there.
-      variables: what `module.init` returned, or training made of it.
-
-    Raises:
-      ValueError: PyTorch lacks the module's mode, or its combination of options.
-
-    Example:
-      >>> module = jbag.to_torch(bag, variables)  # doctest: +SKIP
-    """
-    variables = nn.meta.unbox(variables)
-    table = variables["frozen" if module.freeze else "params"]["embedding"]
-    return _torch.write(table, module)
