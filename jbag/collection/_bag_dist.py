@@ -13,7 +13,7 @@ from jaxtyping import Array
 from jbag._mesh.gradient_placements import AllGatheredGradients, LocalGradients
 from jbag._mesh.row_layout import Lanes
 from jbag._mesh.strategies import ShardingType, Strategy
-from jbag.collection._stacking import Bag, Launch, Stack, size
+from jbag.collection._stacking import Bag, Launch, Stack
 from jbag.ragged._concatenate import concatenate_bags, concatenate_slots, to_ragged
 from jbag.ragged._csr_arrays import PAD_ID
 
@@ -131,22 +131,23 @@ class _TableWiseDist(BagDist):
         for at, table in enumerate(launch.tables):
             lane = stack.layout.lanes[stack.names.index(table)]
             self.features_of_device[lane // lanes].append(at)
-        self.max_features = max(map(len, self.features_of_device))
 
     def input_dist(self, bags: Bags) -> tuple[Array, Any, Any]:
         bags = own_block(bags)
         launch, to_send = self.launch, []
+        sizes = launch.sizes(bags)
+        most = max(self._num_bags(own, sizes) for own in self.features_of_device)
         for own in self.features_of_device:
             parts, values = [], []
             for at in own:
-                bag = bags[launch.features[at]]
-                ids = self.stack.place(launch.tables[at], bag.ids)
-                parts.append(to_ragged(ids, bag.offsets))
+                bag = launch.place(self.stack, at, bags)
+                parts.append(to_ragged(bag.ids, bag.offsets))
                 if bag.weights is not None:
                     values.append(bag.weights.reshape(-1))
             like = bags[launch.features[0]]
-            for _ in range(self.max_features - len(own)):
-                parts.append(_empty_bags(like))
+            missing = most - self._num_bags(own, sizes)
+            if missing or not parts:
+                parts.append(_empty_bags(missing))
                 if like.weights is not None:
                     values.append(jnp.zeros(0, like.weights.dtype))
             ids, offsets = concatenate_bags(parts)
@@ -179,15 +180,21 @@ class _TableWiseDist(BagDist):
         return jax.lax.axis_index(self.strategy.batch) * rows
 
     def output_dist(self, total: Array, bags: Bags) -> Array:
-        count = size(bags[self.launch.features[0]])
+        sizes = self.launch.sizes(bags)
         received = self._all_to_all(
             total.reshape(self.strategy.size, -1, total.shape[1])
         )
         rows = {}
         for owner, own in enumerate(self.features_of_device):
-            for place, at in enumerate(own):
-                rows[at] = received[owner, place * count : (place + 1) * count]
+            first = 0
+            for at in own:
+                end = first + sizes[self.launch.features[at]]
+                rows[at] = received[owner, first:end]
+                first = end
         return jnp.concatenate([rows[at] for at in range(len(rows))])
+
+    def _num_bags(self, own: list[int], sizes: Mapping[str, int]) -> int:
+        return sum(sizes[self.launch.features[at]] for at in own)
 
     def _all_to_all(self, x: Array) -> Array:
         if self.strategy.size == 1:
@@ -206,9 +213,9 @@ def bag_dist(stack: Stack, launch: Launch, strategy: Strategy) -> BagDist:
     return dist(stack, launch, strategy)
 
 
-def _empty_bags(like: Bag) -> tuple[Array, Array]:
-    """Return as many empty bags as `like` has bags."""
-    return jnp.zeros(0, jnp.int32), jnp.zeros(size(like) + 1, jnp.int32)
+def _empty_bags(count: int) -> tuple[Array, Array]:
+    """Return empty bags."""
+    return jnp.zeros(0, jnp.int32), jnp.zeros(count + 1, jnp.int32)
 
 
 def _pad(x: Array, capacity: int, fill: int) -> Array:

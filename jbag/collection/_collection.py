@@ -84,6 +84,12 @@ def check_parts(options: CollectionOptions) -> Parts:
         raise ValueError("`features` must have names; got an empty one.")
     for flag in ("sparse", "concatenate"):
         check_flag(flag, getattr(options, flag))
+    unpooled = [name for name, x in features.items() if x.pooling is None]
+    if options.concatenate and unpooled:
+        raise ValueError(
+            "`concatenate` must be False with unpooled features, which have a row for "
+            f"each slot; got True and {unpooled}."
+        )
     check_implementation(options.implementation)
     if options.packed is not None:
         check_flag("packed", options.packed)

@@ -38,7 +38,7 @@ from jbag.ops._row_gather import accumulation_dtype, take
 from jbag.ops._sparse_marks import mark_pooled, mark_table
 from jbag.ragged._csr_arrays import OUT_OF_RANGE_ID, PAD_ID
 
-Pooled = dict[str, Float[Array, "B D"]]
+Pooled = dict[str, Float[Array, "*B D"]]
 
 
 @functools.partial(
@@ -55,16 +55,23 @@ def pool_stack(
     sparse: bool,
     rows_per_round: int | None,
 ) -> Pooled:
-    """Return each feature's pooled bags; over a mesh, sharded along the batch."""
+    """Return each feature's pooled bags; over a mesh, sharded along the batch.
+
+    An unpooled feature has a row for each slot: [*ids.shape, D].
+    """
     if strategy is None:
         return _pool_on_one_device(table, bags, stack, launches, sparse)
     if sparse:
         table = mark_table(table)
-    bags = _with_slots(bags, strategy)
     mapped = _Mapped(stack, launches, strategy, sparse)
+    filled = _with_slots(bags, strategy)
     if strategy.sharding_type == ShardingType.ROW_WISE and strategy.size > 1:
-        return _pool_row_wise(table, bags, mapped, rows_per_round)
-    return _pool_with_dist(table, bags, mapped)
+        out = _pool_row_wise(table, filled, mapped, rows_per_round)
+    else:
+        out = _pool_with_dist(table, filled, mapped)
+    for launch in launches:
+        out |= launch.empty_rows(bags, table)
+    return out
 
 
 class Traffic(NamedTuple):
@@ -270,10 +277,10 @@ def _pool_row_wise(
         )
 
     def pool(rows: Array, bags: Bags, found: Any, counts: Any) -> Pooled:
-        bags = own_block(bags)
+        own = own_block(bags)
         out: Pooled = {}
         for launch, (ids, offsets), count in zip(launches, found, counts, strict=True):
-            _, _, weights = launch.join(stack, [bags])
+            _, _, weights = launch.join(stack, [own])
             pooled = _pooling.pool(
                 rows,
                 ids,
@@ -342,14 +349,14 @@ def _launch_with_dist(
         )
 
     def finish(total: Array, bags: Bags) -> Pooled:
-        bags = own_block(bags)
+        own = own_block(bags)
         like: Any = jax.ShapeDtypeStruct(stack.shape, table.dtype)
         pooling = launch.pooling._replace(scale_grad_by_freq=False)
-        joined = launch.join(stack, [bags])
+        joined = launch.join(stack, [own])
         csr, pad_id = _pooling.prepare(
             like, *joined, pooling=pooling, padding_idx=PAD_ID
         )
-        total = dist.output_dist(total, bags)
+        total = dist.output_dist(total, own)
         pooled = _pooling.finish(total, csr, like, pooling=pooling, pad_id=pad_id)
         return launch.split(pooled, bags)
 

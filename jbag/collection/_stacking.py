@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jbag._mesh.row_layout import Lanes, Layout, place
 from jbag._mesh.strategies import TableWise
@@ -17,6 +17,7 @@ from jbag._validation import check_integer
 from jbag.collection._tables_and_features import Feature, Table
 from jbag.ops import _row_gather
 from jbag.ops._embedding_bag import check_padding_idx
+from jbag.ops._explicit_axes import flatten_slots, unflatten_slots
 from jbag.ops._pooling import PoolingOptions
 from jbag.ops._row_gather import accumulation_dtype
 from jbag.ragged import _csr_arrays
@@ -113,6 +114,7 @@ class Launch(NamedTuple):
     """Features of one stack that one kernel call pools.
 
     `tables` has the table of each of `features`; `keys` has the features of all stacks.
+    The features of an unpooled launch have a bag for each slot of their bags.
     """
 
     features: tuple[str, ...]
@@ -120,6 +122,7 @@ class Launch(NamedTuple):
     keys: tuple[str, ...]
     pooling: PoolingOptions
     max_norm: float | None
+    unpooled: bool = False
 
     def own(self, bags: Mapping[str, Bag]) -> Mapping[str, Bag]:
         """Return the bags of the launch's features."""
@@ -132,52 +135,90 @@ class Launch(NamedTuple):
         parts, values = [], []
         value_dtype = accumulation_dtype(jnp.dtype(stack.dtype))
         for bags in blocks:
-            if KEYED in bags:
-                bag = bags[KEYED]
-                placed = [(self._place_keyed(stack, bag), bag)]
-            else:
-                placed = [
-                    (stack.place(table, bags[feature].ids), bags[feature])
-                    for feature, table in zip(self.features, self.tables, strict=True)
-                ]
-            for ids, bag in placed:
-                parts.append((ids, bag.offsets))
+            for bag in self._placed(stack, bags):
+                parts.append((bag.ids, bag.offsets))
                 if bag.weights is not None:
                     values.append(bag.weights.astype(value_dtype))
         ids, offsets = concatenate_bags(parts)
         return ids, offsets, concatenate_slots(parts, values) if values else None
 
-    def _place_keyed(self, stack: Stack, bag: Bag) -> Ids:
-        """Return the array row of each slot; slots of other launches are padding."""
+    def _placed(self, stack: Stack, bags: Mapping[str, Bag]) -> list[Bag]:
+        """Return the bags with array rows as ids: a bag for each feature, or one."""
+        if KEYED in bags and not self.unpooled:
+            bag = bags[KEYED]
+            rows = jnp.full_like(bag.ids, PAD_ID)
+            for feature, table in zip(self.features, self.tables, strict=True):
+                own = stack.place(table, bag.ids)
+                rows = jnp.where(self._is_of(feature, bag), own, rows)
+            return [bag._replace(ids=rows)]
+        return [self.place(stack, at, bags) for at in range(len(self.features))]
+
+    def place(self, stack: Stack, at: int, bags: Mapping[str, Bag]) -> Bag:
+        """Return the bags of a feature as the launch pools them, array rows as ids."""
+        bag = bags[KEYED if KEYED in bags else self.features[at]]
+        rows = stack.place(self.tables[at], bag.ids)
+        if not self.unpooled:
+            return bag._replace(ids=rows)
+        if bag.offsets is not None:
+            slots = _csr_arrays.slots_of_bags(bag.ids, bag.offsets)
+            rows = jnp.where(slots < 0, slots, rows)
+            if KEYED in bags:
+                rows = jnp.where(self._is_of(self.features[at], bag), rows, PAD_ID)
+        weights = None if bag.weights is None else flatten_slots(bag.weights)
+        return Bag(flatten_slots(rows), None, weights)
+
+    def _is_of(self, feature: str, bag: Bag) -> Bool[Array, " N"]:
+        """Return which slots of bags of all features are in those of one feature."""
         assert bag.offsets is not None
-        count = self.sizes({KEYED: bag})[self.features[0]]
+        count = size(bag) // len(self.keys)
         bounds, _ = _csr_arrays.bag_bounds(bag.offsets, bag.ids.size)
         key = _csr_arrays.segment_ids(bounds, bag.ids.size) // max(count, 1)
-        rows = jnp.full_like(bag.ids, PAD_ID)
-        for feature, table in zip(self.features, self.tables, strict=True):
-            own = stack.place(table, bag.ids)
-            rows = jnp.where(key == self.keys.index(feature), own, rows)
-        return rows
+        return key == self.keys.index(feature)
+
+    def _ids(self, bags: Mapping[str, Bag]) -> dict[str, Ids]:
+        """Return the ids of each feature; of keyed bags, those of all features."""
+        if KEYED in bags:
+            return dict.fromkeys(self.features, bags[KEYED].ids)
+        return {name: bags[name].ids for name in self.features}
 
     def sizes(self, bags: Mapping[str, Bag]) -> dict[str, int]:
-        """Return the number of bags of each feature."""
+        """Return the number of bags of each feature that the launch pools."""
+        if self.unpooled:
+            return {name: ids.size for name, ids in self._ids(bags).items()}
         if KEYED in bags:
             return dict.fromkeys(self.features, size(bags[KEYED]) // len(self.keys))
         return {name: size(bags[name]) for name in self.features}
 
     def split(
         self, pooled: Float[Array, "bags D"], bags: Mapping[str, Bag]
-    ) -> dict[str, Float[Array, "B D"]]:
-        """Split pooled rows by feature."""
+    ) -> dict[str, Float[Array, "*B D"]]:
+        """Split pooled rows by feature; rows of slots have the shape of the ids."""
         sizes = self.sizes(bags)
-        names = self.keys if KEYED in bags else self.features
+        names = self.keys if KEYED in bags and not self.unpooled else self.features
         lengths = [sizes.get(name, sizes[self.features[0]]) for name in names]
         # The transpose of `split` is one concatenation; that of slices is a sum.
         parts = jax.lax.split(pooled, lengths)
+        if self.unpooled:
+            named = self._ids(bags)
+            return {
+                name: unflatten_slots(part, named[name])
+                for name, part in zip(names, parts, strict=True)
+            }
         return {
             name: part
             for name, part in zip(names, parts, strict=True)
             if name in self.features
+        }
+
+    def empty_rows(
+        self, bags: Mapping[str, Bag], table: Float[Array, "R D"]
+    ) -> dict[str, Float[Array, "*B D"]]:
+        """Return the rows of each unpooled feature that has no slots."""
+        named = self._ids(bags) if self.unpooled else {}
+        return {
+            name: jnp.zeros((*ids.shape, table.shape[1]), table.dtype)
+            for name, ids in named.items()
+            if ids.size == 0
         }
 
     def norm(self) -> Array | None:
@@ -253,10 +294,16 @@ def make_launches(
         table = stack.tables[stack.names.index(feature.table)]
         # `scale_grad_by_freq` counts rows per feature, so it needs its own launch.
         alone = name if table.scale_grad_by_freq else None
+        # An unpooled feature is the sum of bags of one id. Apart from pooled features,
+        # these bags stay rectangular.
+        unpooled = feature.pooling is None
         pooling = PoolingOptions(
-            feature.mode, table.norm_type, table.scale_grad_by_freq, implementation
+            feature.mode or "sum",
+            table.norm_type,
+            table.scale_grad_by_freq,
+            implementation,
         )
-        key = (pooling, table.max_norm, weighted[name], alone)
+        key = (pooling, table.max_norm, unpooled, weighted[name], alone)
         grouped.setdefault(key, []).append(name)
     return tuple(
         Launch(
@@ -265,6 +312,7 @@ def make_launches(
             tuple(features),
             pooling,
             max_norm,
+            unpooled,
         )
-        for (pooling, max_norm, _, _), names in grouped.items()
+        for (pooling, max_norm, unpooled, _, _), names in grouped.items()
     )

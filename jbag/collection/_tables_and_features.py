@@ -75,21 +75,44 @@ class Feature:
 
     Attributes:
       table: the name of the table.
-      mode: the pooling mode: "mean", "sum", "sqrtn", "max" or "min".
+      mode: the pooling mode: "mean", which is the default, "sum", "sqrtn", "max" or
+        "min"; None in an unpooled feature.
+      pooling: "bag" pools the rows of each bag; None does not: the output has a row for
+        each slot, as of a sequence.
 
     Raises:
       TypeError: `table` is not a string.
-      ValueError: `mode` is unknown.
+      ValueError: `mode` is unknown, or given with `pooling` None.
 
     Example:
       >>> jbag.Feature("items", mode="sum")
-      Feature(table='items', mode='sum')
+      Feature(table='items', mode='sum', pooling='bag')
+      >>> jbag.Feature("items", pooling=None)
+      Feature(table='items', mode=None, pooling=None)
     """
 
     table: str
-    mode: str = "mean"
+    mode: str | None = None
+    _: dataclasses.KW_ONLY
+    pooling: str | None = "bag"
 
     def __post_init__(self) -> None:
         if not isinstance(self.table, str):
             raise TypeError(f"`table` must be a string; got {self.table!r}.")
+        check_pooling(self.pooling)
+        if self.pooling is None:
+            if self.mode is not None:
+                raise ValueError(
+                    "`mode` must not be given with `pooling` None, which pools "
+                    f"nothing; got {self.mode!r}."
+                )
+            return
+        if self.mode is None:
+            object.__setattr__(self, "mode", "mean")
         check_mode(self.mode)
+
+
+def check_pooling(pooling: Any) -> None:
+    """Raise ValueError unless `pooling` is "bag" or None."""
+    if pooling is not None and pooling != "bag":
+        raise ValueError(f"`pooling` must be 'bag' or None; got {pooling!r}.")
