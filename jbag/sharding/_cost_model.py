@@ -29,6 +29,8 @@ class TableLoad(NamedTuple):
     slots: int
     weights: int
     num_features: int
+    num_pooled: int  # of these features
+    unpooled_slots: int  # of these slots
     distinct: int
     rows_per_round: Any  # the sum over features that set it
     default_slots: int  # the slots of features that do not set it
@@ -45,13 +47,14 @@ class CostModel(NamedTuple):
     def cost(self, strategy: ShardingType, load: TableLoad) -> Cost:
         """Return the bytes that a device sends forward and backward, and holds."""
         P, D, n, f = self.num_devices, load.embedding_dim, load.slots, load.num_features
+        r = load.num_pooled * self.num_bags + load.unpooled_slots
         V = load.rows if strategy == ShardingType.TABLE_WISE else self.padded_rows(load)
         e, a = load.dtype.itemsize, accumulation_dtype(load.dtype).itemsize
         per_element = D * (e + len(self.rule.per_element) * a)
         per_row = len(self.rule.per_row) * a
-        ids, pooled, times = 4 * n + a * load.weights, f * self.num_bags * D, P - 1
+        ids, pooled, times = 4 * n + a * load.weights, r * D, P - 1
         rows, held = min(P * n, V), V * (per_element + per_row)
-        forward, backward = ids + 4 * f * self.num_bags + pooled * a, pooled * a
+        forward, backward = ids + 4 * r + pooled * a, pooled * a
         if strategy == ShardingType.DATA_PARALLEL:
             rows = min(n, load.rows)
             forward, backward = 0, rows * (4 + a * D)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbag._validation import TABLE_DTYPES, check_flag, check_integer
+from jbag.collection._tables_and_features import check_pooling
 from jbag.ragged._bags import Bags
 from jbag.sharding._cost_model import TableLoad
 
@@ -25,10 +26,12 @@ class Load:
       rows_per_round: the feature's share of C, the ids per bucket of a row-wise table;
         None fits uniformly distributed ids.
       distinct: the number of distinct ids per device; None assumes n.
+      pooling: as of the `Feature`; None counts a row per slot in place of one per bag.
 
     Example:
       >>> Load("words", slots=4096, distinct=900)
-      Load(table='words', slots=4096, weighted=False, rows_per_round=None, distinct=900)
+      Load(table='words', slots=4096, weighted=False, rows_per_round=None, distinct=900,
+           pooling='bag')
     """
 
     table: str
@@ -36,6 +39,8 @@ class Load:
     weighted: bool = False
     rows_per_round: int | None = None
     distinct: int | None = None
+    _: dataclasses.KW_ONLY
+    pooling: str | None = "bag"
 
     def __post_init__(self) -> None:
         if not isinstance(self.table, str):
@@ -46,10 +51,16 @@ class Load:
             check_integer("rows_per_round", self.rows_per_round, low=1)
         if self.distinct is not None:
             check_integer("distinct", self.distinct, low=0, high=self.slots + 1)
+        check_pooling(self.pooling)
 
     @classmethod
     def measure(
-        cls, table: str, bags: Bags, *, rows_per_round: int | None = None
+        cls,
+        table: str,
+        bags: Bags,
+        *,
+        rows_per_round: int | None = None,
+        pooling: str | None = "bag",
     ) -> Load:
         """Return the load of one device's batch.
 
@@ -57,6 +68,7 @@ class Load:
           table: the name of the table.
           bags: B / P bags in N slots, in host or device arrays.
           rows_per_round: as the attribute.
+          pooling: as the attribute.
 
         Raises:
           TypeError: `bags` is not a `Bags`.
@@ -65,7 +77,8 @@ class Load:
         Example:
           >>> bags = jbag.Bags.from_lists([[7, 7], [7, 8]], capacity=6)
           >>> Load.measure("words", bags)
-          Load(table='words', slots=6, weighted=False, rows_per_round=None, distinct=2)
+          Load(table='words', slots=6, weighted=False, rows_per_round=None, distinct=2,
+               pooling='bag')
         """
         if not isinstance(bags, Bags):
             raise TypeError(f"`bags` must be Bags; got {type(bags).__name__}.")
@@ -73,7 +86,8 @@ class Load:
             raise ValueError(f"`bags` must be one batch; got indices of shape {shape}.")
         named = np.unique(np.asarray(bags.indices)[: int(bags.offsets[-1])])
         weighted = bags.weights is not None
-        return cls(table, bags.capacity, weighted, rows_per_round, named.size)
+        load = (table, bags.capacity, weighted, rows_per_round, named.size)
+        return cls(*load, pooling=pooling)
 
 
 def check_table_loads(tables: Any, loads: Any) -> dict[str, TableLoad]:
@@ -111,6 +125,7 @@ def check_table_loads(tables: Any, loads: Any) -> dict[str, TableLoad]:
                 f"{', '.join(TABLE_DTYPES)}; got {dtype}."
             )
         own = [load for load in loads.values() if load.table == name]
+        unpooled = [load for load in own if load.pooling is None]
         checked[name] = TableLoad(
             width,
             dtype,
@@ -118,6 +133,8 @@ def check_table_loads(tables: Any, loads: Any) -> dict[str, TableLoad]:
             slots=sum(load.slots for load in own),
             weights=sum(load.slots for load in own if load.weighted),
             num_features=len(own),
+            num_pooled=len(own) - len(unpooled),
+            unpooled_slots=sum(load.slots for load in unpooled),
             distinct=min(
                 rows, sum(x.slots if x.distinct is None else x.distinct for x in own)
             ),

@@ -2,7 +2,8 @@
 
 Letters: P devices, B examples per step, V rows and D features of a table, e bytes per
 table element, a bytes per element of a sum or gradient (4, or 8 for float64). A device
-has n slots for ids of 4 bytes, and f features, each with B / P bags.
+has n slots for ids of 4 bytes, and f features, each with B / P bags. A lookup returns r
+rows: one per bag, or one per slot of an unpooled feature.
 
 A step sends these bytes from each device to each of the P - 1 others:
 
@@ -11,25 +12,25 @@ strategy       forward                             backward
 =============  ==================================  =======================
 data_parallel  0                                   min(n, V) (4 + a D)
 row_wise       C (4 + e D) per round               C (4 + a D) per round
-column_wise    4 n + 4 f (B/P + 1) + f B/P D/P e   f B/P D/P a
-table_wise     4 n + 4 f B/P + f B/P a D           f B/P a D
+column_wise    4 n + 4 f (B/P + 1) + r D/P e       r D/P a
+table_wise     4 n + 4 r + r a D                   r a D
 =============  ==================================  =======================
 
 Data-parallel tables all-gather at most n gradient rows. Row-wise tables exchange
 buckets of C rows; the fullest bucket sets the number of rounds. Column-wise tables
 all-gather the ids and return pooled columns; an optimizer with a scalar state per row
 also sums squares over the columns, 2 / P min(P n, V) a bytes. Table-wise tables receive
-their ids and return pooled rows; n and f are those of the device with the most, because
+their ids and return pooled rows; n and r are those of the device with the most, because
 all-to-all messages have one size. Weights add a bytes per slot.
 
 A device holds its part of the table and of the optimizer state, twice the received
 bytes, and three copies (lookup, gradient, sums) of the rows in use: min(n, V), or
 min(P n, V) for column-wise and table-wise tables.
 
-Tables with the same D, dtype and strategy are stacked in one array: n, f, C and V are
-sums over the stack. Memory, and the row counts of row-wise and column-wise tables, use
-V rounded up to a multiple of the grid. Table-wise devices all allocate as much as the
-fullest one.
+Tables with the same D, dtype and strategy are stacked in one array: n, f, r, C and V
+are sums over the stack. Memory, and the row counts of row-wise and column-wise tables,
+use V rounded up to a multiple of the grid. Table-wise devices all allocate as much as
+the fullest one.
 
 **1 TB on 1024 devices.** One table of 2e9 items, five of 2e8 users and 95 small
 ones. An example has 50 item ids and one id for each other table. A device has 16 GB.

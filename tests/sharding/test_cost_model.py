@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from plans import P, Table, plan_one, totals
 
+import jbag
 from jbag._mesh.strategies import TableWise
 from jbag.sharding._feature_loads import Load
 from jbag.sharding._planner import plan
@@ -201,3 +202,22 @@ def test_rounds_suffice_for_ids_that_fall_evenly():
             ):
                 needed *= 2
         assert needed <= planned <= 4 * needed
+
+
+def test_unpooled_features_return_a_row_for_each_slot():
+    table, options = Table(20160, 128), {"optimizer": "sgd"}
+    loads = Load("t", 100, pooling=None), Load("t", 24)
+    found = plan_one(table, *loads, **options)
+    assert found.strategy == "column_wise"
+    # One feature of 64 bags and 100 slots, of whose 128 features a device has 32.
+    rows = 64 + 100
+    assert found.forward_bytes == 3 * (124 * 4 + 2 * 65 * 4 + rows * 32 * 4)
+    assert found.backward_bytes == 3 * rows * 32 * 4
+
+
+def test_a_load_knows_whether_it_is_pooled():
+    bags = jbag.Bags.from_lists([[7, 7], [7, 8]], capacity=6)
+    load = Load.measure("t", bags, pooling=None)
+    assert load == Load("t", 6, distinct=2, pooling=None)
+    with pytest.raises(ValueError, match="`pooling` must be 'bag' or None; got 'sum'"):
+        Load("t", 6, pooling="sum")
