@@ -1,8 +1,12 @@
 """The embedding bag, its collection and the lookup as Flax Linen modules."""
 
 from jbag.linen._embed import Embed
-from jbag.linen._modules import EmbeddingBag, EmbeddingBagCollection
-from jbag.linen._torch_modules import from_torch, to_torch
+from jbag.linen._modules import (
+    EmbeddingBag,
+    EmbeddingBagCollection,
+    from_torch,
+    to_torch,
+)
 
 __all__ = [
     "Embed",

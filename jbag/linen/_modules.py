@@ -1,9 +1,9 @@
-"""The embedding bag and its collection as Flax Linen modules."""
+"""The embedding bag and its collection as Linen modules; PyTorch's modules."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 from jax.typing import ArrayLike
@@ -23,10 +23,15 @@ from jbag.collection._collection import (
 )
 from jbag.collection._lookup import Traffic
 from jbag.interop import _flax_serialization as _flax_serialization  # registers types
+from jbag.interop import _torch
+from jbag.linen._embed import Embed
 from jbag.linen._table_variable import TableVariable
 from jbag.ops._module_options import EmbeddingBagOptions, pretrained_options
 from jbag.ops._packed_table import AnyTable, packs
 from jbag.ragged._bags import Bags
+
+if TYPE_CHECKING:
+    import torch
 
 
 class EmbeddingBag(TableVariable, EmbeddingBagOptions, nn.Module):
@@ -134,7 +139,7 @@ class EmbeddingBagCollection(CollectionOptions, nn.Module):
       grid: K of the layouts. None is 20160 if there are specs; and 1, the rows of one
         table after another's, if there are none.
       sparse: ask for row-sparse gradients.
-      concatenate: return one array, the features side by side.
+      concatenate: return one array, the features side by side; all must be pooled.
       dtype: of the results; None for the tables' own.
       implementation: the kernel by name, or None for the platform's best one.
       packed: whether each parameter is a `PackedTable`; None packs them on TPUs. Tables
@@ -172,7 +177,10 @@ class EmbeddingBagCollection(CollectionOptions, nn.Module):
             `Bags` is a stack, a block for each device. Weights are the bags'.
 
         Returns:
-          A dict of [B, D] by feature, in the order of `features`; or [B, sum of D].
+          A dict of [B, D] by feature, in the order of `features`; or [B, sum of D]. An
+          unpooled feature has a row for each slot, [*indices.shape, D], with zeros for
+          padding and outside its bags. Of keyed bags, it has a row for each slot of all
+          features, with zeros for the others.
 
         Raises:
           IndexError, TypeError, ValueError: as `jbag.embedding_bag`; the batch hasn't
@@ -233,3 +241,52 @@ class EmbeddingBagCollection(CollectionOptions, nn.Module):
     def import_tables(self, tables: Mapping[str, ArrayLike]) -> dict[str, AnyTable]:
         """Return the parameters that hold such tables; see `export_tables`."""
         return import_tables(self, tables)
+
+
+def from_torch(
+    module: torch.nn.EmbeddingBag | torch.nn.Embedding,
+) -> tuple[Any, dict[str, Any]]:
+    """Return the Linen module and the variables that equal a PyTorch module.
+
+    Args:
+      module: a `torch.nn.EmbeddingBag` or a `torch.nn.Embedding`. Its state is copied;
+        a weight that requires no gradient comes frozen.
+
+    Returns:
+      (module, variables) of an `EmbeddingBag` or an `Embed`:
+      `module.apply(variables, indices, offsets)`, or `module.apply(variables, ids)`,
+      gives what the PyTorch module gives.
+
+    Raises:
+      TypeError: `module` is neither of these.
+
+    Example:
+      >>> module = torch.nn.EmbeddingBag(10, 3)  # doctest: +SKIP
+      >>> bag, variables = jbag.from_torch(module)  # doctest: +SKIP
+    """
+    table, options = _torch.read(module, "EmbeddingBag", "Embedding")
+    kind = EmbeddingBag if "mode" in options else Embed
+    own = kind(param_dtype=table.dtype, **options)
+    return own, {"frozen" if own.freeze else "params": {"embedding": table}}
+
+
+def to_torch(
+    module: EmbeddingBag | Embed, variables: Any
+) -> torch.nn.EmbeddingBag | torch.nn.Embedding:
+    """Return the PyTorch module that equals a Linen module with its variables.
+
+    Args:
+      module: `dtype`, `implementation` and initializers have no counterpart there.
+      variables: what `module.init` returned, or training made of it.
+
+    Raises:
+      ValueError: PyTorch lacks the module's mode, or its combination of options.
+
+    Example:
+      >>> module = jbag.to_torch(bag, variables)  # doctest: +SKIP
+    """
+    variables = nn.meta.unbox(variables)
+    table = variables["frozen" if module.freeze else "params"]["embedding"]
+    if isinstance(module, Embed):
+        return _torch.write_embedding(table, module)
+    return _torch.write(table, module)
