@@ -114,6 +114,9 @@ Error Spmm(const Loops& loops, Pool& pool, const Matrix& table, const Bags& bags
   }
   const Slots slots(table, (*ids).first(size), bags.coefficients);
   char* out = static_cast<char*>(output.data);
+  // The output of bags of one id is as large as all rows that are read. Where its
+  // memory is new to the process, page faults would take longer than the reads.
+  PreferHugePages(out, bags.num_bags * out_bytes);
   ForEachBag(
       pool, bags, bounds, cut, [&](int64_t slot) { slots.FetchFirst(slot); },
       [&](const Segments& segments, int64_t bag) {
