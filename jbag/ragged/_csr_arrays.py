@@ -52,10 +52,16 @@ def slots_of_bags(ids: Int[Array, " N"], offsets: Int[Array, " ends"]) -> Ids:
     `OUT_OF_RANGE_ID`.
     """
     bounds, malformed = bag_bounds(offsets, ids.size)
-    bags = segment_ids(bounds, ids.size)
-    unknown = (ids < 0) | jnp.append(malformed, False)[bags]
-    ids = jnp.where(unknown, OUT_OF_RANGE_ID, ids)
-    return jnp.where(bags == malformed.size, PAD_ID, ids)
+    ids = jnp.where(ids < 0, OUT_OF_RANGE_ID, ids)
+    outside = jnp.arange(ids.size, dtype=bounds.dtype) >= bounds[-1]
+    ids = jnp.where(outside, PAD_ID, ids)
+
+    def with_malformed(ids: Ids) -> Ids:
+        bags = segment_ids(bounds, ids.size)
+        return jnp.where(jnp.append(malformed, False)[bags], OUT_OF_RANGE_ID, ids)
+
+    # The bag of each slot would take as long as a lookup of narrow rows.
+    return jax.lax.cond(malformed.any(), with_malformed, lambda ids: ids, ids)
 
 
 def merge_axes(x: Shaped[Array, "K first ..."]) -> Shaped[Array, "K*first ..."]:

@@ -378,3 +378,27 @@ def test_bad_arguments_raise(args, options, error, message):
 def test_a_table_in_the_place_of_ids_raises():
     with pytest.raises(TypeError, match="are the arguments in PyTorch's order"):
         jbag.embedding_lookup(IDS, make_table())
+
+
+def test_bags_that_differ_by_device_run_under_shard_map():
+    table, mesh = make_table(features=D, rows=V), make_mesh()
+    ids, ends = jnp.array([3, 1, 2]), jnp.arange(4)
+
+    def look_up(end):
+        bags = jbag.Bags(ids, jnp.append(jnp.zeros_like(end), end))
+        return jbag.embedding_lookup(table, bags)[None]
+
+    spread = jax.shard_map(look_up, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    for end, rows in zip(ends, jax.jit(spread)(ends), strict=True):
+        wanted = np.where(np.arange(3)[:, None] < end, np.asarray(table)[ids], 0)
+        np.testing.assert_array_equal(rows, wanted)
+
+
+@pytest.mark.parametrize("dtypes", [("int64", "int32"), ("int32", "int64")])
+@pytest.mark.usefixtures("x64")
+def test_bags_of_two_integer_dtypes_are_taken(dtypes):
+    table = make_table(features=D, rows=V)
+    ids, offsets = jnp.array([3, -(2**31), 9], dtypes[0]), jnp.array([0, 2], dtypes[1])
+    rows = jbag.embedding_lookup(table, jbag.Bags(ids, offsets), padding_idx=9)
+    np.testing.assert_array_equal(np.isnan(rows).all(1), [False, True, False])
+    np.testing.assert_array_equal(rows[2], 0)
