@@ -15,6 +15,7 @@ from jbag.collection._collection import (
     pool_collection,
 )
 from jbag.collection._tables_and_features import Feature, Table
+from jbag.ops._embedding_bag import check_mode
 from jbag.ops._packed_table import check_stored
 
 
@@ -96,6 +97,7 @@ def embedding_bag(
         )
     if current_mesh(mesh) is None:
         raise ValueError("`mesh` must be given, or set by jax.set_mesh; got neither.")
+    check_mode(mode)  # that of a `Feature` may be None
     one = Table(
         layout.num_embeddings,
         table.shape[1],

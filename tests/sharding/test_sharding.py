@@ -583,6 +583,8 @@ def test_what_does_not_fit_one_table_is_named():
         pool(table)
     with pytest.raises(TypeError, match="`layout` must be a Layout or None; got 4"):
         pool(table, layout=4, mesh=mesh)
+    with pytest.raises(ValueError, match=r"`mode` must be one of .* got None"):
+        pool(table, mode=None, mesh=mesh)
     layout = jbag.sharding.Layout(9, grid=4)
     with pytest.raises(ValueError, match=r"the 12 rows of its layout; got.*\(8, 4\)"):
         pool(table, layout=layout, mesh=mesh)
