@@ -18,6 +18,7 @@ from jbag.collection._tables_and_features import Feature, Table
 from jbag.ops import _row_gather
 from jbag.ops._embedding_bag import check_padding_idx
 from jbag.ops._explicit_axes import flatten_slots, unflatten_slots
+from jbag.ops._packed_table import AnyTable
 from jbag.ops._pooling import PoolingOptions
 from jbag.ops._row_gather import accumulation_dtype
 from jbag.ragged import _csr_arrays
@@ -211,7 +212,7 @@ class Launch(NamedTuple):
         }
 
     def empty_rows(
-        self, bags: Mapping[str, Bag], table: Float[Array, "R D"]
+        self, bags: Mapping[str, Bag], table: AnyTable
     ) -> dict[str, Float[Array, "*B D"]]:
         """Return the rows of each unpooled feature that has no slots."""
         named = self._ids(bags) if self.unpooled else {}
