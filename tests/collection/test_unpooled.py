@@ -190,19 +190,19 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "strategy"),
+    ("kind", "strategy", "packed"),
     [
-        ("auto", "row_wise"),
-        ("auto", "table_wise"),
-        ("explicit", "column_wise"),
-        *slow(("auto", "data_parallel"), ("auto", "column_wise")),
-        *slow(("explicit", "row_wise"), ("explicit", "table_wise")),
+        ("auto", "row_wise", True),
+        ("auto", "table_wise", False),
+        ("explicit", "column_wise", False),
+        *slow(("auto", "data_parallel", True), ("auto", "column_wise", False)),
+        *slow(("explicit", "row_wise", False), ("explicit", "table_wise", True)),
     ],
 )
-def test_every_strategy_gives_what_the_oracle_gives(kind, strategy):
-    mesh = make_mesh(kind)
+def test_every_strategy_gives_what_the_oracle_gives(kind, strategy, packed):
     specs = {"embedding": STRATEGIES[strategy]}
-    out = check(make(sparse=True, mesh=mesh, specs=specs), 4)
+    options = {"mesh": make_mesh(kind), "specs": specs, "packed": packed}
+    out = check(make(sparse=True, **options), 4)
     for x in out.values():
         assert x.sharding.spec[:1] == ("x",)
 
