@@ -36,7 +36,7 @@ from jbag.collection._stacking import (
     make_stacks,
 )
 from jbag.collection._tables_and_features import Feature, Table
-from jbag.ops._packed_table import AnyTable, pack, storage, unpack
+from jbag.ops._packed_table import AnyTable, pack, packing_for, unpack
 from jbag.ops.kernels import check_implementation
 
 
@@ -201,11 +201,17 @@ def initializer(
 
 def _packed(array: Array, packed: bool | None, own: Strategy | None) -> AnyTable:
     """Pack a table by the option of that name; leave a state of rows."""
-    kind = None if own is None else own.sharding_type
-    if packed is False or array.ndim != 2 or kind == ShardingType.COLUMN_WISE:
+    num_blocks = 1 if own is None else _num_blocks(own)
+    if packed is False or array.ndim != 2 or num_blocks is None:
         return array
-    num_blocks = own.size if own is not None and kind in SHARDED_BY_ROWS else 1
     return pack(array, always=bool(packed), num_blocks=num_blocks)
+
+
+def _num_blocks(own: Strategy) -> int | None:
+    """Return the blocks of a packed table; None if tables are not packed."""
+    if own.sharding_type == ShardingType.COLUMN_WISE:
+        return None
+    return own.size if own.sharding_type in SHARDED_BY_ROWS else 1
 
 
 def pool_collection(
@@ -360,9 +366,10 @@ def collection_shardings(options: CollectionOptions, tree: Any) -> Any:
     mesh = next(iter(found.values())).mesh
     lengths = {}
     for stack in stacks:
-        own, array = found[stack.name], jax.ShapeDtypeStruct(stack.shape, stack.dtype)
-        packed = jax.eval_shape(lambda x, own=own: _packed(x, True, own), array)
-        lengths[stack.name] = {stack.shape[0], storage(packed).shape[0]}
+        lengths[stack.name] = {stack.shape[0]}
+        if num_blocks := _num_blocks(found[stack.name]):
+            packing = packing_for(*stack.shape, num_blocks)
+            lengths[stack.name] |= set() if packing is None else {packing.shape[0]}
 
     def one(path: Any, x: Any) -> NamedSharding:
         names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}

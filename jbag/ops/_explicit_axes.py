@@ -45,8 +45,13 @@ def pooled_sharding(
 
 
 def explicit_sharding(x: Array) -> NamedSharding | None:
-    """Return the sharding of an array on a mesh with Explicit axes, or None."""
-    sharding = jax.typeof(x).sharding
+    """Return the sharding of an array on a mesh with Explicit axes, or None.
+
+    The mesh may be that of `jax.set_mesh`, where new arrays are replicated.
+    """
+    sharding, ambient = jax.typeof(x).sharding, jax.sharding.get_abstract_mesh()
+    if sharding.mesh.empty and ambient.explicit_axes:
+        return NamedSharding(ambient, P())
     return sharding if sharding.mesh.explicit_axes else None
 
 

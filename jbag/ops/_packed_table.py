@@ -139,10 +139,17 @@ def pack(table: Any, *, always: bool = False, num_blocks: int = 1) -> Any:
         raise ValueError(
             f"V must be a multiple of `num_blocks`, {num_blocks}; got {rows}."
         )
-    if width % LANES == 0 or rows == 0 or not (always or _on_tpu(array)):
+    packing = packing_for(rows, width, num_blocks)
+    if packing is None or not (always or _on_tpu(array)):
         return table
-    packing = Packing(rows, width, num_blocks)
     return PackedTable(pack_lines(packing, array), packing)
+
+
+def packing_for(rows: int, width: int, num_blocks: int) -> Packing | None:
+    """Return how a table is packed, or None if that has no use."""
+    if width % LANES == 0 or rows == 0:
+        return None
+    return Packing(rows, width, num_blocks)
 
 
 def unpack(tree: Any) -> Any:

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx, serialization
+from meshes import make_mesh
 from oracle import MODES, assert_close
 from pooling import WORKED_IDS, check, make_table, make_weights
 
@@ -311,6 +312,16 @@ def test_arrays_of_a_packed_table_are_the_table():
     table = make_table(rows=14)
     assert_equal(np.asarray(packed(table)), table)
     assert_equal(jnp.asarray(packed(table)), table)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_a_table_is_packed_where_a_mesh_is_set(blocks):
+    table = make_table(rows=20, features=3)
+    with jax.set_mesh(make_mesh("explicit")):
+        lines = packed(table, num_blocks=blocks)
+        assert_equal(jbag.unpack(lines), table)
+        state = jbag.optim.ftrl(0.1).init(lines)
+        assert state.states["z"].shape == table.shape
 
 
 def test_nothing_is_packed_without_need():
