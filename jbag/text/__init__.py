@@ -10,10 +10,14 @@ Hashes and rows are those of fastText (Joulin et al., "Bag of Tricks for Efficie
 Classification", 2016; Bojanowski et al., "Enriching Word Vectors with Subword
 Information", 2017). The rows of the words come first, by descending frequency. The
 `buckets` rows after them are shared by the n-grams.
+
+`hash_strings` hashes whole strings, such as the names of items, to 64-bit ids.
 """
 
 from jbag.text._encoder import Encoder
+from jbag.text._string_hash import hash_strings
 
 __all__ = [
     "Encoder",
+    "hash_strings",
 ]

@@ -135,6 +135,24 @@ def numbers(text: bytes, num: int) -> np.ndarray | None:
     return found if count == num else python.numbers(text, num)
 
 
+def hash_bytes(strings: Sequence[bytes]) -> np.ndarray:
+    """Return the FNV-1a hashes of strings, [N] uint64."""
+    packed = _Packed(strings)
+    hashes = np.empty(len(strings), np.uint64)
+    _LIBRARY.jbag_text_hash(packed.texts, hashes.ctypes.data)
+    return hashes
+
+
+def hash_fixed(strings: np.ndarray) -> np.ndarray:
+    """Return the FNV-1a hashes of an array of dtype "U" or "S", [N] uint64."""
+    hashes = np.empty(strings.size, np.uint64)
+    is_utf32 = strings.dtype.kind == "U"
+    width = strings.dtype.itemsize // (4 if is_utf32 else 1)
+    arguments = (strings.ctypes.data, width, strings.size, hashes.ctypes.data)
+    _LIBRARY.jbag_text_hash_fixed(*arguments, is_utf32)
+    return hashes
+
+
 class _Packed:
     """Concatenated texts; owns the memory that `texts` points to."""
 
@@ -199,6 +217,8 @@ def _load() -> tuple[Any, str | None]:
         "measure": (ctypes.c_int, pointer, pointer, plan, pointer),
         "numbers": (number, ctypes.c_char_p, number, pointer, number),
         "write": (ctypes.c_int, pointer, pointer, plan, pointer, pointer),
+        "hash": (None, texts, pointer),
+        "hash_fixed": (None, pointer, number, number, pointer, ctypes.c_int),
     }
     for name, (result, *arguments) in signatures.items():
         function = getattr(functions, f"jbag_text_{name}")

@@ -154,3 +154,28 @@ def _hash(word: bytes) -> int:
         value = (value ^ (byte | 0xFFFFFF00 if byte & 0x80 else byte)) * 16777619
         value &= 0xFFFFFFFF
     return value
+
+
+_FNV_START = np.uint64(0xCBF29CE484222325)
+_FNV_PRIME = np.uint64(0x100000001B3)
+
+
+def hash_bytes(strings: Sequence[bytes]) -> np.ndarray:
+    """Return the FNV-1a hashes of strings, [N] uint64."""
+    lengths = np.array([len(x) for x in strings], np.int64)
+    starts = np.cumsum(lengths) - lengths
+    data = np.frombuffer(b"".join(strings), np.uint8).astype(np.uint64)
+    hashes = np.full(len(strings), _FNV_START)
+    longer = np.arange(len(strings))
+    for k in range(int(lengths.max(initial=0))):
+        longer = longer[lengths[longer] > k]
+        hashes[longer] = (hashes[longer] ^ data[starts[longer] + k]) * _FNV_PRIME
+    return hashes
+
+
+def hash_fixed(strings: np.ndarray) -> np.ndarray:
+    """Return the FNV-1a hashes of an array of dtype "U" or "S", [N] uint64."""
+    encoded = strings.tolist()
+    if strings.dtype.kind == "U":
+        encoded = [x.encode("utf-8", "surrogatepass") for x in encoded]
+    return hash_bytes(encoded)

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "text/parse_decimals.h"
+#include "text/string_hash.h"
 #include "text/tokenizer.h"
 
 namespace {
@@ -122,4 +123,26 @@ JBAG_EXPORT int jbag_text_write(const Corpus* corpus, const int32_t* rows,
 JBAG_EXPORT int64_t jbag_text_numbers(const char* data, int64_t size, float* out,
                                       int64_t num) {
   return jbag::text::ReadDecimals(data, data + size, out, num);
+}
+
+JBAG_EXPORT void jbag_text_hash(const Texts* strings, uint64_t* hashes) {
+  for (int64_t i = 0; i < strings->num; ++i) {
+    jbag::text::StringHash hash;
+    for (int64_t at = strings->starts[i]; at < strings->starts[i + 1]; ++at) {
+      hash.Add(static_cast<uint8_t>(strings->data[at]));
+    }
+    hashes[i] = hash.value();
+  }
+}
+
+// Hashes strings of `width` characters, which zeros fill up: bytes, or code points of
+// 32 bits.
+JBAG_EXPORT void jbag_text_hash_fixed(const void* data, int64_t width, int64_t num,
+                                      uint64_t* hashes, int is_utf32) {
+  for (int64_t i = 0; i < num; ++i) {
+    hashes[i] = is_utf32 ? jbag::text::HashFixed(
+                               static_cast<const uint32_t*>(data) + i * width, width)
+                         : jbag::text::HashFixed(
+                               static_cast<const uint8_t*>(data) + i * width, width);
+  }
 }
