@@ -23,7 +23,17 @@ from jbag.sparse._row_sparse import RowSparse
 if TYPE_CHECKING:
     __version__: str
 
-    from jbag import data, fasttext, linen, nnx, optim, sharding, sparse, text
+    from jbag import (
+        data,
+        fasttext,
+        linen,
+        nnx,
+        optim,
+        sharding,
+        sparse,
+        text,
+        vocabulary,
+    )
     from jbag.linen import (
         Embed,
         EmbeddingBag,
@@ -67,10 +77,21 @@ __all__ = [
     "to_torch",
     "unpack",
     "value_and_grad",
+    "vocabulary",
 ]
 
 # Flax and Optax take longer to import than the function needs: loaded on use.
-_MODULES = ("data", "fasttext", "linen", "nnx", "optim", "sharding", "sparse", "text")
+_MODULES = (
+    "data",
+    "fasttext",
+    "linen",
+    "nnx",
+    "optim",
+    "sharding",
+    "sparse",
+    "text",
+    "vocabulary",
+)
 _FROM_LINEN = (
     "Embed",
     "EmbeddingBag",

@@ -27,6 +27,7 @@ IMPORTS = {
     "sharding": {*BELOW_COLLECTION, "collection", "data"},
     "interop": {"_files", *BELOW_OPS, "ops", "sparse"},
     "text": {"_files", *BELOW_OPS, "interop"},
+    "vocabulary": {*BELOW_OPS, "ops", "text"},
     "fasttext": {"_files", *BELOW_OPS, "ops", "text"},
     "linen": BELOW_FLAX,
     "nnx": BELOW_FLAX,

@@ -193,6 +193,9 @@ OPERATIONS = (
     "coalesce",
     "update_rows",
     "to_huge_pages",
+    "vocabulary_assign",
+    "vocabulary_lookup",
+    "vocabulary_new_rows",
 )
 
 
