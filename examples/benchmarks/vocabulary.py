@@ -122,7 +122,8 @@ def make_sides(workload: Workload) -> dict[str, Callable[..., Any]]:
         del step
         # The ids' hashes take the place of rows: they cost nothing.
         rows = (ids.low % np.uint32(workload.V)).astype(jnp.int32)
-        return (*train(*trained[:2], rows), trained[2]), rows
+        table, opt_state, state = trained
+        return (*train(table, opt_state, rows), state), rows
 
     def assign_and_train(
         trained: Trained, ids: SplitIds, step: Any, resets: bool = False
@@ -176,7 +177,7 @@ def measure(workload: Workload, rounds: int) -> report.Row:
     row = {"probes": str(workload.num_probes)}
     for name, times in seconds.items():
         row[f"{name} (ms)"] = f"{1e3 * statistics.median(times):.2f}"
-    plan = compiled["assign, reset and step"].memory_analysis()
+    plan: Any = compiled["assign, reset and step"].memory_analysis()
     extra = plan.temp_size_in_bytes
     extra += plan.output_size_in_bytes - plan.alias_size_in_bytes
     return row | {"extra (MB)": f"{extra / 1e6:.2f}"}

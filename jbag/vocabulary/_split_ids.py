@@ -44,7 +44,9 @@ jax.export.register_namedtuple_serialization(
 def split_ids(ids: Any) -> SplitIds:
     """Split ids into two words.
 
-    A negative id is the unsigned one of the same 64 bits: -1 is 2^64 - 1.
+    A negative id is the unsigned one of the same 64 bits: -1 is 2^64 - 1. Split 64-bit
+    ids before they are arguments of a jitted function: JAX keeps their lower words
+    only, unless it has 64 bits enabled.
 
     Args:
       ids: integers of any shape: an array of JAX, whose dtype has at most 32 bits

@@ -339,3 +339,22 @@ def test_the_benchmark_for_tpus_measures_what_there_is(tmp_path, capsys):
         assert all(time > 0 for time in result["milliseconds"].values())
         assert float(row["copies"]) >= 0
         assert row["of HBM"].endswith("%")
+
+
+@pytest.mark.standard_promotion
+def test_the_benchmark_of_vocabularies_has_a_row_a_number_of_probes(capsys):
+    with program("vocabulary") as module:
+        module.main(["--quick", "--probes", "4", "70"])
+    rows = rows_of_table(capsys.readouterr().out)
+    assert [row["probes"] for row in rows] == ["4", "70"]
+    for row in rows:
+        assert all(float(time) > 0 for name, time in row.items() if "(ms)" in name)
+        # Beside the batch's arrays; the table and the states take 20 MB.
+        assert float(row["extra (MB)"]) < 4
+
+
+def test_options_of_the_benchmark_of_vocabularies_are_checked():
+    with program("vocabulary") as module:
+        for wrong in (["--quick", "--write"], ["--rounds", "0"], ["--probes", "0"]):
+            with pytest.raises(SystemExit):
+                module.main(wrong)
