@@ -50,8 +50,8 @@ class VocabularyState(NamedTuple):
     has each bucket on one device, if their number divides G.
 
     Attributes:
-      high: the upper word of the id of each row, [V].
-      low: the lower word, [V].
+      high: the upper word of the id of each row, [V]; 0 in a row without an id.
+      low: the lower word, [V]; 0 in a row without an id.
       last_seen: the step in which the id was last seen, [V]; -1 in a row without an id.
       counts: how often the id was seen, [V]; 0 in a row without an id.
       is_new: whether the last `assign` gave the row to its id, [V].

@@ -347,10 +347,7 @@ Error LookUpIds(Pool& pool, const VocabularyOptions& options,
     const Probes probes(options, keys, bucket);
     FindEntries(
         probes, keys, divided.entries() + from, divided.end(bucket) - from,
-        [&](int64_t row) {
-          __builtin_prefetch(keys.high + row);
-          __builtin_prefetch(keys.last_seen + row);
-        },
+        [&](int64_t row) { __builtin_prefetch(keys.high + row); },
         [&](const Entry& entry, int64_t row) {
           int64_t found = first_row + row;
           if (options.hashed_unknown) {

@@ -36,6 +36,12 @@ struct VocabularyKeys {
   const int32_t* last_seen;
   int64_t num_buckets;
   int64_t first_bucket;
+
+  // Whether a row with this id is not free. Free rows have the id 0: for other ids a
+  // read of `last_seen` is saved.
+  bool IsTaken(int64_t row, uint32_t own_high, uint32_t own_low) const {
+    return (own_high | own_low) != 0 || last_seen[row] >= 0;
+  }
 };
 
 // The arrays of a state, changed in place.

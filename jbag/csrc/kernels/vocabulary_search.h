@@ -171,7 +171,7 @@ class Probes {
       probe = Find(keys_.low, start, probe, low);
       if (probe == num_probes_) return probe;
       const int64_t at = RowOf(start, probe);
-      if (keys_.high[at] == high && keys_.last_seen[at] >= 0) return probe;
+      if (keys_.high[at] == high && keys_.IsTaken(at, high, low)) return probe;
     }
   }
 
@@ -298,7 +298,8 @@ void FindEntries(const Probes& probes, const VocabularyKeys& keys, Entry* entrie
     for (int64_t i = 0; i < count; ++i) {
       const Entry entry = group[i];
       row = rows[i];
-      const bool is_it = (keys.high[row] == entry.high) & (keys.last_seen[row] >= 0);
+      const bool is_it =
+          (keys.high[row] == entry.high) & keys.IsTaken(row, entry.high, entry.low);
       if (__builtin_expect((is_known[i] & !is_it) | !probes.IsShort(entry.start), 0)) {
         const int64_t probe = probes.FindId(entry.high, entry.low, entry.start, 0);
         row = probe < probes.num_probes() ? probes.RowOf(entry.start, probe) : -1;
