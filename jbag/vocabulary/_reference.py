@@ -25,7 +25,7 @@ an epoch in its upper 4 bits and a count in the others. The epoch of a bucket ad
 with every `cells / 4` counted occurrences, and counts are halved once an epoch, on
 their next use.
 
-An array of slots is never larger than [N].
+No array of probes is larger than [N].
 """
 
 from __future__ import annotations
