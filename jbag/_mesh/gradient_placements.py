@@ -32,7 +32,7 @@ from jbag.ops._factored_gradient import (
 )
 from jbag.ops._packed_table import AnyTable, put_rows, stored, take_rows
 from jbag.ops._row_gather import accumulation_dtype
-from jbag.ops._row_updates import coalesce, update_rows
+from jbag.ops._row_updates import coalesce, stack_scalars, update_rows
 from jbag.ops._spmm import spmm_transpose
 from jbag.ops.kernels import update_rules as rules
 from jbag.ops.kernels import xla
@@ -87,23 +87,27 @@ class LocalGradients(TableStorage):
         """Return zeros with the sharding of the cotangent."""
         return reshard(jnp.zeros(shape, dtype), self.strategy, self.cotangent)
 
+    def place_ids(self, ids: Int[Array, "B 1"]) -> Int[Array, "B 1"]:
+        """Return ids with the sharding of those of bags."""
+        return reshard(ids, self.strategy, self.bags)
+
     def update_rows(
         self,
         terms: Sequence[FactoredGradient],
         table: Float[Array, "V D"],
         states: tuple[Array, ...],
-        scalars: Sequence[Any],
+        scalars: Sequence[Any] | Array,
         seed: Array | None,
         *,
         rule: str,
     ) -> tuple[Array, ...]:
         """Update the rows of each shard by a rule; see `RowSparse.update_table`."""
         dtype, width = accumulation_dtype(table.dtype), self.table_shape(table.shape)[1]
-        numbers = jnp.stack([jnp.asarray(x, dtype) for x in scalars])
+        numbers = stack_scalars(scalars, dtype)
         specs = tuple(self._spec(x) for x in (table, *states))
         # The mean square of a row is over the columns of all devices.
         is_column_wise = self.strategy.sharding_type == ShardingType.COLUMN_WISE
-        sums_squares = is_column_wise and bool(rules.RULES[rule].per_row)
+        sums_squares = is_column_wise and rules.rule_of(rule).reads_squares
 
         def update(
             arrays: tuple[Array, ...],

@@ -73,7 +73,7 @@ class Placement(Protocol):
         terms: Sequence[FactoredGradient],
         table: Float[Array, "V D"],
         states: tuple[Array, ...],
-        scalars: Sequence[Any],
+        scalars: Sequence[Any] | Array,
         seed: Array | None,
         *,
         rule: str,
@@ -91,6 +91,8 @@ class Placement(Protocol):
     ) -> Shaped[Array, "V ..."]: ...
 
     def zeros(self, shape: Shape, dtype: Any) -> Array: ...
+
+    def place_ids(self, ids: Int[Array, "B 1"]) -> Int[Array, "B 1"]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,7 @@ class OneDevice(TableStorage):
         terms: Sequence[FactoredGradient],
         table: Float[Array, "V D"],
         states: tuple[Array, ...],
-        scalars: Sequence[Any],
+        scalars: Sequence[Any] | Array,
         seed: Array | None,
         *,
         rule: str,
@@ -191,6 +193,10 @@ class OneDevice(TableStorage):
     def zeros(self, shape: Shape, dtype: Any) -> Array:
         """Return zeros with the layout of a cotangent."""
         return jnp.zeros(shape, dtype)
+
+    def place_ids(self, ids: Int[Array, "B 1"]) -> Int[Array, "B 1"]:
+        """Return ids with the layout of those of bags."""
+        return ids
 
     def _join(
         self, terms: Sequence[FactoredGradient], shape: Shape, dtype: Any

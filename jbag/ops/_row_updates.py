@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
@@ -23,7 +24,7 @@ from jbag.ops._packing import Packing
 from jbag.ops._primitive import bind, dispatch, equally_varying, layout
 from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels import Kernel
-from jbag.ops.kernels.update_rules import RULES
+from jbag.ops.kernels.update_rules import rule_of
 from jbag.ragged._csr_arrays import Ids, Offsets, Size, Slots
 
 
@@ -51,7 +52,7 @@ def coalesce(
 def update_rows(
     table: AnyTable,
     states: Sequence[Array | PackedTable],
-    scalars: Sequence[Any],
+    scalars: Sequence[Any] | Array,
     seed: UInt32[Array, "2"] | None,
     cotangent: Float[Array, "B D"],
     ids: Ids,
@@ -68,7 +69,7 @@ def update_rows(
     bfloat16 table rounds stochastically.
     """
     dtype = accumulation_dtype(table.dtype)
-    numbers = jnp.stack([jnp.asarray(x, dtype) for x in scalars])
+    numbers = stack_scalars(scalars, dtype)
     optional = [
         x for x in (seed, cotangent, ids, offsets, coefficients) if x is not None
     ]
@@ -80,6 +81,13 @@ def update_rows(
         "packing": packing_of(table),
     }
     return tuple(update_rows_p.bind(*operands, **options))
+
+
+def stack_scalars(scalars: Sequence[Any] | Array, dtype: jnp.dtype) -> Array:
+    """Return the scalars of a rule as an array."""
+    if isinstance(scalars, jax.Array):
+        return scalars.astype(dtype)
+    return jnp.stack([jnp.asarray(x, dtype) for x in scalars])
 
 
 def _call_coalesce(kernel: Kernel, *operands: Array, **params: Any) -> Any:
@@ -95,7 +103,7 @@ def _call_update_rows(
     packing: Packing | None,
     **params: Any,
 ) -> Any:
-    num_states = len(RULES[params["rule"]].states)
+    num_states = len(rule_of(params["rule"]).states)
     states, (scalars, *rest) = operands[:num_states], operands[num_states:]
     seed = rest.pop(0) if at_random else None
     (cotangent,), *bags = layout(1, rest)

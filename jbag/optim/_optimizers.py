@@ -19,13 +19,14 @@ def sgd(
     dampening: float = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    lazy: bool = True,
     stochastic_rounding: int | None = None,
 ) -> optax.GradientTransformation:
     r"""Return stochastic gradient descent, with optional momentum.
 
     .. math:: m \leftarrow \mu m + (1 - \tau) g, \qquad w \leftarrow w - \eta m
 
-    It is `torch.optim.SGD` and `optax.sgd`, and lazy with momentum. The momentum m is a
+    It is `torch.optim.SGD` and `optax.sgd`, and lazy by default. The momentum m is a
     state of shape [V, D]; without momentum, m is g. PyTorch does not dampen the first
     step.
 
@@ -35,6 +36,7 @@ def sgd(
       dampening: :math:`\tau`, at most 1.
       nesterov: whether to use :math:`g + \mu m` in place of m in the update of w.
       weight_decay: see `jbag.optim`.
+      lazy: see `jbag.optim`.
       stochastic_rounding: see `jbag.optim`.
 
     Returns:
@@ -58,7 +60,7 @@ def sgd(
     """
     if is_zero(momentum):
         return optimizer_from_rule(
-            "sgd", learning_rate, {}, weight_decay, stochastic_rounding
+            "sgd", learning_rate, {}, weight_decay, stochastic_rounding, lazy=lazy
         )
     if isinstance(dampening, int | float) and not dampening <= 1:
         raise ValueError(f"`dampening` must be at most 1; got {dampening}.")
@@ -69,7 +71,12 @@ def sgd(
         "trace_to_step": momentum if nesterov else 1.0,
     }
     return optimizer_from_rule(
-        "momentum", learning_rate, numbers, weight_decay, stochastic_rounding
+        "momentum",
+        learning_rate,
+        numbers,
+        weight_decay,
+        stochastic_rounding,
+        lazy=lazy,
     )
 
 
@@ -79,6 +86,7 @@ def adagrad(
     initial_accumulator_value: float = 0.0,
     eps: float = 1e-10,
     weight_decay: float = 0.0,
+    lazy: bool = True,
     stochastic_rounding: int | None = None,
 ) -> optax.GradientTransformation:
     r"""Return Adagrad: divide by the root of the sum of squared gradients.
@@ -94,6 +102,7 @@ def adagrad(
       initial_accumulator_value: the initial s, at least 0.
       eps: :math:`\epsilon`, at least 0.
       weight_decay: see `jbag.optim`.
+      lazy: see `jbag.optim`.
       stochastic_rounding: see `jbag.optim`.
 
     Returns:
@@ -119,6 +128,7 @@ def adagrad(
         weight_decay,
         stochastic_rounding,
         initial={"sum_of_squares": initial_accumulator_value},
+        lazy=lazy,
     )
 
 
@@ -128,6 +138,7 @@ def rowwise_adagrad(
     initial_accumulator_value: float = 0.0,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    lazy: bool = True,
     stochastic_rounding: int | None = None,
 ) -> optax.GradientTransformation:
     r"""Return row-wise Adagrad: one accumulator per row, of the mean squared gradient.
@@ -140,6 +151,7 @@ def rowwise_adagrad(
       initial_accumulator_value: the initial s, at least 0.
       eps: :math:`\epsilon`, at least 0.
       weight_decay: see `jbag.optim`.
+      lazy: see `jbag.optim`.
       stochastic_rounding: see `jbag.optim`.
 
     Returns:
@@ -165,6 +177,7 @@ def rowwise_adagrad(
         weight_decay,
         stochastic_rounding,
         initial={"sum_of_squares": initial_accumulator_value},
+        lazy=lazy,
     )
 
 
@@ -175,9 +188,10 @@ def adam(
     eps: float = 1e-8,
     *,
     weight_decay: float = 0.0,
+    lazy: bool = True,
     stochastic_rounding: int | None = None,
 ) -> optax.GradientTransformation:
-    r"""Return lazy Adam: a step updates the moments of the rows in the batch.
+    r"""Return Adam, lazy by default: a step updates the rows in the batch.
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \qquad
         v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \qquad
@@ -185,15 +199,16 @@ def adam(
         \frac{m}{\sqrt v + \epsilon}
 
     where t is the number of steps of the optimizer, not of the row. It is
-    `torch.optim.SparseAdam`. `optax.adam` adds :math:`\epsilon` to the root of the
-    bias-corrected v, and updates every row in every step.
+    `torch.optim.SparseAdam`. With `lazy=False` it is `optax.adamw`, which adds
+    :math:`\epsilon` to the root of the bias-corrected v.
 
     Args:
       learning_rate: :math:`\eta`; see `jbag.optim`.
       b1: :math:`\beta_1`, in [0, 1).
-      b2: :math:`\beta_2`, in [0, 1).
+      b2: :math:`\beta_2`, in [0, 1); with `lazy=False` at least :math:`\beta_1^2`.
       eps: :math:`\epsilon`, at least 0.
       weight_decay: see `jbag.optim`.
+      lazy: see `jbag.optim`.
       stochastic_rounding: see `jbag.optim`.
 
     Returns:
@@ -212,7 +227,52 @@ def adam(
     """
     numbers = {"eps": eps, "b1": b1, "b2": b2}
     return optimizer_from_rule(
-        "adam", learning_rate, numbers, weight_decay, stochastic_rounding
+        "adam", learning_rate, numbers, weight_decay, stochastic_rounding, lazy=lazy
+    )
+
+
+def adamw(
+    learning_rate: Rate,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    weight_decay: float = 1e-4,
+    lazy: bool = True,
+    stochastic_rounding: int | None = None,
+) -> optax.GradientTransformation:
+    r"""Return `adam` with weight decay.
+
+    Args:
+      learning_rate: :math:`\eta`; see `jbag.optim`.
+      b1: :math:`\beta_1`, in [0, 1).
+      b2: :math:`\beta_2`, in [0, 1); with `lazy=False` at least :math:`\beta_1^2`.
+      eps: :math:`\epsilon`, at least 0.
+      weight_decay: see `jbag.optim`.
+      lazy: see `jbag.optim`.
+      stochastic_rounding: see `jbag.optim`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: an argument is out of range.
+
+    References:
+      Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019.
+
+    Example:
+      >>> optimizer = jbag.optim.adamw(0.01, lazy=False)
+    """
+    return adam(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        weight_decay=weight_decay,
+        lazy=lazy,
+        stochastic_rounding=stochastic_rounding,
     )
 
 
@@ -223,18 +283,20 @@ def rowwise_adam(
     eps: float = 1e-8,
     *,
     weight_decay: float = 0.0,
+    lazy: bool = True,
     stochastic_rounding: int | None = None,
 ) -> optax.GradientTransformation:
-    r"""Return lazy row-wise Adam: one second moment per row.
+    r"""Return row-wise Adam, lazy by default: one second moment per row.
 
     It is `adam` with :math:`v \leftarrow \beta_2 v + (1 - \beta_2) \mathrm{mean}(g^2)`.
 
     Args:
       learning_rate: :math:`\eta`; see `jbag.optim`.
       b1: :math:`\beta_1`, in [0, 1); 0 keeps no first moment.
-      b2: :math:`\beta_2`, in [0, 1).
+      b2: :math:`\beta_2`, in [0, 1); with `lazy=False` at least :math:`\beta_1^2`.
       eps: :math:`\epsilon`, at least 0.
       weight_decay: see `jbag.optim`.
+      lazy: see `jbag.optim`.
       stochastic_rounding: see `jbag.optim`.
 
     Returns:
@@ -253,9 +315,9 @@ def rowwise_adam(
       {'nu': (5,)}
     """
     numbers = {"eps": eps, "b1": b1, "b2": b2}
-    rule = "rowwise_rmsprop" if is_zero(b1) else "rowwise_adam"
+    rule = "rowwise_rmsprop" if is_zero(b1) and lazy else "rowwise_adam"
     return optimizer_from_rule(
-        rule, learning_rate, numbers, weight_decay, stochastic_rounding
+        rule, learning_rate, numbers, weight_decay, stochastic_rounding, lazy=lazy
     )
 
 

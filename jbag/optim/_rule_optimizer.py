@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,14 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
-from jbag._validation import check_integer
+from jbag._validation import check_flag, check_integer
 from jbag.ops._packed_table import pack_lines, packs, unpack_lines
 from jbag.ops._packing import Packing
 from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels.huge_pages import to_huge_pages
-from jbag.ops.kernels.update_rules import RULES, step
+from jbag.ops.kernels.update_rules import RULES, STEP_PERIOD, rule_of, step
+from jbag.optim._missed_steps import (
+    Missed,
+    bias_correction,
+    extend,
+    init_missed,
+    num_steps,
+)
 from jbag.sparse._applied_update import AppliedUpdate
 from jbag.sparse._row_sparse import RowSparse, is_rows
 
@@ -51,6 +59,39 @@ jax.export.register_namedtuple_serialization(
 )
 
 
+class CatchUpState(NamedTuple):
+    """The state of an optimizer of `jbag.optim` with `lazy=False`.
+
+    `catch_up` brings rows and their states to the last completed step. See
+    `jbag.unpack` for checkpoints of packed tables.
+
+    Attributes:
+      count: the number of completed steps.
+      states: as in `RowState`.
+      steps: a tree of the structure of the parameters. For a table [V, D], the number
+        of steps that each row has been through, [V], modulo 2 ** 24.
+      missed: by name, arrays [R] of what rows have missed since each of the last R
+        steps; 1024 to 16384.
+      seed: of `stochastic_rounding`, or None.
+
+    Example:
+      >>> state = jbag.optim.adam(0.1, lazy=False).init(jnp.ones((5, 2)))
+      >>> state.steps.shape
+      (5,)
+    """
+
+    count: Int[Array, ""]  # type: ignore[assignment]  # named as in Optax's states
+    states: dict[str, Any]
+    steps: Any
+    missed: Missed
+    seed: UInt32[Array, ""] | None
+
+
+jax.export.register_namedtuple_serialization(
+    CatchUpState, serialized_name="jbag.optim.CatchUpState"
+)
+
+
 def optimizer_from_rule(
     rule: str,
     learning_rate: Rate,
@@ -58,8 +99,11 @@ def optimizer_from_rule(
     weight_decay: float,
     seed: int | None,
     initial: dict[str, Any] | None = None,
+    lazy: bool = True,
 ) -> optax.GradientTransformation:
     """Return the optimizer of an update rule."""
+    check_flag("lazy", lazy)
+    own_rule = rule if lazy else f"checked_{rule}"
     per_row = RULES[rule].per_row
     first = {name: (initial or {}).get(name, 0.0) for name in RULES[rule].states}
     check_at_least_zero(**constants, weight_decay=weight_decay)
@@ -67,14 +111,18 @@ def optimizer_from_rule(
         if not callable(start):
             check_at_least_zero(initial_accumulator_value=start)
     _check_below_one(**{k: x for k, x in constants.items() if k in ("b1", "b2")})
+    if not lazy:
+        _check_decays(constants)
     if not callable(learning_rate):
         _check_number("learning_rate", learning_rate)
     if seed is not None:
         seed = _check_seed(seed)
 
-    def init(params: Any) -> RowState:
+    def init(params: Any) -> RowState | CatchUpState:
         def start(name: str, packing: Packing | None, parameter: Array) -> Array:
             dtype = accumulation_dtype(jnp.asarray(parameter).dtype)
+            if name == "steps":
+                return rows_of(packing, parameter, 0, jnp.int32)
             initial = first[name]
             if callable(initial):
                 parameter = jnp.asarray(parameter)
@@ -83,11 +131,14 @@ def optimizer_from_rule(
                 table = unpack_lines(packing, parameter).astype(dtype)
                 return pack_lines(packing, initial(table))
             if name in per_row:
-                shape = jnp.shape(parameter)[:-1] if packing is None else packing[:1]
-                return jnp.full(
-                    shape, initial, dtype, device=_device_of_rows(parameter)
-                )
+                return rows_of(packing, parameter, initial, dtype)
             return jnp.full_like(parameter, initial, dtype)
+
+        def rows_of(
+            packing: Packing | None, parameter: Array, value: Any, dtype: Any
+        ) -> Array:
+            shape = jnp.shape(parameter)[:-1] if packing is None else packing[:1]
+            return jnp.full(shape, value, dtype, device=_device_of_rows(parameter))
 
         def start_all(name: str) -> Any:
             def one(x: Any) -> Any:
@@ -96,10 +147,17 @@ def optimizer_from_rule(
 
             return jax.tree.map(one, params, is_leaf=packs)
 
-        states = {name: start_all(name) for name in first}
-        return RowState(jnp.zeros((), jnp.int32), to_huge_pages(states))
+        count = jnp.zeros((), jnp.int32)
+        states = to_huge_pages({name: start_all(name) for name in first})
+        if lazy:
+            return RowState(count, states)
+        missed = init_missed(rule, *_size_and_dtype(params))
+        own_seed = None if seed is None else jnp.asarray(seed, jnp.uint32)
+        return CatchUpState(count, states, start_all("steps"), missed, own_seed)
 
-    def update(updates: Any, state: RowState, params: Any = None) -> Any:
+    def update(
+        updates: Any, state: RowState | CatchUpState, params: Any = None
+    ) -> Any:
         tree: Any
         gradients, tree = jax.tree.flatten(updates, is_leaf=is_rows)
         parameters: list[Any] = [None] * len(gradients)
@@ -108,26 +166,29 @@ def optimizer_from_rule(
         elif RULES[rule].reads_rows or not is_zero(weight_decay):
             raise ValueError("`params` must be given to `update`; got None.")
         columns = [tree.flatten_up_to(state.states[name]) for name in first]
+        if isinstance(state, CatchUpState):
+            columns.append(tree.flatten_up_to(state.steps))
+        numbers_of = functools.partial(
+            _numbers, state.count, learning_rate, weight_decay, constants, lazy
+        )
         results: list[tuple[Any, tuple[Array, ...]]] = []
         for k, gradient in enumerate(gradients):
             states = tuple(column[k] for column in columns)
             dtype = accumulation_dtype(jnp.dtype(gradient.dtype))
-            scalars = _scalars(
-                rule, state.count, learning_rate, weight_decay, constants, dtype
-            )
+            scalars = _scalars(own_rule, state.count, numbers_of(dtype))
             parameter = parameters[k]
             if not is_rows(gradient):
                 results.append(
-                    _update_dense(rule, gradient, parameter, states, scalars)
+                    _update_dense(own_rule, gradient, parameter, states, scalars)
                 )
                 continue
             if parameter is None:
-                results.append(_compute_delta(rule, gradient, None, states, scalars))
+                results.append(_compute_delta(own_rule, gradient, None, states, scalars))
                 continue
             at_random = seed is not None and parameter.dtype == jnp.bfloat16
-            noise = _noise(seed, k, state.count) if at_random else None
+            noise = noise_of(seed, k, state.count) if at_random else None
             results.append(
-                _update_rows(rule, gradient, parameter, states, scalars, noise)
+                _update_rows(own_rule, gradient, parameter, states, scalars, noise)
             )
         new_states = {
             name: tree.unflatten([states[i] for _, states in results])
@@ -135,7 +196,11 @@ def optimizer_from_rule(
         }
         count = optax.safe_increment(state.count)
         deltas = tree.unflatten([delta for delta, _ in results])
-        return deltas, RowState(count, new_states)
+        if not isinstance(state, CatchUpState):
+            return deltas, RowState(count, new_states)
+        steps = tree.unflatten([states[-1] for _, states in results])
+        missed = extend(state.missed, count, numbers_of(state.missed["row"].dtype))
+        return deltas, CatchUpState(count, new_states, steps, missed, state.seed)
 
     return optax.GradientTransformation(init, update)
 
@@ -205,7 +270,7 @@ def _update_dense(
     shape = values.shape
     if not shape:  # a scalar is one row with one feature
         values, rows = values[None], rows[None]
-        num_per_element = len(RULES[rule].per_element)
+        num_per_element = len(rule_of(rule).per_element)
         states = tuple(
             x[None] if i < num_per_element else x for i, x in enumerate(states)
         )
@@ -226,29 +291,57 @@ def _device_of_rows(parameter: Any) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-def _scalars(
-    rule: str,
+def _size_and_dtype(params: Any) -> tuple[int, Any]:
+    """Return R of `_missed_steps` and the dtype of its arrays."""
+    leaves = jax.tree.leaves(params, is_leaf=packs)
+    rows = [
+        x.packing.num_embeddings if packs(x) else (*jnp.shape(x), 1)[0] for x in leaves
+    ]
+    dtypes = [accumulation_dtype(jnp.asarray(x).dtype) for x in jax.tree.leaves(leaves)]
+    return num_steps(max(rows, default=1)), jnp.result_type(jnp.float32, *dtypes)
+
+
+def _numbers(
     count: Int[Array, ""],
     learning_rate: Rate,
     weight_decay: Any,
     constants: dict[str, Any],
+    lazy: bool,
     dtype: jnp.dtype,
-) -> list[Array]:
-    """Return the scalars of a rule for this step, in order."""
+) -> dict[str, Array]:
+    """Return the numbers of a rule for this step, by name."""
     values = {k: jnp.asarray(x, dtype) for k, x in constants.items()}
     values["rate"] = rate = rate_at(learning_rate, count, dtype)
     values["decay"] = rate * jnp.asarray(weight_decay, dtype)
+    if not lazy and "b2" in values:
+        # Optax weighs gradients by 1 - b, rounded; the rule by 1 - b of the rounded b,
+        # for b2 = 0.999 5e-5 more. So moments are too large by these factors.
+        root = math.sqrt(_excess(constants["b2"], dtype))
+        values["rate"] *= root / _excess(constants["b1"], dtype)
+        values["eps"] *= root
+    return values
+
+
+def _excess(b: Any, dtype: jnp.dtype) -> float:
+    return float(1 - dtype.type(b)) / (1 - b) if _is_known(b) else 1.0
+
+
+def _scalars(
+    rule: str, count: Int[Array, ""], values: dict[str, Array]
+) -> list[Array]:
+    """Return the scalars of a rule for this step, in order."""
+    values = dict(values)
+    dtype = values["rate"].dtype
     steps = (count + 1).astype(dtype)
+    is_checked = "count" in rule_of(rule).scalars
+    values["count"] = (count % STEP_PERIOD).astype(dtype)
     if "b2" in values:  # corrects the bias of moments initialized to zero
-        values["rate"] *= jnp.sqrt(_bias_correction(values["b2"], steps))
+        root = jnp.sqrt(bias_correction(values["b2"], steps))
+        values["rate"] *= root
+        values["eps"] *= root if is_checked else 1
     if "b1" in values:
-        values["rate"] /= _bias_correction(values["b1"], steps)
-    return [values[name] for name in RULES[rule].scalars]
-
-
-def _bias_correction(b: Array, steps: Array) -> Array:
-    """Return 1 - b ** steps, without cancellation for b close to 1."""
-    return -jnp.expm1(steps * jnp.log1p(b - 1))
+        values["rate"] /= bias_correction(values["b1"], steps)
+    return [values[name] for name in rule_of(rule).scalars]
 
 
 def rate_at(learning_rate: Rate, count: Int[Array, ""], dtype: jnp.dtype) -> Array:
@@ -256,7 +349,7 @@ def rate_at(learning_rate: Rate, count: Int[Array, ""], dtype: jnp.dtype) -> Arr
     return jnp.asarray(rate, dtype)
 
 
-def _noise(seed: Any, number: int, count: Int[Array, ""]) -> Array:
+def noise_of(seed: Any, number: int, count: Int[Array, ""]) -> Array:
     """Return the seed of one table, by its position in the tree, for one step."""
     shift = number * 0x9E3779B9 % 2**32
     own = jnp.asarray(seed, jnp.uint32) + jnp.uint32(shift)
@@ -280,6 +373,16 @@ def check_at_least_zero(**named: Any) -> None:
         _check_number(name, number)
         if _is_known(number) and not number >= 0:
             raise ValueError(f"`{name}` must be at least 0; got {number}.")
+
+
+def _check_decays(constants: dict[str, Any]) -> None:
+    """Raise if missed moves of Adam would grow."""
+    b1, b2 = (constants.get(k, 0.0) for k in ("b1", "b2"))
+    if "b2" in constants and _is_known(b1) and _is_known(b2) and b1**2 > b2:
+        raise ValueError(
+            f"`b2` must be at least `b1` ** 2, {b1**2:.6g}, with `lazy=False`; "
+            f"got {b2}."
+        )
 
 
 def _check_below_one(**named: Any) -> None:

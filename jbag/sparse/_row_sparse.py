@@ -269,7 +269,7 @@ class RowSparse(metaclass=_RowSparseType):
         self,
         table: Float[Array, "rows width"],
         states: Sequence[Array],
-        scalars: Sequence[Any],
+        scalars: Sequence[Any] | Array,
         seed: Array | None = None,
         *,
         rule: str,

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from jbag.ops._row_gather import accumulation_dtype
+from jbag.ops.kernels import xla
 from jbag.ragged._csr_arrays import Ids, Offsets, Size, Slots
 
 # As in csrc/cuda/device/arguments.h.
@@ -156,8 +157,12 @@ def update_rows(
     """Compute `contract.Operations.update_rows`.
 
     The outputs alias the operands: unless XLA copies the operands, other rows are
-    neither read nor written.
+    neither read nor written. It has the rules of `RULES`; others are the reference's.
     """
+    if rule not in RULES:
+        bags = (cotangent, ids, offsets, coefficients)
+        options = {"pad_id": pad_id, "rule": rule, "coalesce": coalesce}
+        return xla.update_rows(table, states, scalars, seed, *bags, **options)
     num_embeddings, width = table.shape
     if seed is None:
         seed = jnp.zeros(0, jnp.uint32)

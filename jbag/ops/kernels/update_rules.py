@@ -20,6 +20,17 @@ To add a rule, with `csrc/` for `jbag/csrc/`:
    `_scalars` in `_rule_optimizer.py` computes the scalars that change with the step.
 8. `tests/support/optimizer_oracle.py`: its formula. `tests/optim/test_optim.py`: its
    entry in `CASES`.
+
+Optimizers that aren't lazy use two more kinds of rules, which `rule_of` returns. Both
+have the state `steps` [V], int32: the number of steps that a row has been through,
+modulo `STEP_PERIOD`. The first of their scalars is the number of completed steps.
+
+- "checked_" and the name of a rule: the rule, for rows that are current. `steps` grows
+  by one. A row that isn't current becomes NaN.
+- `CATCH_UP_RULES` make rows current, as if their gradient had been zero in the steps
+  that they missed. Their other scalars are an array [H, R] by rows: column s mod R has
+  the H numbers of a row that is current since step s. R is a power of two. A row that
+  missed R steps or more becomes NaN. They read no gradient.
 """
 
 from __future__ import annotations
@@ -30,6 +41,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float32, Int, Shaped, UInt32
+
+from jbag.ops._row_gather import take
 
 Rows = Float[Array, "*rows D"]
 States = tuple[Array, ...]
@@ -46,6 +59,9 @@ class Rule:
       per_element: the names of its states of shape [V, D].
       per_row: the names of its states of shape [V].
       reads_rows: whether the function reads w for more than the weight decay.
+      reads_squares: whether the function has the argument `square`, the mean square of
+        each row of the gradient.
+      catches_up: whether it is one of `CATCH_UP_RULES`.
     """
 
     step: Callable[..., Step]
@@ -53,6 +69,8 @@ class Rule:
     per_element: tuple[str, ...] = ()
     per_row: tuple[str, ...] = ()
     reads_rows: bool = False
+    reads_squares: bool = False
+    catches_up: bool = False
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -73,12 +91,15 @@ def step(
     Row-wise rules read the mean square of each row of the gradient. Pass `mean_square`
     if the rows are sharded by columns.
     """
+    kind = rule_of(rule)
+    if kind.catches_up:
+        return kind.step(rows, *states, *_missed(kind, states[-1], scalars))
     options = {}
-    if RULES[rule].per_row:
+    if kind.reads_squares:
         options["square"] = (
             _mean_square(gradient) if mean_square is None else mean_square
         )
-    return RULES[rule].step(rows, gradient, *states, *scalars, **options)
+    return kind.step(rows, gradient, *states, *scalars, **options)
 
 
 def _sgd(w: Rows, g: Rows, rate: Array, decay: Array) -> Step:
@@ -217,7 +238,10 @@ RULES: dict[str, Rule] = {
     ),
     "adagrad": Rule(_adagrad, (*_COMMON, "eps"), per_element=("sum_of_squares",)),
     "rowwise_adagrad": Rule(
-        _rowwise_adagrad, (*_COMMON, "eps"), per_row=("sum_of_squares",)
+        _rowwise_adagrad,
+        (*_COMMON, "eps"),
+        per_row=("sum_of_squares",),
+        reads_squares=True,
     ),
     "adam": Rule(_adam, (*_COMMON, "eps", "b1", "b2"), per_element=("mu", "nu")),
     "rowwise_adam": Rule(
@@ -225,8 +249,14 @@ RULES: dict[str, Rule] = {
         (*_COMMON, "eps", "b1", "b2"),
         per_element=("mu",),
         per_row=("nu",),
+        reads_squares=True,
     ),
-    "rowwise_rmsprop": Rule(_rowwise_rmsprop, (*_COMMON, "eps", "b2"), per_row=("nu",)),
+    "rowwise_rmsprop": Rule(
+        _rowwise_rmsprop,
+        (*_COMMON, "eps", "b2"),
+        per_row=("nu",),
+        reads_squares=True,
+    ),
     "ftrl": Rule(
         _ftrl,
         ("rate", "beta", "l1", "l2"),
@@ -234,6 +264,120 @@ RULES: dict[str, Rule] = {
         reads_rows=True,
     ),
 }
+
+STEP_PERIOD = 2**24  # float32 has the integers below it
+
+
+def _checked(rule: Rule) -> Rule:
+    """Return the rule for rows that are current."""
+
+    def step(w: Rows, g: Rows, *operands: Array, **options: Array) -> Step:
+        states = operands[: len(rule.states)]
+        steps, count, *scalars = operands[len(rule.states) :]
+        now = count.astype(jnp.int32)
+        g = jnp.where((steps == now)[..., None], g, jnp.nan)
+        delta, after = rule.step(w, g, *states, *scalars, **options)
+        return delta, (*after, jnp.full_like(steps, (now + 1) % STEP_PERIOD))
+
+    return dataclasses.replace(
+        rule,
+        step=step,
+        scalars=("count", *rule.scalars),
+        per_row=(*rule.per_row, "steps"),
+    )
+
+
+def _missed(rule: Rule, steps: Int[Array, "*rows"], scalars: Array) -> list[Array]:
+    """Return the number of steps, and what each row missed: [*rows, 1] each."""
+    now = scalars[0].astype(jnp.int32)
+    table = scalars[1:].reshape(len(rule.scalars) - 1, -1)
+    num_columns = table.shape[1]
+    lag = (now - steps) & (STEP_PERIOD - 1)
+    columns = [take(row, steps & (num_columns - 1), 0) for row in table]
+    known = lag < num_columns
+    return [now, *(jnp.where(known, x, jnp.nan)[..., None] for x in columns)]
+
+
+def _catch_up(w: Rows, steps: Array, now: Array, row: Array) -> Step:
+    return _shrunk(w, row), (jnp.full_like(steps, now),)
+
+
+def _catch_up_momentum(
+    w: Rows, trace: Rows, steps: Array, now: Array, row: Array, decay: Array, move: Array
+) -> Step:
+    delta = _shrunk(w, row) - move * trace
+    return delta, (decay * trace, jnp.full_like(steps, now))
+
+
+def _catch_up_adam(
+    w: Rows, mu: Rows, nu: Rows, steps: Array, now: Array, row: Array, *moments: Array
+) -> Step:
+    mu_decay, nu_decay, *nodes = moments
+    delta = _shrunk(w, row) - _moves(mu, jnp.sqrt(nu), nodes)
+    return delta, (mu_decay * mu, nu_decay * nu, jnp.full_like(steps, now))
+
+
+def _catch_up_rowwise_adam(
+    w: Rows, mu: Rows, nu: Array, steps: Array, now: Array, row: Array, *moments: Array
+) -> Step:
+    mu_decay, nu_decay, *nodes = moments
+    delta = _shrunk(w, row) - _moves(mu, jnp.sqrt(nu)[..., None], nodes)
+    new_nu = nu_decay[..., 0] * nu
+    return delta, (mu_decay * mu, new_nu, jnp.full_like(steps, now))
+
+
+def _shrunk(w: Rows, row: Array) -> Rows:
+    # 0 * w is NaN where w isn't finite.
+    return jnp.where(row == 1, 0, (row - 1) * w)
+
+
+def _moves(mu: Rows, root: Array, nodes: Sequence[Array]) -> Rows:
+    """Return the sum of the moves of Adam, by quadrature; see `missed_steps`."""
+    half = len(nodes) // 2
+    pairs = zip(nodes[:half], nodes[half:], strict=True)
+    return sum((_ratio(a * mu, root + x) for a, x in pairs), jnp.zeros_like(mu))
+
+
+NUM_NODES = 3
+_NODES = tuple(f"{x}{k}" for x in ("weight", "eps") for k in range(NUM_NODES))
+_MISSED_BY_ADAM = ("count", "row", "mu", "nu", *_NODES)
+
+# The name of the column for the table is "row", of those for states theirs.
+CATCH_UP_RULES: dict[str, Rule] = {
+    "catch_up": Rule(
+        _catch_up, ("count", "row"), per_row=("steps",), catches_up=True
+    ),
+    "catch_up_momentum": Rule(
+        _catch_up_momentum,
+        ("count", "row", "trace", "move"),
+        per_element=("trace",),
+        per_row=("steps",),
+        catches_up=True,
+    ),
+    "catch_up_adam": Rule(
+        _catch_up_adam,
+        _MISSED_BY_ADAM,
+        per_element=("mu", "nu"),
+        per_row=("steps",),
+        catches_up=True,
+    ),
+    "catch_up_rowwise_adam": Rule(
+        _catch_up_rowwise_adam,
+        _MISSED_BY_ADAM,
+        per_element=("mu",),
+        per_row=("nu", "steps"),
+        catches_up=True,
+    ),
+}
+
+
+def rule_of(name: str) -> Rule:
+    """Return the rule of a name: of `RULES`, checked, or of `CATCH_UP_RULES`."""
+    if name in RULES:
+        return RULES[name]
+    if name in CATCH_UP_RULES:
+        return CATCH_UP_RULES[name]
+    return _checked(RULES[name.removeprefix("checked_")])
 
 
 def round_stochastically(
