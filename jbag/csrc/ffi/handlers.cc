@@ -162,14 +162,42 @@ ffi::Error BindUpdateRows(ffi::ThreadPool threads, ffi::AnyBuffer table,
       bag_rows.type != SumType(rows.type)) {
     return Invalid("table must be [V, D], cotangent [B, D] of the type of sums");
   }
+  constexpr std::string_view kChecked = "checked_";
+  bool has_steps = rule.substr(0, kChecked.size()) == kChecked;
+  if (has_steps) rule.remove_prefix(kChecked.size());
   const RuleShape* shape = nullptr;
   for (const RuleShape& known : kRules) {
     if (rule == known.name) shape = &known;
   }
-  if (shape == nullptr) return Invalid("no rule has that name");
+  if (shape == nullptr || (has_steps && shape->catches_up)) {
+    return Invalid("no rule has that name");
+  }
+  has_steps = has_steps || shape->catches_up;
   Update update{shape->rule, scalars.untyped_data(), {nullptr, nullptr}, nullptr};
-  if (scalars.element_type() != SumDataType(rows.type) ||
-      static_cast<int64_t>(scalars.element_count()) != shape->numbers) {
+  int64_t numbers = static_cast<int64_t>(scalars.element_count());
+  if (scalars.element_type() != SumDataType(rows.type) || (has_steps && numbers < 1)) {
+    return Invalid("scalars must be those of the rule, of the type of sums");
+  }
+  if (has_steps) {  // the first is their number
+    const bool is_double = rows.type == Type::kFloat64;
+    const double count = is_double ? *static_cast<const double*>(update.numbers)
+                                   : *static_cast<const float*>(update.numbers);
+    if (!(count >= 0 && count < kStepPeriod)) {
+      return Invalid("the number of steps must be in [0, 2^24)");
+    }
+    update.count = static_cast<int32_t>(count);
+    update.numbers = static_cast<const char*>(update.numbers) + (is_double ? 8 : 4);
+    --numbers;
+  }
+  if (shape->catches_up) {
+    update.columns = numbers / shape->numbers;
+    const bool is_power = (update.columns & (update.columns - 1)) == 0;
+    if (update.columns == 0 || !is_power) {
+      return Invalid("what rows have missed must be [H, R], R a power of two");
+    }
+    numbers -= (update.columns - 1) * shape->numbers;
+  }
+  if (numbers != shape->numbers) {
     return Invalid("scalars must be those of the rule, of the type of sums");
   }
   if (seed.element_count() > 0) {
@@ -185,21 +213,28 @@ ffi::Error BindUpdateRows(ffi::ThreadPool threads, ffi::AnyBuffer table,
     return Invalid(wrong);
   }
   const size_t num_states = static_cast<size_t>(shape->per_element + shape->per_row);
-  if (states.size() != num_states || moved_states.size() != num_states) {
+  const size_t num_buffers = num_states + (has_steps ? 1 : 0);
+  if (states.size() != num_buffers || moved_states.size() != num_buffers) {
     return Invalid("states must be those of the rule");
   }
   CopyUnlessSame(table, *moved_table);
-  for (size_t i = 0; i < num_states; ++i) {
+  for (size_t i = 0; i < num_buffers; ++i) {
     const auto state = states.get<ffi::AnyBuffer>(i);
     auto moved = moved_states.get<ffi::AnyBuffer>(i);
     const int64_t width = static_cast<int>(i) < shape->per_element ? rows.width : 1;
+    const bool is_steps = i == num_states;
+    const ffi::DataType type = is_steps ? ffi::S32 : SumDataType(rows.type);
     if (!state.has_value() || !moved.has_value() || !SameShape(*state, **moved) ||
-        state->element_type() != SumDataType(rows.type) ||
+        state->element_type() != type ||
         static_cast<int64_t>(state->element_count()) != rows.rows * width) {
-      return Invalid("states must be [V, D] or [V], of the type of sums");
+      return Invalid("states must be [V, D] or [V], of the type of sums; steps int32");
     }
     CopyUnlessSame(*state, **moved);
-    update.states[i] = (*moved)->untyped_data();
+    if (is_steps) {
+      update.steps = static_cast<int32_t*>((*moved)->untyped_data());
+    } else {
+      update.states[i] = (*moved)->untyped_data();
+    }
   }
   return Returned(UpdateRows(BestLoops(), pool, rows, update, bag_rows, bags));
 }

@@ -80,16 +80,22 @@ enum class Rule {
   kRowwiseAdam,
   kRowwiseRmsprop,
   kFtrl,
+  kCatchUp,
+  kCatchUpMomentum,
+  kCatchUpAdam,
+  kCatchUpRowwiseAdam,
 };
 
 // A rule's name, how many numbers it takes, and how many states it keeps per element of
-// the table [V, D] and per row [V].
+// the table [V, D] and per row [V], `steps` not counted. One that catches up reads no
+// gradient, and a row's numbers are a column of a table.
 struct RuleShape {
   const char* name;
   Rule rule;
   int numbers;
   int per_element;
   int per_row;
+  bool catches_up = false;
 };
 constexpr RuleShape kRules[] = {
     {"sgd", Rule::kSgd, 2, 0, 0},
@@ -100,15 +106,23 @@ constexpr RuleShape kRules[] = {
     {"rowwise_adam", Rule::kRowwiseAdam, 5, 1, 1},
     {"rowwise_rmsprop", Rule::kRowwiseRmsprop, 4, 0, 1},
     {"ftrl", Rule::kFtrl, 4, 2, 0},
+    {"catch_up", Rule::kCatchUp, 1, 0, 0, true},
+    {"catch_up_momentum", Rule::kCatchUpMomentum, 3, 1, 0, true},
+    {"catch_up_adam", Rule::kCatchUpAdam, 9, 2, 0, true},
+    {"catch_up_rowwise_adam", Rule::kCatchUpRowwiseAdam, 9, 1, 1, true},
 };
 
 // A rule with its numbers and states, all of the type that sums run in.
 struct Update {
   Rule rule;
   const void* numbers;
-  void* states[2];       // those per element first
-  const uint32_t* seed;  // [2] to round to bfloat16 at random; null: to nearest
+  void* states[2];           // those per element first
+  const uint32_t* seed;      // [2] to round to bfloat16 at random; null: to nearest
+  int32_t* steps = nullptr;  // [V]: those that a row has been through; null: unknown
+  int32_t count = 0;         // the steps that are complete, modulo kStepPeriod
+  int64_t columns = 0;       // of the numbers, a power of two, if the rule catches up
 };
+constexpr int32_t kStepPeriod = 1 << 24;
 
 constexpr RuleShape ShapeOf(Rule rule) {
   for (const RuleShape& shape : kRules) {

@@ -5,6 +5,7 @@
 #ifndef JBAG_KERNELS_ROW_UPDATES_H_
 #define JBAG_KERNELS_ROW_UPDATES_H_
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -85,6 +86,25 @@ inline A SumOfSquares(const A* x, A scale, int64_t width) {
   return sum;
 }
 
+// Reads what a row has missed, and makes it current; false if it is current.
+template <typename RuleOfA, typename A>
+inline bool ReadMissed(const Update& update, int64_t row, RuleOfA* rule) {
+  constexpr int kNumbers = sizeof(RuleOfA) / sizeof(A);
+  const uint32_t steps = static_cast<uint32_t>(update.steps[row]);
+  const uint32_t lag = (static_cast<uint32_t>(update.count) - steps) % kStepPeriod;
+  if (lag == 0) return false;
+  update.steps[row] = update.count;
+  const A* column =
+      static_cast<const A*>(update.numbers) + (steps & (update.columns - 1));
+  A numbers[kNumbers];
+  for (int i = 0; i < kNumbers; ++i) {
+    numbers[i] =
+        lag < update.columns ? column[i * update.columns] : static_cast<A>(NAN);
+  }
+  memcpy(static_cast<void*>(rule), numbers, sizeof(numbers));
+  return true;
+}
+
 template <typename T, template <typename> class RuleOf, bool kAtRandom = false>
 struct RowMover {
   using A = Sum<T>;
@@ -100,15 +120,24 @@ struct RowMover {
   static void Move(const Matrix& table, const Update& update, int64_t row,
                    const void* from, const void* factor) {
     const A* gradient = static_cast<const A*>(from);
-    A scale;
-    memcpy(&scale, factor, sizeof(scale));
+    A scale = 1;
     A* states[2];
     for (int i = 0; i < 2; ++i) states[i] = static_cast<A*>(update.states[i]);
     RuleOf<A> rule;
-    memcpy(&rule, update.numbers, sizeof(rule));
+    if constexpr (kShape.catches_up) {
+      if (!ReadMissed<RuleOf<A>, A>(update, row, &rule)) return;
+    } else {
+      memcpy(&rule, update.numbers, sizeof(rule));
+      memcpy(&scale, factor, sizeof(scale));
+      if (update.steps != nullptr) {
+        if (update.steps[row] != update.count) scale = static_cast<A>(NAN);
+        update.steps[row] = (update.count + 1) % kStepPeriod;
+      }
+    }
     A divisor = 1;
     if constexpr (kShape.per_row > 0) {
-      const A squares = SumOfSquares(gradient, scale, table.width);
+      const A squares =
+          kShape.catches_up ? 0 : SumOfSquares(gradient, scale, table.width);
       const A mean = squares / static_cast<A>(Max(table.width, 1));
       divisor = rule.Divisor(mean, states[kPerElement] + row);
     }
@@ -138,7 +167,9 @@ struct RowMover {
   Columns<W> Read(int64_t column) const {
     Columns<W> columns;
     columns.row = Load<W>(row + column);
-    columns.gradient = scale * Load<W>(gradient + column);
+    if constexpr (!kShape.catches_up) {
+      columns.gradient = scale * Load<W>(gradient + column);
+    }
 #pragma GCC unroll 2
     for (int i = 0; i < kPerElement; ++i) {
       columns.states[i] = Load<W>(states[i] + column);
@@ -209,6 +240,14 @@ MoveRow MoverOf(Rule rule, bool at_random) {
       return MoverBy<T, RowwiseRmsprop>(at_random);
     case Rule::kFtrl:
       return MoverBy<T, Ftrl>(at_random);
+    case Rule::kCatchUp:
+      return MoverBy<T, CatchUp>(at_random);
+    case Rule::kCatchUpMomentum:
+      return MoverBy<T, CatchUpMomentum>(at_random);
+    case Rule::kCatchUpAdam:
+      return MoverBy<T, CatchUpAdam>(at_random);
+    case Rule::kCatchUpRowwiseAdam:
+      return MoverBy<T, CatchUpRowwiseAdam>(at_random);
   }
   return nullptr;
 }

@@ -175,6 +175,87 @@ struct Ftrl {
   }
 };
 
+// Rules that catch up take no gradient. Their numbers are what a row has missed.
+
+// Where a row has shrunk by nothing, what isn't finite in it stays what it is.
+template <typename V, typename A>
+inline V Shrunk(const V& w, const V& moved, A row) {
+  return w + (row == 1 ? -moved : (row - 1) * w - moved);
+}
+
+template <typename A>
+struct CatchUp {
+  A row;
+
+  static constexpr Rule kRule = Rule::kCatchUp;
+  template <typename V>
+  V Moved(const V& w, const V&, V*, A) const {
+    return Shrunk(w, V{}, row);
+  }
+};
+
+template <typename A>
+struct CatchUpMomentum {
+  A row, trace, move;
+
+  static constexpr Rule kRule = Rule::kCatchUpMomentum;
+  template <typename V>
+  V Moved(const V& w, const V&, V* m, A) const {
+    const V moved = move * *m;
+    *m = trace * *m;
+    return Shrunk(w, moved, row);
+  }
+};
+
+// The nodes of a quadrature: see jbag/optim/_missed_steps.py.
+template <typename A>
+struct Nodes {
+  A weights[3], eps[3];
+
+  template <typename V>
+  V Moves(const V& m, const V& root) const {
+    V moves = Ratio(weights[0] * m, root + eps[0]);
+    moves += Ratio(weights[1] * m, root + eps[1]);
+    return moves + Ratio(weights[2] * m, root + eps[2]);
+  }
+};
+
+template <typename A>
+struct CatchUpAdam {
+  A row, b1, b2;
+  Nodes<A> nodes;
+
+  static constexpr Rule kRule = Rule::kCatchUpAdam;
+  template <typename V>
+  V Moved(const V& w, const V&, V* states, A) const {
+    V& m = states[0];
+    V& v = states[1];
+    const V moves = nodes.Moves(m, SquareRoots(v));
+    m = b1 * m;
+    v = b2 * v;
+    return Shrunk(w, moves, row);
+  }
+};
+
+template <typename A>
+struct CatchUpRowwiseAdam {
+  A row, b1, b2;
+  Nodes<A> nodes;
+
+  static constexpr Rule kRule = Rule::kCatchUpRowwiseAdam;
+  A Divisor(A, A* v) const {
+    const A root = SquareRoot(*v);
+    *v = b2 * *v;
+    return root;
+  }
+  template <typename V>
+  V Moved(const V& w, const V&, V* m, A root) const {
+    const V moves = nodes.Moves(*m, root + V{});
+    *m = b1 * *m;
+    return Shrunk(w, moves, row);
+  }
+};
+
 }  // namespace
 }  // namespace jbag
 

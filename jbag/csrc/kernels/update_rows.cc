@@ -27,6 +27,7 @@ class MovingRows {
     for (int i = 0; i < shape.per_element + shape.per_row; ++i) {
       Add(update.states[i], i < shape.per_element ? table.width * sum : sum);
     }
+    if (update.steps != nullptr) Add(update.steps, sizeof(int32_t));
     int64_t bytes = 0;
     for (int i = 0; i < size_; ++i) bytes += parts_[i].bytes;
     ahead_ = Clamp(kBytesAhead / Max(bytes, 1), 8, 32);
@@ -57,7 +58,7 @@ class MovingRows {
     if (bytes > 0) parts_[size_++] = {static_cast<const char*>(first), bytes};
   }
 
-  Part parts_[3];
+  Part parts_[4];
   int size_ = 0;
   int64_t ahead_;
 };
@@ -75,6 +76,7 @@ struct RunMover {
   const Update& update;
   const MovingRows& rows;
   const MoveRow move;
+  const bool catches_up;
   char* gradients;  // scratch: rows
   int64_t most;     // of them
   Runs runs;        // of several slots, not summed yet
@@ -82,7 +84,9 @@ struct RunMover {
   void gap(int64_t, int64_t) const {}
   void whole(int64_t row, int64_t start, int64_t end) {
     FetchAhead(start, end);
-    if (end - start == 1) {
+    if (catches_up) {
+      move(table, update, row, nullptr, nullptr);
+    } else if (end - start == 1) {
       slots.FetchAhead(start);
       move(table, update, row, slots.row<char>(start),
            slots.coefficient(start, SizeOf(sums)));
@@ -159,6 +163,7 @@ Error UpdateRows(const Loops& loops, Pool& pool, const Matrix& table,
                     update,
                     rows,
                     move,
+                    ShapeOf(update.rule).catches_up,
                     gradients.data() + from / cut.task * stride,
                     most,
                     {}};
