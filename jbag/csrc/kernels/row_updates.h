@@ -86,23 +86,22 @@ inline A SumOfSquares(const A* x, A scale, int64_t width) {
   return sum;
 }
 
-// Reads what a row has missed, and makes it current; false if it is current.
+// Reads what a row has missed that is current since some step.
 template <typename RuleOfA, typename A>
-inline bool ReadMissed(const Update& update, int64_t row, RuleOfA* rule) {
+inline RuleOfA ReadMissed(const Update& update, int32_t steps) {
   constexpr int kNumbers = sizeof(RuleOfA) / sizeof(A);
-  const uint32_t steps = static_cast<uint32_t>(update.steps[row]);
-  const uint32_t lag = (static_cast<uint32_t>(update.count) - steps) % kStepPeriod;
-  if (lag == 0) return false;
-  update.steps[row] = update.count;
+  const uint32_t from = static_cast<uint32_t>(steps);
+  const uint32_t lag = (static_cast<uint32_t>(update.count) - from) % kStepPeriod;
   const A* column =
-      static_cast<const A*>(update.numbers) + (steps & (update.columns - 1));
+      static_cast<const A*>(update.numbers) + (from & (update.columns - 1));
   A numbers[kNumbers];
   for (int i = 0; i < kNumbers; ++i) {
     numbers[i] =
         lag < update.columns ? column[i * update.columns] : static_cast<A>(NAN);
   }
-  memcpy(static_cast<void*>(rule), numbers, sizeof(numbers));
-  return true;
+  RuleOfA rule;
+  memcpy(static_cast<void*>(&rule), numbers, sizeof(numbers));
+  return rule;
 }
 
 template <typename T, template <typename> class RuleOf, bool kAtRandom = false>
@@ -119,13 +118,13 @@ struct RowMover {
 
   static void Move(const Matrix& table, const Update& update, int64_t row,
                    const void* from, const void* factor) {
-    const A* gradient = static_cast<const A*>(from);
+    const A* gradient = kShape.catches_up ? nullptr : static_cast<const A*>(from);
     A scale = 1;
     A* states[2];
     for (int i = 0; i < 2; ++i) states[i] = static_cast<A*>(update.states[i]);
     RuleOf<A> rule;
     if constexpr (kShape.catches_up) {
-      if (!ReadMissed<RuleOf<A>, A>(update, row, &rule)) return;
+      rule = ReadMissed<RuleOf<A>, A>(update, *static_cast<const int32_t*>(from));
     } else {
       memcpy(&rule, update.numbers, sizeof(rule));
       memcpy(&scale, factor, sizeof(scale));
