@@ -153,7 +153,8 @@ def optimizer_from_rule(
             return RowState(count, states)
         missed = init_missed(rule, *_size_and_dtype(params))
         own_seed = None if seed is None else jnp.asarray(seed, jnp.uint32)
-        return CatchUpState(count, states, start_all("steps"), missed, own_seed)
+        steps = to_huge_pages(start_all("steps"))
+        return CatchUpState(count, states, steps, missed, own_seed)
 
     def update(
         updates: Any, state: RowState | CatchUpState, params: Any = None
