@@ -1,5 +1,6 @@
 """The embedding bag and lookup as Flax NNX modules, and gradients of NNX modules."""
 
+from jbag.nnx._catch_up import catch_up
 from jbag.nnx._embed import Embed
 from jbag.nnx._gradient import grad, value_and_grad
 from jbag.nnx._modules import EmbeddingBag, EmbeddingBagCollection, Frozen
@@ -9,6 +10,7 @@ __all__ = [
     "EmbeddingBag",
     "EmbeddingBagCollection",
     "Frozen",
+    "catch_up",
     "grad",
     "value_and_grad",
 ]

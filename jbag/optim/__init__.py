@@ -49,8 +49,8 @@ from jbag.optim._optimizers import (
     rowwise_adam,
     sgd,
 )
-from jbag.optim._rule_optimizer import Rate as Rate
 from jbag.optim._rule_optimizer import CatchUpState, RowState
+from jbag.optim._rule_optimizer import Rate as Rate
 from jbag.optim._transforms import (
     add_decayed_weights,
     apply_if_finite,

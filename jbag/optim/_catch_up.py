@@ -7,14 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
-from jbag._validation import to_index_dtype
+from jbag._validation import is_sharded, to_index_dtype
 from jbag.ops._factored_gradient import ONE_DEVICE, FactoredGradient
 from jbag.ops._packed_table import packs
 from jbag.ops._packing import Packing
 from jbag.ops._row_gather import accumulation_dtype
-from jbag.ops.kernels.update_rules import round_stochastically, step
+from jbag.ops.kernels.stochastic_rounding import round_stochastically
+from jbag.ops.kernels.update_rules import step
 from jbag.optim._missed_steps import catch_up_rule, catch_up_scalars
 from jbag.optim._rule_optimizer import CatchUpState, noise_of
 from jbag.ragged._bags import Bags
@@ -75,10 +77,14 @@ def catch_up(params: Any, opt_state: Any, reads: Any = None) -> tuple[Any, Any]:
       >>> table[3]
       Array([-0.875], dtype=float32)
     """
+    leaves: list[Any]
+    tree: Any
     leaves, tree = jax.tree.flatten(params, is_leaf=packs)
     paths = [path for path, _ in _with_paths(params)]
     positions = {path: k for k, path in enumerate(paths)}
     read_of = dict(_with_paths(reads))
+    outer: Any
+    own: Any
     parts, outer = jax.tree.flatten(opt_state, is_leaf=_is_catch_up_state)
     if not any(map(_is_catch_up_state, parts)):
         raise ValueError(
@@ -122,17 +128,8 @@ def _catch_up_leaf(
     packing = stored[0].packing if packs(stored[0]) else None
     table, *states = (jax.tree.leaves(x)[0] for x in stored)
     read = jax.tree.leaves(read, is_leaf=is_rows)[0] if packs(read) else read
-    is_ids = isinstance(read, Bags) or (
-        not is_rows(read) and jnp.issubdtype(jnp.result_type(read), jnp.integer)
-    ) if read is not None else False
-    if read is not None and not is_ids and not is_rows(read):
-        if not jnp.issubdtype(jnp.result_type(read), jnp.floating):
-            raise TypeError(
-                "A leaf of `reads` must be None, ids, Bags or a gradient; "
-                f"got {read!r}."
-            )
-        return stored  # a dense gradient leaves no row behind
-    if jnp.ndim(table) == 0:
+    # A dense gradient leaves no row behind.
+    if _is_dense(read) or jnp.ndim(table) == 0:
         return stored
     dtype = accumulation_dtype(table.dtype)
     scalars = catch_up_scalars(state.missed, state.count, rule, dtype)
@@ -142,7 +139,7 @@ def _catch_up_leaf(
     if read is None:
         after = _catch_up_all(rule, table, tuple(states), scalars, seed, packing)
     else:
-        if is_ids:
+        if not is_rows(read):
             read = _rows_of_ids(read, table, packing)
         if not read.fits(table):
             raise ValueError(
@@ -158,6 +155,20 @@ def _catch_up_leaf(
     )
 
 
+def _is_dense(read: Any) -> bool:
+    """Return whether a leaf of `reads` is a dense gradient."""
+    if read is None or is_rows(read) or isinstance(read, Bags):
+        return False
+    dtype = jnp.result_type(read)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return True
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(
+            f"A leaf of `reads` must be None, ids, Bags or a gradient; got {read!r}."
+        )
+    return False
+
+
 def _catch_up_all(
     rule: str,
     table: Array,
@@ -167,6 +178,7 @@ def _catch_up_all(
     packing: Packing | None,
 ) -> tuple[Array, ...]:
     """Bring all rows up to date, element by element, so that XLA keeps the sharding."""
+    arrays = (table, *states)
 
     def unpacked(x: Array) -> Array:
         return packing.unpack(x) if packing is not None and x.ndim == 2 else x
@@ -174,13 +186,21 @@ def _catch_up_all(
     def packed(x: Array) -> Array:
         return packing.pack(x) if packing is not None and x.ndim == 2 else x
 
-    rows = unpacked(table).astype(scalars.dtype)
-    own = [unpacked(x) for x in states]
-    delta, after = step(rule, rows, jnp.zeros_like(rows), own, scalars)
-    rows += delta
-    if seed is not None and rows.ndim == 2:
-        rows = round_stochastically(rows, seed, jnp.arange(rows.shape[0]))
-    return tuple(map(packed, (rows.astype(table.dtype), *after)))
+    def run(arrays: tuple[Array, ...], scalars: Array) -> tuple[Array, ...]:
+        rows, *own = map(unpacked, arrays)
+        rows = rows.astype(scalars.dtype)
+        delta, after = step(rule, rows, jnp.zeros_like(rows), own, scalars)
+        rows += delta
+        if seed is not None and rows.ndim == 2:
+            rows = round_stochastically(rows, seed, jnp.arange(rows.shape[0]))
+        return tuple(map(packed, (rows.astype(table.dtype), *after)))
+
+    meshes = [jax.typeof(x).sharding.mesh for x in arrays if is_sharded(x)]
+    if not meshes:
+        return run(arrays, scalars)
+    out = tuple(NamedSharding(meshes[0], jax.typeof(x).sharding.spec) for x in arrays)
+    axes = meshes[0].explicit_axes
+    return jax.sharding.auto_axes(run, axes=axes, out_sharding=out)(arrays, scalars)
 
 
 def _rows_of_ids(read: Any, table: Array, packing: Packing | None) -> RowSparse:

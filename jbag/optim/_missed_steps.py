@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jbag.ops._packed_table import packs
+from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels.update_rules import CATCH_UP_RULES, STEP_PERIOD
 
 Missed = dict[str, Float[Array, "..."]]
@@ -39,14 +41,17 @@ _FIRST = {"row": 1.0, "trace": 1.0, "mu": 1.0, "nu": 1.0}
 _MIN_STEPS, _MAX_STEPS, _ROWS_PER_STEP = 2**10, 2**14, 2**8
 
 
-def num_steps(num_embeddings: int) -> int:
-    """Return R for a table of V rows, so that a sweep reads few rows in each step."""
-    least = max(-(-num_embeddings // _ROWS_PER_STEP), 1)
-    return min(max(2 ** math.ceil(math.log2(least)), _MIN_STEPS), _MAX_STEPS)
-
-
-def init_missed(rule: str, size: int, dtype: Any) -> Missed:
+def init_missed(rule: str, params: Any) -> Missed:
     """Return the tables before the first step."""
+    leaves = jax.tree.leaves(params, is_leaf=packs)
+    rows = [
+        x.packing.num_embeddings if packs(x) else (*jnp.shape(x), 1)[0] for x in leaves
+    ]
+    dtypes = [accumulation_dtype(jnp.asarray(x).dtype) for x in jax.tree.leaves(leaves)]
+    dtype = jnp.result_type(jnp.float32, *dtypes)
+    # As many as let a sweep of all rows read few of them in each step.
+    least = max(-(-max(rows, default=1) // _ROWS_PER_STEP), 1)
+    size = min(max(2 ** math.ceil(math.log2(least)), _MIN_STEPS), _MAX_STEPS)
     names: tuple[str, ...] = ("row",)
     if rule == "momentum":
         names = ("row", "trace", "move")
@@ -157,15 +162,13 @@ def _quadrature(missed: Missed) -> dict[str, Array]:
     d1, d2, d3 = (x / scale for x in diagonal)
     determinant = d1 * (d2 * d3 - beta / scale**2) - d3 / scale**2
     angle = jnp.arccos(jnp.clip(determinant / 2, -1, 1)) / 3
-    y3 = [
-        middle + 2 * scale * jnp.cos(angle + 2 * math.pi * k / 3) for k in range(3)
-    ]
+    y3 = [middle + 2 * scale * jnp.cos(angle + 2 * math.pi * k / 3) for k in range(3)]
     # Two nodes, and one without weight.
     half = s3 / 2
     root = jnp.sqrt(half**2 + 1)
     y2 = [half - root, half + root, half]
     y = [jnp.where(three, a, b) for a, b in zip(y3, y2, strict=True)]
-    weights2 = [(root + half) / (2 * root), (root - half) / (2 * root), 0.0]
+    weights2: list[Any] = [(root + half) / (2 * root), (root - half) / (2 * root), 0.0]
     out = {}
     for k in range(3):
         a, b, c = y[k], y[k - 1], y[k - 2]

@@ -27,7 +27,6 @@ from jbag.optim._missed_steps import (
     bias_correction,
     extend,
     init_missed,
-    num_steps,
 )
 from jbag.sparse._applied_update import AppliedUpdate
 from jbag.sparse._row_sparse import RowSparse, is_rows
@@ -151,14 +150,12 @@ def optimizer_from_rule(
         states = to_huge_pages({name: start_all(name) for name in first})
         if lazy:
             return RowState(count, states)
-        missed = init_missed(rule, *_size_and_dtype(params))
+        missed = init_missed(rule, params)
         own_seed = None if seed is None else jnp.asarray(seed, jnp.uint32)
         steps = to_huge_pages(start_all("steps"))
         return CatchUpState(count, states, steps, missed, own_seed)
 
-    def update(
-        updates: Any, state: RowState | CatchUpState, params: Any = None
-    ) -> Any:
+    def update(updates: Any, state: RowState | CatchUpState, params: Any = None) -> Any:
         tree: Any
         gradients, tree = jax.tree.flatten(updates, is_leaf=is_rows)
         parameters: list[Any] = [None] * len(gradients)
@@ -184,7 +181,9 @@ def optimizer_from_rule(
                 )
                 continue
             if parameter is None:
-                results.append(_compute_delta(own_rule, gradient, None, states, scalars))
+                results.append(
+                    _compute_delta(own_rule, gradient, None, states, scalars)
+                )
                 continue
             at_random = seed is not None and parameter.dtype == jnp.bfloat16
             noise = noise_of(seed, k, state.count) if at_random else None
@@ -292,16 +291,6 @@ def _device_of_rows(parameter: Any) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-def _size_and_dtype(params: Any) -> tuple[int, Any]:
-    """Return R of `_missed_steps` and the dtype of its arrays."""
-    leaves = jax.tree.leaves(params, is_leaf=packs)
-    rows = [
-        x.packing.num_embeddings if packs(x) else (*jnp.shape(x), 1)[0] for x in leaves
-    ]
-    dtypes = [accumulation_dtype(jnp.asarray(x).dtype) for x in jax.tree.leaves(leaves)]
-    return num_steps(max(rows, default=1)), jnp.result_type(jnp.float32, *dtypes)
-
-
 def _numbers(
     count: Int[Array, ""],
     learning_rate: Rate,
@@ -327,9 +316,7 @@ def _excess(b: Any, dtype: jnp.dtype) -> float:
     return float(1 - dtype.type(b)) / (1 - b) if _is_known(b) else 1.0
 
 
-def _scalars(
-    rule: str, count: Int[Array, ""], values: dict[str, Array]
-) -> list[Array]:
+def _scalars(rule: str, count: Int[Array, ""], values: dict[str, Array]) -> list[Array]:
     """Return the scalars of a rule for this step, in order."""
     values = dict(values)
     dtype = values["rate"].dtype

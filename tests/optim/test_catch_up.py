@@ -222,7 +222,8 @@ def test_bfloat16_tables_round_once_a_step(seed):
     close(params["table"], peers["table"], rtol=0.02, atol=0.05)
 
 
-def test_float64_tables_equal_optax(x64):
+@pytest.mark.usefixtures("x64")
+def test_float64_tables_equal_optax():
     params, state = walk(ADAMW(0.02), True, 60, start("float64"))
     params, _ = optim.catch_up(params, state)
     peers, _ = walk(optax.adamw(0.02), False, 60, start("float64"))
@@ -289,14 +290,14 @@ def test_a_row_that_missed_more_than_is_recorded_becomes_nan(implementation):
     rows = jbag.RowSparse.from_rows([0, 1], jnp.ones((2, 2)), num_embeddings=3)
 
     @jax.jit
-    def never_catch_up(table, state):
+    def never_catch_up(state):
         body = lambda _, state: optimizer.update(jnp.zeros((3, 2)), state)[1]
         return lax.fori_loop(0, 1024, body, state)
 
     state = optimizer.init(table)
     _, state = optimizer.update(rows, state, table)
     steps = state.steps
-    state = never_catch_up(table, state)._replace(steps=steps)
+    state = never_catch_up(state)._replace(steps=steps)
     run = lambda t: jbag.embedding_bag(
         t, jnp.array([[1]]), sparse=True, implementation=implementation
     ).sum()
@@ -445,9 +446,12 @@ def test_a_step_is_lowered_for_every_platform():
 
 def test_tables_are_caught_up_under_vmap():
     params, state = walk(ADAM(0.1), True, 60, start())
-    table, state = params["table"], state._replace(
-        states={k: x["table"] for k, x in state.states.items()},
-        steps=state.steps["table"],
+    table, state = (
+        params["table"],
+        state._replace(
+            states={k: x["table"] for k, x in state.states.items()},
+            steps=state.steps["table"],
+        ),
     )
     both = jax.tree.map(lambda x: jnp.stack([x, x]), (table, state))
     ids = jnp.array([[9], [30]])

@@ -146,5 +146,6 @@ class Operations(Protocol):
         """Update the rows of the bags' ids by an update rule; return table and states.
 
         The rows are those of `coalesce`, and so is their gradient. Other rows don't
-        change. The table rounds once: to nearest, or stochastically with a `seed`.
+        change, but a rule that catches up may also apply to rows that no bag names if
+        slots do. The table rounds once: to nearest, or stochastically with a `seed`.
         """

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels import xla
+from jbag.ops.kernels.update_rules import RULES
 from jbag.ragged._csr_arrays import Ids, Offsets, Size, Slots
 
 # As in csrc/cuda/device/arguments.h.
@@ -160,9 +161,11 @@ def update_rows(
     neither read nor written. It has the rules of `RULES`; others are the reference's.
     """
     if rule not in RULES:
-        bags = (cotangent, ids, offsets, coefficients)
-        options = {"pad_id": pad_id, "rule": rule, "coalesce": coalesce}
-        return xla.update_rows(table, states, scalars, seed, *bags, **options)
+        bags = (ids, offsets, coefficients)
+        options: Any = {"pad_id": pad_id, "rule": rule, "coalesce": coalesce}
+        return xla.update_rows(
+            table, states, scalars, seed, cotangent, *bags, **options
+        )
     num_embeddings, width = table.shape
     if seed is None:
         seed = jnp.zeros(0, jnp.uint32)

@@ -38,9 +38,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Float32, Int, Shaped, UInt32
+from jaxtyping import Array, Float, Int, Shaped
 
 from jbag.ops._row_gather import take
 
@@ -303,7 +302,13 @@ def _catch_up(w: Rows, steps: Array, now: Array, row: Array) -> Step:
 
 
 def _catch_up_momentum(
-    w: Rows, trace: Rows, steps: Array, now: Array, row: Array, decay: Array, move: Array
+    w: Rows,
+    trace: Rows,
+    steps: Array,
+    now: Array,
+    row: Array,
+    decay: Array,
+    move: Array,
 ) -> Step:
     delta = _shrunk(w, row) - move * trace
     return delta, (decay * trace, jnp.full_like(steps, now))
@@ -344,9 +349,7 @@ _MISSED_BY_ADAM = ("count", "row", "mu", "nu", *_NODES)
 
 # The name of the column for the table is "row", of those for states theirs.
 CATCH_UP_RULES: dict[str, Rule] = {
-    "catch_up": Rule(
-        _catch_up, ("count", "row"), per_row=("steps",), catches_up=True
-    ),
+    "catch_up": Rule(_catch_up, ("count", "row"), per_row=("steps",), catches_up=True),
     "catch_up_momentum": Rule(
         _catch_up_momentum,
         ("count", "row", "trace", "move"),
@@ -378,26 +381,3 @@ def rule_of(name: str) -> Rule:
     if name in CATCH_UP_RULES:
         return CATCH_UP_RULES[name]
     return _checked(RULES[name.removeprefix("checked_")])
-
-
-def round_stochastically(
-    rows: Float32[Array, "U D"], seed: UInt32[Array, "2"], indices: Int[Array, " U"]
-) -> BFloat16[Array, "U D"]:
-    """Round to bfloat16 so that the expected value is exact.
-
-    The noise is a function of the seed, the index of the row and that of the column.
-    """
-    columns = jnp.arange(rows.shape[1], dtype=jnp.uint32)
-    hashed = _hash(indices.astype(jnp.uint32) ^ seed[0])[:, None]
-    noise = _hash(hashed + columns * jnp.uint32(0x9E3779B9) + seed[1]) >> 16
-    bits = jax.lax.bitcast_convert_type(rows, jnp.uint32)
-    upper = ((bits + noise) >> 16).astype(jnp.uint16)
-    rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
-    return jnp.where(jnp.isfinite(rows), rounded, rows.astype(jnp.bfloat16))
-
-
-def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Hash 32-bit integers (Wellons, Prospecting for Hash Functions, 2018)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)

@@ -19,6 +19,7 @@ from jbag.ops._packed_table import AnyTable, PackedTable, packing_of, take_rows
 from jbag.ops._packing import Packing
 from jbag.ops._row_gather import accumulation_dtype, bag_rows, take
 from jbag.ops.kernels import update_rules as rules
+from jbag.ops.kernels.stochastic_rounding import round_stochastically
 from jbag.ragged._csr_arrays import (
     Ids,
     Offsets,
@@ -339,7 +340,7 @@ def update_unique_rows(
     if seed is None:
         rows = rows.astype(table.dtype)
     else:
-        rows = rules.round_stochastically(rows, seed, indices)
+        rows = round_stochastically(rows, seed, indices)
     return tuple(
         x.packing.put(x.lines, indices, new)
         if isinstance(x, PackedTable)
