@@ -30,7 +30,7 @@ IMPORTS = {
     "vocabulary": {*BELOW_OPS, "ops", "text"},
     "fasttext": {"_files", *BELOW_OPS, "ops", "text"},
     "linen": BELOW_FLAX,
-    "nnx": BELOW_FLAX,
+    "nnx": {*BELOW_FLAX, "optim"},
 }
 
 

@@ -23,12 +23,13 @@ def catch_up(
       TypeError, ValueError: as `jbag.optim.catch_up`.
 
     Example:
+      >>> from flax import nnx
       >>> bag = jbag.nnx.EmbeddingBag(9, 2, sparse=True, rngs=nnx.Rngs(0))
       >>> adam = jbag.optim.adam(0.1, lazy=False)
       >>> optimizer = nnx.Optimizer(bag, adam, wrt=nnx.Param)
       >>> loss = lambda bag: (bag(jnp.array([[1, 2]])) ** 2).sum()
       >>> jbag.nnx.catch_up(bag, optimizer, jbag.grad(loss)(bag))
-      >>> optimizer.update(bag, jbag.grad(loss)(bag))
+      >>> _ = optimizer.update(bag, jbag.grad(loss)(bag))
       >>> jbag.nnx.catch_up(bag, optimizer)  # before an evaluation
     """
     params = nnx.as_pure(nnx.state(model, optimizer.wrt))

@@ -52,6 +52,8 @@ double Moved(Rule rule, double w, double g, double* s, double row, const double*
       const double kept = sign * std::max(fabs(s[0]) - rate * n[2], 0.0);
       return w + (-Ratio(kept, n[1] + sqrt(grown) + rate * n[3]) - w);
     }
+    default:
+      break;
   }
   return NAN;
 }
@@ -144,7 +146,7 @@ void CheckUpdates(const Loops& loops, uint64_t seed) {
   });
   CheckCoalesced(loops, c, given.bags, cotangent, gradient, seed);
 
-  const RuleShape& shape = kRules[c.Below(sizeof(kRules) / sizeof(kRules[0]))];
+  const RuleShape& shape = kRules[c.Below(kNumGradientRules)];
   // Rate and decay or beta; the others lie in [0, 1), and eps, l1 and l2 are often 0.
   double n[6] = {0.25, c.OneIn(2) ? 0 : 0.5};
   for (int i = 2; i < 6; ++i)

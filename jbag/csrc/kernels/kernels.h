@@ -112,6 +112,9 @@ constexpr RuleShape kRules[] = {
     {"catch_up_rowwise_adam", Rule::kCatchUpRowwiseAdam, 9, 1, 1, true},
 };
 
+// Those that take a gradient come first.
+constexpr int kNumGradientRules = 8;
+
 // A rule with its numbers and states, all of the type that sums run in.
 struct Update {
   Rule rule;
