@@ -102,10 +102,11 @@ def catch_up(params: Any, opt_state: Any, reads: Any = None) -> tuple[Any, Any]:
         for i, (path, _) in enumerate(_with_paths(state.steps)):
             if path not in positions:
                 raise ValueError(
-                    "`params` must have the structure that `opt_state` was made for; "
-                    f"it has no `{jax.tree_util.keystr(path)}`."
+                    "`params` must have the structure that `opt_state` was made for, "
+                    "and each parameter one optimizer with `lazy=False`; "
+                    f"got none, or several, for `{jax.tree_util.keystr(path)}`."
                 )
-            k = positions[path]
+            k = positions.pop(path)
             before = (leaves[k], *(column[i] for column in columns), steps[i])
             after = _catch_up_leaf(state, rule, k, before, _find(read_of, path))
             leaves[k], steps[i] = after[0], after[-1]

@@ -39,10 +39,6 @@ def l2(weight_decay, optimizer):
     return optax.chain(optax.add_decayed_weights(weight_decay), optimizer)
 
 
-def injected(build, **static):
-    return optax.inject_hyperparams(build, static_args=tuple(static))
-
-
 ADAM = functools.partial(optim.adam, lazy=False)
 ADAMW = functools.partial(optim.adamw, lazy=False)
 SGD = functools.partial(optim.sgd, lazy=False)
@@ -73,10 +69,8 @@ CASES = {
         optax.adagrad(0.1, **ROOTS),
     ),
     "injected": (
-        injected(optim.adamw, lazy=None, stochastic_rounding=None)(
-            cosine(1e-2), weight_decay=0.1, lazy=False
-        ),
-        injected(optax.adamw)(cosine(1e-2), weight_decay=0.1),
+        optax.inject_hyperparams(optim.adamw)(cosine(1e-2), **DECAYED, lazy=False),
+        optax.inject_hyperparams(optax.adamw)(cosine(1e-2), **DECAYED),
     ),
     "chained in a partition": (
         optax.partition(
@@ -475,6 +469,9 @@ def test_bad_arguments_are_named():
         optim.catch_up(params, state, dict.fromkeys(params) | {"table": rows})
     with pytest.raises(ValueError, match="`params` must have the structure"):
         optim.catch_up({"other": params["table"]}, state)
+    twice = optax.chain(SGD(0.1, 0.9), ADAM(0.1))
+    with pytest.raises(ValueError, match="and each parameter one optimizer"):
+        optim.catch_up(params, twice.init(params))
     with pytest.raises(ValueError, match=r"`b2` must be at least `b1` \*\* 2, 0.81"):
         optim.adam(0.1, b2=0.5, lazy=False)
     with pytest.raises(TypeError, match="`lazy`"):

@@ -137,6 +137,7 @@ int main(int argc, char** argv) {
     for (const jbag::Loops* loops : all) {
       jbag::CheckBags(*loops, seed);
       jbag::CheckUpdates(*loops, seed);
+      jbag::CheckCatchUps(*loops, seed);
     }
   }
   printf("jbag_fuzz: %llu cases over", static_cast<unsigned long long>(cases));

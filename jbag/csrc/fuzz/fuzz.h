@@ -290,6 +290,7 @@ inline bool Same(double a, double b) { return isnan(a) ? isnan(b) : a == b; }
 // Compares what the kernels make of a case with the definition.
 void CheckBags(const Loops& loops, uint64_t seed);
 void CheckUpdates(const Loops& loops, uint64_t seed);
+void CheckCatchUps(const Loops& loops, uint64_t seed);
 void CheckTexts(uint64_t seed);
 
 }  // namespace jbag
