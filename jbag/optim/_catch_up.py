@@ -40,9 +40,14 @@ def catch_up(params: Any, opt_state: Any, reads: Any = None) -> tuple[Any, Any]:
             updates, opt_state = optimizer.update(gradient, opt_state, params)
             return optax.apply_updates(params, updates), opt_state, value
 
-    XLA removes the unused part of `reads`, its values. Each call also sweeps a few
-    other rows, at least one and V / 16384, so that no row misses more steps than the
-    state has records of. Call it in every step.
+    XLA removes the unused part of `reads`, its values. Each call also sweeps some other
+    rows, at most 257 or V / 16383, so that no row misses more steps than the state has
+    records of. Call it in every step.
+
+    The result is exact but for rounding, except that the moves of Adam in missed steps
+    are the result of a quadrature. With the default moments its error is below 3e-5
+    times the learning rate, where the root of v is as small as :math:`\epsilon`, and
+    far smaller elsewhere.
 
     Args:
       params: the parameters.

@@ -30,7 +30,8 @@ modulo `STEP_PERIOD`. The first of their scalars is the number of completed step
 - `CATCH_UP_RULES` make rows current, as if their gradient had been zero in the steps
   that they missed. Their other scalars are an array [H, R] by rows: column s mod R has
   the H numbers of a row that is current since step s. R is a power of two. A row that
-  missed R steps or more becomes NaN. They read no gradient.
+  missed R steps or more becomes NaN. They read no gradient. `jbag/optim/_missed_steps`
+  computes the array.
 """
 
 from __future__ import annotations
