@@ -45,7 +45,7 @@ def catch_up(params: Any, opt_state: Any, reads: Any = None) -> tuple[Any, Any]:
     records of. Call it in every step.
 
     The result is exact but for rounding, except that the moves of Adam in missed steps
-    are the result of a quadrature. With the default moments its error is below 3e-5
+    are the result of a quadrature. With the default moments its error is below 1e-4
     times the learning rate, where the root of v is as small as :math:`\epsilon`, and
     far smaller elsewhere.
 
