@@ -30,7 +30,7 @@ from jbag.ops._factored_gradient import (
     TableStorage,
     concatenate_gradients,
 )
-from jbag.ops._packed_table import AnyTable, put_rows, stored, take_rows
+from jbag.ops._packed_table import AnyTable, put_rows, take_rows
 from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops._row_updates import coalesce, stack_scalars, update_rows
 from jbag.ops._spmm import spmm_transpose
@@ -102,8 +102,7 @@ class LocalGradients(TableStorage):
         rule: str,
     ) -> tuple[Array, ...]:
         """Update the rows of each shard by a rule; see `RowSparse.update_table`."""
-        dtype, width = accumulation_dtype(table.dtype), self.table_shape(table.shape)[1]
-        numbers = stack_scalars(scalars, dtype)
+        numbers = stack_scalars(scalars, accumulation_dtype(table.dtype))
         specs = tuple(self._spec(x) for x in (table, *states))
         # The mean square of a row is over the columns of all devices.
         is_column_wise = self.strategy.sharding_type == ShardingType.COLUMN_WISE
@@ -119,7 +118,7 @@ class LocalGradients(TableStorage):
                 arrays: tuple[Array, ...], term: FactoredGradient
             ) -> tuple[Array, ...]:
                 if sums_squares:
-                    operands = (arrays[0], arrays[1:], numbers, seed)
+                    operands = (arrays, numbers, seed)
                     return _update_columns(term, *operands, rule, width, axes)
                 own, *states = map(self._shard_of, arrays)
                 return term.apply(update_rows, own, states, numbers, seed, rule=rule)
@@ -127,7 +126,7 @@ class LocalGradients(TableStorage):
             shape = self._shard_of(arrays[0]).shape
             return self.collect(_on_one_device(terms), shape, receive, arrays)
 
-        axes = self.strategy.batch
+        width, axes = table.shape[1], self.strategy.batch
         run = per_device(
             update,
             self.strategy,
@@ -255,9 +254,8 @@ class LocalGradients(TableStorage):
 
     def _shard_of(self, array: Array) -> AnyTable:
         """Return the shard of a table or of an optimizer state, from its array."""
-        own = self.strategy.shard_packing(self.packing)
-        is_packed = own is not None and array.shape == own.shape
-        return stored(array, own if is_packed else None)
+        packing = self.strategy.shard_packing(self.packing)
+        return TableStorage(packing=packing).table_of(array)
 
     def _spec(self, array: Array) -> P:
         """Return the spec of a table or of an optimizer state."""
@@ -388,8 +386,7 @@ def _deduplicate_rows(
 
 def _update_columns(
     term: FactoredGradient,
-    table: Array,
-    states: tuple[Array, ...],
+    arrays: tuple[Array, ...],
     scalars: Array,
     seed: Array | None,
     rule: str,
@@ -397,6 +394,7 @@ def _update_columns(
     axes: tuple[str, ...],
 ) -> tuple[Array, ...]:
     """Apply a rule to a device's columns, with mean squares over all columns."""
+    table, *states = arrays
     indices, sums = term.apply(coalesce, num_embeddings=table.shape[0])
     squares = jax.lax.psum((sums * sums).sum(-1), axes) / width
     return xla.update_unique_rows(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from jbag._validation import is_sharded, to_index_dtype
 from jbag.ops._factored_gradient import ONE_DEVICE, FactoredGradient
-from jbag.ops._packed_table import packs
+from jbag.ops._packed_table import pack_lines, packs, unpack_lines
 from jbag.ops._packing import Packing
 from jbag.ops._row_gather import accumulation_dtype
 from jbag.ops.kernels.stochastic_rounding import round_stochastically
@@ -187,10 +187,11 @@ def _catch_up_all(
     arrays = (table, *states)
 
     def unpacked(x: Array) -> Array:
-        return packing.unpack(x) if packing is not None and x.ndim == 2 else x
+        is_packed = packing is not None and x.shape == packing.shape
+        return unpack_lines(packing, x) if is_packed else x
 
     def packed(x: Array) -> Array:
-        return packing.pack(x) if packing is not None and x.ndim == 2 else x
+        return x if packing is None or x.ndim != 2 else pack_lines(packing, x)
 
     def run(arrays: tuple[Array, ...], scalars: Array) -> tuple[Array, ...]:
         rows, *own = map(unpacked, arrays)
