@@ -118,15 +118,14 @@ class LocalGradients(TableStorage):
                 arrays: tuple[Array, ...], term: FactoredGradient
             ) -> tuple[Array, ...]:
                 if sums_squares:
-                    operands = (arrays, numbers, seed)
-                    return _update_columns(term, *operands, rule, width, axes)
+                    axes = self.strategy.batch
+                    return _update_columns(term, arrays, numbers, seed, rule, axes)
                 own, *states = map(self._shard_of, arrays)
                 return term.apply(update_rows, own, states, numbers, seed, rule=rule)
 
             shape = self._shard_of(arrays[0]).shape
             return self.collect(_on_one_device(terms), shape, receive, arrays)
 
-        width, axes = table.shape[1], self.strategy.batch
         run = per_device(
             update,
             self.strategy,
@@ -390,13 +389,12 @@ def _update_columns(
     scalars: Array,
     seed: Array | None,
     rule: str,
-    width: int,
     axes: tuple[str, ...],
 ) -> tuple[Array, ...]:
     """Apply a rule to a device's columns, with mean squares over all columns."""
-    table, *states = arrays
+    table, states = arrays[0], arrays[1:]
     indices, sums = term.apply(coalesce, num_embeddings=table.shape[0])
-    squares = jax.lax.psum((sums * sums).sum(-1), axes) / width
+    squares = jax.lax.pmean((sums * sums).mean(-1), axes)
     return xla.update_unique_rows(
         table, states, scalars, seed, indices, sums, rule=rule, mean_square=squares
     )
