@@ -23,7 +23,7 @@ IMPORTS = {
     "optim": {*BELOW_OPS, "ops", "sparse"},
     "_mesh": {*BELOW_OPS, "ops", "sparse"},
     "collection": BELOW_COLLECTION,
-    "data": {"_validation", "ragged"},
+    "data": {"_files", "_validation", "interop", "ragged"},
     "sharding": {*BELOW_COLLECTION, "collection", "data"},
     "interop": {"_files", *BELOW_OPS, "ops", "sparse"},
     "text": {"_files", *BELOW_OPS, "interop"},

@@ -28,10 +28,13 @@ For Grain, which has its own shuffling, transformations, workers and checkpoints
 
 By default no example is dropped: empty bags pad the last batch, and `Batch.mask` marks
 them.
+
+`IdVocabulary` maps raw ids to rows.
 """
 
 from jbag.data._batches import Batches, batches
 from jbag.data._grain import Collate, Example, Source
+from jbag.data._id_vocabulary import IdVocabulary
 from jbag.data._pack_examples import Batch
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "Batches",
     "Collate",
     "Example",
+    "IdVocabulary",
     "Source",
     "batches",
 ]

@@ -81,6 +81,15 @@ def encoders():
             yield "encoder.npz", path.read_bytes()
 
 
+def vocabularies():
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "vocabulary.npz"
+        for ids in ([70, -1, 12], [2**64 - 1, 0], ["bern", "é", ""], [b"a", b"\xff"]):
+            for counts in (None, range(len(ids))):
+                jbag.data.IdVocabulary(ids, counts).save(path)
+                yield "vocabulary.npz", path.read_bytes()
+
+
 def torch_files():
     try:
         import torch
@@ -152,6 +161,7 @@ def vector_files():
 SEEDS = {
     "numpy": numpy_files,
     "encoder": encoders,
+    "vocabulary": vocabularies,
     "torch": torch_files,
     "safetensors": safetensors_files,
     "fasttext": fasttext_files,
@@ -303,9 +313,17 @@ def check_encoder(encoder):
         assert 0 <= bags.indices.min() <= bags.indices.max() < encoder.num_rows
 
 
+def check_vocabulary(vocabulary):
+    rows = np.arange(len(vocabulary)) + (vocabulary.unknown == "row")
+    found = vocabulary.transform(vocabulary.inverse(rows))
+    np.testing.assert_array_equal(getattr(found, "indices", found), rows)
+
+
 def read(path):
     if path.name == "encoder.npz":
         check_encoder(jbag.text.Encoder.load(path))
+    elif path.name == "vocabulary.npz":
+        check_vocabulary(jbag.data.IdVocabulary.load(path))
     elif path.suffix in (".ftz", ".bin"):
         loaded = jbag.fasttext.load(path)
         assert loaded.table.shape[0] >= loaded.encoder.num_rows
