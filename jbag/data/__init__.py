@@ -29,11 +29,13 @@ For Grain, which has its own shuffling, transformations, workers and checkpoints
 By default no example is dropped: empty bags pad the last batch, and `Batch.mask` marks
 them.
 
-`IdVocabulary` maps raw ids to rows.
+`IdVocabulary` maps raw ids to rows, and `histories` returns the last items of a user
+before each event.
 """
 
 from jbag.data._batches import Batches, batches
 from jbag.data._grain import Collate, Example, Source
+from jbag.data._histories import histories
 from jbag.data._id_vocabulary import IdVocabulary
 from jbag.data._pack_examples import Batch
 
@@ -45,4 +47,5 @@ __all__ = [
     "IdVocabulary",
     "Source",
     "batches",
+    "histories",
 ]
