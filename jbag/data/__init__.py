@@ -27,7 +27,7 @@ For Grain, which has its own shuffling, transformations, workers and checkpoints
     )
 
 By default no example is dropped: empty bags pad the last batch, and `Batch.mask` marks
-them.
+them. `predict` applies a function to all batches and leaves padding out.
 
 `IdVocabulary` maps raw ids to rows, and `histories` returns the last items of a user
 before each event.
@@ -38,6 +38,7 @@ from jbag.data._grain import Collate, Example, Source
 from jbag.data._histories import histories
 from jbag.data._id_vocabulary import IdVocabulary
 from jbag.data._pack_examples import Batch
+from jbag.data._predict import predict
 
 __all__ = [
     "Batch",
@@ -48,4 +49,5 @@ __all__ = [
     "Source",
     "batches",
     "histories",
+    "predict",
 ]
