@@ -43,6 +43,8 @@ class IdVocabulary:
     them as unknown ids. Floats must be integers, such as those that pandas makes of a
     column of integers with nulls. pandas and pyarrow are not imported.
 
+    The vocabulary is fitted before training; that of `jbag.vocabulary` grows during it.
+
     Attributes:
       ids: the distinct ids, by row: an array [W] of int64, or of uint64 if one needs
         it, or of objects, `str` or `bytes`.
