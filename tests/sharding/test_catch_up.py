@@ -37,8 +37,8 @@ OPTIMIZERS = {
 }
 
 
-def make(strategy=None, mesh=None, sparse=True):
-    options = {"grid": 12, "sparse": sparse, "mesh": mesh}
+def make(strategy=None, mesh=None, sparse=True, packed=None):
+    options = {"grid": 12, "sparse": sparse, "mesh": mesh, "packed": packed}
     if strategy is not None:
         spec, rows_per_round = STRATEGIES[strategy]
         options |= {"specs": {"embedding": spec}, "rows_per_round": rows_per_round}
@@ -127,3 +127,9 @@ def test_tables_over_a_mesh_equal_optax(strategy, name, kind):
     collection = make(strategy, make_mesh(kind))
     trained = train(collection, name, 4)
     jax.tree.map(close, trained, on_one_device(name, False))
+
+
+@pytest.mark.parametrize("kind", ["auto", *slow("explicit")])
+def test_packed_tables_over_a_mesh_equal_optax(kind):
+    trained = train(make("row_wise", make_mesh(kind), packed=True), "adamw", 4)
+    jax.tree.map(close, trained, on_one_device("adamw", False))
