@@ -77,8 +77,8 @@ def embedding_lookup(
       implementation: the kernel; see `embedding_bag`.
 
     Returns:
-      [*ids.shape, D], the dtype of `table`. Of a `Bags`, [N, D]: rows are multiplied by
-      its weights, and slots outside the bags are zero. Data on a device is not checked
+      ``[*ids.shape, D]``, the dtype of `table`. Of a `Bags`, [N, D]: rows are
+      multiplied by its weights, and slots outside the bags are zero. Data on a device is not checked
       by value: the row of an id outside [0, V) is NaN and gives no gradient; negative
       ids do not count from the end. So are the rows of a bag with malformed offsets. On
       a mesh with Explicit axes, the output is sharded like the ids and like the columns

@@ -1,5 +1,7 @@
 """A vocabulary that grows inside a jitted step: 64-bit ids to rows of a table.
 
+A training step and a prediction::
+
     vocabulary = jbag.vocabulary.Vocabulary(1_000_000, eviction="lru")
     state = vocabulary.init()
     ...
