@@ -78,11 +78,11 @@ def embedding_lookup(
 
     Returns:
       ``[*ids.shape, D]``, the dtype of `table`. Of a `Bags`, [N, D]: rows are
-      multiplied by its weights, and slots outside the bags are zero. Data on a device is not checked
-      by value: the row of an id outside [0, V) is NaN and gives no gradient; negative
-      ids do not count from the end. So are the rows of a bag with malformed offsets. On
-      a mesh with Explicit axes, the output is sharded like the ids and like the columns
-      of the table.
+      multiplied by its weights, and slots outside the bags are zero. Data on a device
+      is not checked by value: the row of an id outside [0, V) is NaN and gives no
+      gradient; negative ids do not count from the end. So are the rows of a bag with
+      malformed offsets. On a mesh with Explicit axes, the output is sharded like the
+      ids and like the columns of the table.
 
     Raises:
       IndexError: an id on the host (in a list or NumPy array) is outside [0, V).
