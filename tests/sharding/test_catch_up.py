@@ -113,16 +113,23 @@ def test_tables_on_one_device_equal_optax(name):
     jax.tree.map(close, on_one_device(name, True), on_one_device(name, False))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(
-    "strategy",
+    ("strategy", "name", "kind"),
     [
-        "row_wise",
-        "column_wise",
-        *slow("row_wise in rounds", "table_wise", "data_parallel"),
+        ("row_wise", "adamw", "explicit"),
+        ("row_wise", "momentum", "auto"),
+        ("column_wise", "adamw", "auto"),
+        *slow(
+            ("row_wise in rounds", "adamw", "auto"),
+            ("row_wise in rounds", "momentum", "explicit"),
+            ("column_wise", "momentum", "explicit"),
+            ("table_wise", "adamw", "explicit"),
+            ("table_wise", "momentum", "auto"),
+            ("data_parallel", "adamw", "auto"),
+            ("data_parallel", "momentum", "explicit"),
+        ),
     ],
 )
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_tables_over_a_mesh_equal_optax(strategy, name, kind):
     collection = make(strategy, make_mesh(kind))
     trained = train(collection, name, 4)
